@@ -1,0 +1,383 @@
+"""
+Distils an image student: it regresses what a larger self-supervised teacher computes, without labels. And makes such a
+teacher where there is none: --teacher=ema distils an exponential moving average of the student into itself.
+
+    python distill_image.py --preset=tiny                           # a teacher for OpenMoji, from scratch
+    python distill_image.py --preset=tiny_half                      # half of that teacher's blocks, distilled from it
+
+The target of each token is the mean over all blocks of their instance-normed outputs (feature_target, eq. 36-38),
+the loss its mean squared error over all tokens (eq. 39). Ends with out/<run>/ckpt.pt.
+"""
+import copy
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import (Encoder, Parser, fail, feature_target, git_sha, init_weights, load_checkpoint, load_weights, normalize,
+                   open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, use_compile)
+from prepare_pairs import Pairs, augment, decode, eval_image, train_image
+
+# -----------------------------------------------------------------------------
+# presets and knobs
+
+PRESETS = {
+    # Row 1 of the thesis, DistilData2Vec2: the first 6 of the teacher's 12 blocks, 10 epochs of ImageNet at 256.
+    # Published: ImageNet 76.1 finetuned, 71.1 linear probe (final text; 75.0 / 56.2 in the draft). These are the
+    # defaults of the knobs below.
+    "data2vec2": dict(),
+    # OpenMoji, two CPU cores, a minute and a half: the teacher of `distill_multimodal.py --preset=tiny`.
+    "tiny": dict(
+        data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
+        patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.3, lr=1e-3,
+        max_steps=250, warmup_steps=40, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
+        save_interval=50),
+    # The same pictures: three of the tiny teacher's five blocks regress all five, as row 1 does at full size.
+    "tiny_half": dict(
+        data="openmoji", unit="label", out_dir="out/tiny_half", teacher="out/tiny_teacher/ckpt.pt", depth=3, crop_min=0.3,
+        lr=5e-4, max_steps=250, warmup_steps=25, log_interval=20, eval_interval=50, save_interval=50),
+}
+
+
+def get_args(argv=None):
+    p = Parser(__doc__, PRESETS)
+    p.section("data")
+    p.knob("data", "imagenet", "name of the prepared images: DATA_DIR/NAME")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
+    p.knob("unit", "image", "what an epoch runs over once: every image, or every label (OpenMoji: family) with a random "
+           "image of it; labels are used for nothing else", choices=["image", "label"])
+    p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture")
+    p.knob("flip", 0.5, "probability of a mirror image")
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners")
+    p.knob("color", 0.0, "vary colours by up to this share")
+    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+    p.section("model")
+    p.knob("teacher", "data2vec2_image", "a checkpoint of this script, whose first DEPTH blocks the student starts from; "
+           "or ema: no checkpoint, an exponential moving average of the student itself")
+    p.knob("depth", 6, "blocks of the student")
+    p.knob("img_size", 224, "teacher=ema: side of the square images in pixels")
+    p.knob("patch_size", 16, "teacher=ema: side of a patch in pixels")
+    p.knob("embed_dim", 768, "teacher=ema: width of all blocks")
+    p.knob("num_heads", 12, "teacher=ema: attention heads of all blocks")
+    p.section("loss")
+    p.knob("objective", "mask", "teacher=ema: mask, data2vec's own: the student sees some patches masked and predicts the "
+           "target there; views: it sees another crop, rotation and colouring, and finds its own image among those of the "
+           "batch (MoCo v3)", choices=["mask", "views"])
+    p.knob("mask_ratio", 0.6, "objective=mask: share of patches hidden from the student")
+    p.knob("target_layers", 4, "objective=mask: the target averages this many of the last blocks")
+    p.knob("temperature", 0.2, "objective=views: divides the cosines")
+    p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; it rises linearly to 1")
+    p.section("optimisation")
+    p.knob("batch_size", 256, "images per optimiser step")
+    p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
+    p.knob("max_steps", 50040, "optimiser steps")
+    p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
+    p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
+    p.knob("warmup_steps", 5004, "steps of linear warm-up")
+    p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, tokens")
+    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
+    p.section("run")
+    p.knob("out_dir", "out/data2vec2", "folder for ckpt.pt and log.jsonl")
+    p.knob("resume", False, "continue the run in OUT_DIR")
+    p.knob("seed", 0, "of initialisation, order and augmentation")
+    p.knob("log_interval", 50, "steps between log lines")
+    p.knob("eval_interval", 5004, "steps between validations")
+    p.knob("save_interval", 1000, "steps between checkpoints")
+    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
+           choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", choices=["auto", "True", "False"])
+    return p.parse(argv)
+
+
+# -----------------------------------------------------------------------------
+# losses, all float32 scalars; images (n, 3, H, W) normalised, T = N + 1 tokens
+
+
+def feature_loss(student, teacher, images, autocast):
+    """Eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all elements."""
+    with autocast:
+        with torch.no_grad():
+            target = feature_target(teacher(images, return_layers=True))
+        layers = student(images, return_layers=True)
+    return F.mse_loss(feature_target(layers), target)
+
+
+def masked_loss(student, heads, teacher, images, patch_mask, target_layers, autocast):
+    """data2vec's objective: the student, some of its patches hidden, predicts for them the target that the teacher
+    computes from the whole image; and with weight 0.1 its CLS token predicts the mean target of all patches.
+    patch_mask (n, N), True where hidden. Mean over hidden patches and channels."""
+    with autocast:
+        with torch.no_grad():
+            target = feature_target(teacher(images, return_layers=True)[-target_layers:])
+        out = heads["predict"](student(images, patch_mask=patch_mask, mask_token=heads.mask_token)).float() # (n, T, D)
+    whole = F.layer_norm(target[:, 1:].mean(1), target.shape[-1:]) # (n, D)
+    return F.mse_loss(out[:, 1:][patch_mask], target[:, 1:][patch_mask]) + 0.1 * F.mse_loss(out[:, 0], whole)
+
+
+def views_loss(student, heads, teacher, teacher_heads, views, temperature, autocast):
+    """MoCo v3's objective: the student's CLS token of one view finds, among those that the teacher computes for the
+    other views of the batch, that of its own image. views: two tensors of images. Mean over the batch, both ways."""
+    loss = 0.0
+    for query_view, key_view in (views, views[::-1]):
+        with autocast:
+            query = heads["predict"](heads["project"](student(query_view)[:, 0]))
+            with torch.no_grad():
+                key = teacher_heads["project"](teacher(key_view)[:, 0])
+        logits = F.normalize(query.float(), dim=-1) @ F.normalize(key.float(), dim=-1).T / temperature # (n, n)
+        loss = loss + F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)) / 2
+    return loss
+
+
+def random_patch_mask(n, num_patches, ratio, generator):
+    """(n, N) bool on the CPU, True for the same number of patches in every image."""
+    order = torch.rand(n, num_patches, generator=generator).argsort(1)
+    return order < int(num_patches * ratio)
+
+
+# -----------------------------------------------------------------------------
+# batches: everything random is a function of (seed, epoch, position), so a resumed run sees what it would have seen
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Crops of a prepared training split, two per image for objective=views; the index is (epoch, position, unit)."""
+
+    def __init__(self, pairs, size, args):
+        self.pairs, self.size, self.args = pairs, size, args
+        self.crops = 2 if args.teacher == "ema" and args.objective == "views" else 1
+        if args.unit == "label" and pairs.labels is None:
+            fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=image.")
+        labels = pairs.labels if args.unit == "label" else np.arange(len(pairs.images))
+        order = np.argsort(labels, kind="stable")
+        self.images_of = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+    def __getitem__(self, index):
+        epoch, position, unit = index
+        rng = np.random.default_rng((self.args.seed, epoch, position))
+        image = decode(self.pairs.images[rng.choice(self.images_of[unit])])
+        return torch.stack([train_image(image, self.size, self.args.crop_min, rng) for _ in range(self.crops)])
+
+
+def batch_order(num_units, batch_size, seed, step):
+    """Yields for each step, from `step` on and for ever, its list of (epoch, position, unit). An epoch is one
+    permutation of the units; the rest that fills no batch is left out, other units in each epoch."""
+    per_epoch = num_units // batch_size
+    while True:
+        epoch, first = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(num_units)
+        for k in range(first, per_epoch):
+            yield [(epoch, position, int(order[position])) for position in range(k * batch_size, (k + 1) * batch_size)]
+            step += 1
+
+
+# -----------------------------------------------------------------------------
+# learning rate
+
+
+def get_lr(step, args):
+    """Linear warm-up, then half a cosine down to min_lr. step counts from 0."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+# -----------------------------------------------------------------------------
+
+
+def check(args):
+    """What the flags cannot say by themselves, before time is spent."""
+    if args.teacher != "ema" and not os.path.exists(args.teacher):
+        fail(f"--teacher={args.teacher} is no file. This version reads teachers that it made itself; the published data2vec "
+             f"2.0 weights come with their own command later.\nTo make a teacher now, nothing to download:\n"
+             f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
+    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
+        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    if args.micro_batch_size and args.teacher == "ema" and args.objective == "views":
+        fail("--objective=views compares all images of a batch, so it takes no --micro_batch_size: lower --batch_size")
+    if args.img_size % args.patch_size or args.embed_dim % args.num_heads:
+        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}, and --num_heads={args.num_heads} "
+             f"--embed_dim={args.embed_dim}")
+    for name, least in (("max_steps", 1), ("warmup_steps", 0), ("log_interval", 1), ("eval_interval", 1), ("save_interval", 1)):
+        if getattr(args, name) < least:
+            fail(f"--{name}={getattr(args, name)} must be at least {least}")
+
+
+def main(args):
+    # -- set up
+    check(args)
+    train, val = (Pairs(args.data_dir, args.data, split) for split in ("train", "val"))
+    device = pick_device(args.device)
+    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    print_settings(args, device, dtype, compiled)
+    checkpoint = open_run(args)
+    torch.manual_seed(args.seed)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # -- teacher and student
+    self_distilled = args.teacher == "ema"
+    heads = torch.nn.ModuleDict() # only --teacher=ema has any; they are thrown away with the student
+    if self_distilled:
+        student = Encoder("image", embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads,
+                          img_size=args.img_size, patch_size=args.patch_size)
+        D = args.embed_dim
+        if args.objective == "mask":
+            heads["predict"] = torch.nn.Linear(D, D)
+            init_weights(heads, D)
+            heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, D) * 0.02))
+        else:
+            heads["project"] = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 512), torch.nn.GELU(),
+                                                   torch.nn.Linear(512, 128))
+            heads["predict"] = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
+            init_weights(heads, D)
+        teacher = copy.deepcopy(student).requires_grad_(False)
+    else:
+        teacher = load_checkpoint(args.teacher)
+        if not isinstance(teacher, Encoder) or teacher.config["modality"] != "image":
+            fail(f"--teacher={args.teacher} is no image encoder. Make one: python distill_image.py --preset=tiny")
+        if args.depth > teacher.config["depth"]:
+            fail(f"--depth={args.depth}, but the teacher {args.teacher} has {teacher.config['depth']} blocks")
+        student = Encoder(**{**teacher.config, "depth": args.depth})
+        weights = teacher.state_dict()
+        student.load_state_dict({k: weights[k] for k in student.state_dict()}) # its first blocks, and all before them
+    student, teacher, heads = student.to(device), teacher.to(device), heads.to(device)
+    teacher_heads = copy.deepcopy(heads).requires_grad_(False)
+    size, patch_size = student.config["img_size"], student.config["patch_size"]
+    num_params = sum(p.numel() for m in (student, heads) for p in m.parameters() if p.requires_grad)
+    print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher "
+          f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M, " +
+          ("an average of the student" if self_distilled else "frozen"))
+
+    # -- data
+    images = TrainImages(train, size, args)
+    B, micro, num_units = args.batch_size, args.micro_batch_size or args.batch_size, len(images.images_of)
+    if not 1 <= B <= num_units:
+        fail(f"--batch_size={B}, but an epoch has {num_units} units (--unit={args.unit}). Use 1 to {num_units}.")
+    print(f"{len(train.images):,} training images, {len(val.images):,} for validation; {num_units // B} steps of {B} per "
+          f"epoch (one epoch = every {args.unit} once); {B} = {B // micro} x {micro} images per step")
+    val_images = torch.stack([eval_image(val.images[i], size) for i in range(min(len(val.images), 5000))])
+
+    def loss_of(raw, generator, augmented=True):
+        """Crops (n, c, 3, H, W) uint8 -> the loss, a mean over n."""
+        change = dict(flip=args.flip, rotate=args.rotate, color=args.color) if augmented else dict(flip=0.0)
+        views = [augment(x.to(device, non_blocking=True), generator, **change) for x in raw.unbind(1)]
+        if not self_distilled:
+            return feature_loss(student, teacher, views[0], autocast)
+        if args.objective == "views":
+            return views_loss(student, heads, teacher, teacher_heads, views, args.temperature, autocast)
+        patch_mask = random_patch_mask(len(raw), (size // patch_size) ** 2, args.mask_ratio, generator).to(device)
+        return masked_loss(student, heads, teacher, views[0], patch_mask, args.target_layers, autocast)
+
+    # -- optimizer: no decay for biases, norms, positions, tokens
+    named = [*student.named_parameters(), *heads.named_parameters()]
+    is_decayed = [p.ndim >= 2 and "pos_embed" not in n and "token" not in n for n, p in named]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for (_, p), d in zip(named, is_decayed) if d], "weight_decay": args.weight_decay},
+         {"params": [p for (_, p), d in zip(named, is_decayed) if not d], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best = 0, {"loss": math.inf, "step": 0}
+
+    # -- resume
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    if checkpoint:
+        if checkpoint["config"] != student.config:
+            fail(f"the model in {path} has other settings than these flags give: {checkpoint['config']}. Use the same "
+                 f"flags, or another --out_dir.")
+        load_weights(teacher if self_distilled else student, checkpoint["model"], path)
+        if self_distilled:
+            load_weights(student, checkpoint["student"], path)
+            load_weights(heads, checkpoint["heads"], path)
+            load_weights(teacher_heads, checkpoint["teacher_heads"], path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    if compiled: # in place: the weights keep their names
+        student.compile()
+        teacher.compile()
+
+    def save(finished=False):
+        # what --teacher=ema makes is the average; to resume, the student itself is needed too
+        rest = dict(student=student.state_dict(), heads=heads.state_dict(), teacher_heads=teacher_heads.state_dict())
+        save_checkpoint(path, teacher if self_distilled else student, step=step, best=best, finished=finished,
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=vars(args), code=git_sha(),
+                        torch=str(torch.__version__), teacher=args.teacher, **(rest if self_distilled else {}))
+
+    def log(text, **record):
+        print(text, flush=True)
+        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+
+    @torch.no_grad()
+    def validate():
+        """The training loss on the validation images in fixed order; crops only for views, masks always the same."""
+        generator, losses, views = torch.Generator().manual_seed(0), [], self_distilled and args.objective == "views"
+        for start in range(0, len(val_images), micro):
+            raw = val_images[start:start + micro][:, None] # (n, 1, 3, H, W)
+            losses.append(loss_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views).item() * len(raw))
+        loss = sum(losses) / len(val_images)
+        if loss < best["loss"]:
+            best.update(loss=loss, step=step)
+        log(f"validation at step {step}: loss {loss:.4f} (best {best['loss']:.4f} at {best['step']})", val_loss=loss)
+
+    # -- loop
+    os.makedirs(args.out_dir, exist_ok=True)
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=batch_order(num_units, B, args.seed, step),
+                                              num_workers=args.num_workers, pin_memory=device.type == "cuda"))
+    total, norms, seen, waited, since, first_step, loop_start = 0.0, 0.0, 0, 0.0, time.time(), step, time.time()
+    student.train()
+    while step < args.max_steps:
+        wait_start = time.time()
+        raw = next(loader) # (B, crops, 3, H, W) uint8
+        waited += time.time() - wait_start
+        # a generator for each step: what was drawn before a kill need not be saved
+        generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
+        lr = get_lr(step, args)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        for start in range(0, B, micro):
+            loss = loss_of(raw[start:start + micro], generator) * (micro / B)
+            scaler.scale(loss).backward()
+            total = total + loss.detach() # summed on the device: no waiting for it
+        scaler.unscale_(optimizer)
+        norms = norms + torch.nn.utils.clip_grad_norm_([p for _, p in named], args.grad_clip or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if self_distilled:
+            decay = 1 - (1 - args.ema_decay) * (1 - step / args.max_steps)
+            with torch.no_grad():
+                for averaged, current in ((teacher, student), (teacher_heads, heads)):
+                    torch._foreach_lerp_(list(averaged.parameters()), list(current.parameters()), 1 - decay)
+        step, seen = step + 1, seen + 1
+
+        if step % args.log_interval == 0 or step == args.max_steps:
+            mean, norm = total.item() / seen, norms.item() / seen
+            if not math.isfinite(mean):
+                fail(f"the loss is not finite between steps {step - seen} and {step}. The last good checkpoint is in "
+                     f"{args.out_dir}; continue from it with --resume and a lower --lr, or --dtype=float32.")
+            ms = 1000 * (time.time() - since) / seen
+            left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
+            log(f"step {step:>6}/{args.max_steps}  loss {mean:.4f}  norm {norm:.2f}  lr {lr:.2e}  {1000 * B / ms:.0f} "
+                f"images/s  {ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
+                f"{left / 60:.1f} min left", loss=mean, norm=norm, lr=lr, ms=ms, wait_ms=1000 * waited / seen)
+            total, norms, seen, waited, since = 0.0, 0.0, 0, 0.0, time.time()
+        if step % args.eval_interval == 0 or step == args.max_steps:
+            validate()
+            since = time.time()
+        if step % args.save_interval == 0 and step < args.max_steps:
+            save()
+
+    # -- end
+    save(finished=True)
+    print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
+          f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}\n"
+          f"next: python distill_multimodal.py --preset=tiny --teacher={path}")
+
+
+if __name__ == "__main__":
+    main(get_args())

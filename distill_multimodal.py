@@ -1,0 +1,515 @@
+"""
+Distils a vision-language student: an image encoder, a text encoder and shared blocks on top learn, from image-text
+pairs, to predict an image teacher's CLS token from the image and from its caption, and to agree with each other.
+
+    python distill_multimodal.py --preset=tiny          # no download, no GPU: data and teacher are made first
+    python distill_multimodal.py --batch_size=256       # row 9 of the thesis: MM-D2V2, BEiTv2 teacher, COCO
+
+Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume continues a
+run that was stopped. Eq. numbers are those of the thesis (README, "Cite").
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from model import (Encoder, Parser, Tokenizer, VisionLanguageModel, fail, git_sha, is_finished, load_checkpoint,
+                   load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint,
+                   use_compile)
+from prepare_pairs import Pairs, augment, decode, eval_image, train_image
+
+# -----------------------------------------------------------------------------
+# presets and knobs
+
+PRESETS = {
+    # Row 9, the best system of the seeds: 5 modality-specific blocks and 1 shared block regress BEiTv2's CLS token from
+    # image and text, MSE + MSE, no alignment loss. Published: COCO R@1 31.7 (image to text) / 12.4 (text to image).
+    # These are the defaults of the knobs below.
+    "mmd2v2_beit": dict(),
+    # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was tuned on
+    # families of the training split (README, "How the tiny preset was tuned").
+    "tiny": dict(
+        data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", img_size=48,
+        patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, flip=0.5, rotate=15.0,
+        color=0.2, crop_min=0.6, head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive",
+        label_smoothing=0.1, lr=1e-3, max_steps=700, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
+        eval_interval=100, save_interval=100, log_interval=20),
+}
+
+
+def get_args(argv=None):
+    p = Parser(__doc__, PRESETS)
+    p.section("data")
+    p.knob("data", "coco", "name of the prepared pairs: DATA_DIR/NAME")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
+    p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random caption; every "
+           "label (OpenMoji: family), with a random image of it", choices=["caption", "image", "label"])
+    p.knob("max_length", 64, "text tokens with CLS and SEP, at most; longer captions are cut")
+    p.knob("crop_min", 0.6, "smallest area of the random crop, as a share of the picture; near 1 keeps what the caption "
+           "speaks of, less makes the images more varied")
+    p.knob("flip", 0.5, "probability of a mirror image")
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners")
+    p.knob("color", 0.0, "vary colours by up to this share")
+    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+    p.section("model")
+    p.knob("teacher", "beitv2", "image teacher: a checkpoint of distill_image.py")
+    p.knob("target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
+           choices=["cls", "mean"])
+    p.knob("image_init", "teacher", "image encoder: the teacher's patch embedding and first DEPTH blocks, or random",
+           choices=["teacher", "random"])
+    p.knob("img_size", 224, "side of the square images in pixels")
+    p.knob("patch_size", 16, "side of a patch in pixels")
+    p.knob("embed_dim", 768, "width of all blocks")
+    p.knob("num_heads", 12, "attention heads of all blocks")
+    p.knob("depth", 5, "modality-specific blocks of the image encoder")
+    p.knob("text_depth", 5, "modality-specific blocks of the text encoder")
+    p.knob("shared_depth", 1, "blocks on top that both modalities pass through")
+    p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the CLS token itself")
+    p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
+    p.section("loss")
+    p.knob("kd_loss", "mse", "distance to the teacher's target, for image and for text: mse and l1 on the features; "
+           "contrastive: find the own target among those of the batch and the queue; none",
+           choices=["mse", "l1", "contrastive", "none"])
+    p.knob("kd_weight", 1.0, "weight of the sum of the image and the text term")
+    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)")
+    p.knob("queue_size", 0, "contrastive kd_loss: targets of earlier batches kept as further negatives")
+    p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned temperature, or "
+           "ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
+    p.knob("align_weight", 1.0, "weight of the alignment loss")
+    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch")
+    p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
+    p.section("optimisation")
+    p.knob("batch_size", 256, "pairs per optimiser step")
+    p.knob("micro_batch_size", 0, "pairs per forward pass, 0: all; the result is the same (gradient caching), memory "
+           "falls, one forward pass more is paid")
+    p.knob("max_steps", 40000, "optimiser steps")
+    p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
+    p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
+    p.knob("warmup_steps", 4000, "steps of linear warm-up")
+    p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, embeddings")
+    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
+    p.section("run")
+    p.knob("out_dir", "out/mmd2v2_beit", "folder for ckpt.pt, log.jsonl, retrieval.png, retrieval.json")
+    p.knob("resume", False, "continue the run in OUT_DIR")
+    p.knob("seed", 0, "of initialisation, order and augmentation")
+    p.knob("log_interval", 50, "steps between log lines")
+    p.knob("eval_interval", 1000, "steps between validations")
+    p.knob("save_interval", 1000, "steps between checkpoints")
+    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
+           choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", choices=["auto", "True", "False"])
+    return p.parse(argv)
+
+
+# -----------------------------------------------------------------------------
+# losses, all float32 scalars
+
+
+def contrastive_loss(image, text, logit_scale, label_smoothing=0.0):
+    """Eq. 27: mean of the cross-entropies of image to text and text to image, each a mean over the batch; the other
+    pairs of the batch are the negatives. image, text (B, D), L2-normalised; logit_scale multiplies the cosines."""
+    logits = logit_scale * image.float() @ text.float().T # (B, B)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own, label_smoothing=label_smoothing)
+            + F.cross_entropy(logits.T, own, label_smoothing=label_smoothing)) / 2
+
+
+def ranking_loss(image, text, margin):
+    """Eq. 30, one direction, the plain sum over i and j != i of max(0, margin - cos(x_i, y_i) + cos(x_i, y_j)).
+    image, text (B, D), L2-normalised. 0 for B = 1."""
+    cosine = image.float() @ text.float().T # (B, B)
+    violation = (margin - cosine.diagonal()[:, None] + cosine).clamp(min=0)
+    return violation.sum() - violation.diagonal().sum()
+
+
+def contrastive_kd_loss(student_out, target, group, queue, scale):
+    """Cross-entropy of finding one's own target among those of the batch and of the queue, mean over the batch.
+
+    student_out, target (B, D), any norm; group (B,): samples of one group (the same image) are never each other's
+    negatives; queue: (targets (Q, D) normalised, groups (Q,)) or None; scale multiplies the cosines."""
+    bank, bank_group = F.normalize(target.float(), dim=-1), group
+    if queue is not None:
+        bank, bank_group = torch.cat([bank, queue[0]]), torch.cat([group, queue[1]]) # (B + Q, D), (B + Q,)
+    logits = scale * F.normalize(student_out.float(), dim=-1) @ bank.T # (B, B + Q)
+    own = torch.arange(len(group), device=logits.device)
+    same = group[:, None] == bank_group[None]
+    same[own, own] = False # one's own target stays in
+    return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
+
+
+def loss_terms(outputs, target, group, queue, log_scale, args):
+    """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel returns,
+    for the whole batch."""
+    image_cls, text_cls, image_out, text_out = (x.float() for x in outputs)
+    terms, total = {}, 0.0
+    for name, out in (("kd_image", image_out), ("kd_text", text_out)):
+        if args.kd_loss == "mse":
+            terms[name] = F.mse_loss(out, target) # mean over batch and channels
+        elif args.kd_loss == "l1":
+            terms[name] = F.l1_loss(out, target)
+        elif args.kd_loss == "contrastive":
+            terms[name] = contrastive_kd_loss(out, target, group, queue, args.kd_scale)
+        total = total + args.kd_weight * terms.get(name, 0.0)
+    if args.align_loss != "none":
+        image_emb, text_emb = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
+        terms["align"] = (ranking_loss(image_emb, text_emb, args.margin) if args.align_loss == "ranking" else
+                          contrastive_loss(image_emb, text_emb, log_scale.exp(), args.label_smoothing))
+        total = total + args.align_weight * terms["align"]
+    return total, terms
+
+
+# -----------------------------------------------------------------------------
+# batches: everything random is a function of (seed, epoch, position), so a resumed run sees what it would have seen
+
+
+class TrainPairs(torch.utils.data.Dataset):
+    """Samples of a prepared training split; the index is (epoch, position, unit), see batch_order."""
+
+    def __init__(self, pairs, args):
+        self.pairs, self.args = pairs, args
+        owner = pairs.text_to_image
+        self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
+        if args.unit == "label" and pairs.labels is None:
+            fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=caption or --unit=image.")
+        # group: what is never its own negative in the queue, the label if there is one, else the image
+        self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
+        self.images_of = [np.flatnonzero(self.group == g) for g in np.unique(self.group)]
+        self.num_units = {"caption": len(pairs.captions), "image": len(pairs.images),
+                          "label": len(self.images_of)}[args.unit]
+
+    def __getitem__(self, index):
+        epoch, position, unit = index
+        rng = np.random.default_rng((self.args.seed, epoch, position))
+        if self.args.unit == "caption":
+            i, caption = self.pairs.text_to_image[unit], unit
+        else:
+            i = rng.choice(self.images_of[unit]) if self.args.unit == "label" else unit
+            caption = rng.choice(self.captions_of[i])
+        image = train_image(decode(self.pairs.images[i]), self.args.img_size, self.args.crop_min, rng)
+        return image, self.pairs.captions[caption], int(self.group[i])
+
+
+def batch_order(num_units, batch_size, seed, step):
+    """Yields for each step, from `step` on and for ever, its list of (epoch, position, unit). An epoch is one
+    permutation of the units; the rest that fills no batch is left out, other units in each epoch."""
+    per_epoch = num_units // batch_size
+    while True:
+        epoch, first = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(num_units)
+        for k in range(first, per_epoch):
+            where = range(k * batch_size, (k + 1) * batch_size)
+            yield [(epoch, position, int(order[position])) for position in where]
+            step += 1
+
+
+def validation_batch(pairs, tokenizer, args):
+    """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids, mask."""
+    _, first = np.unique(pairs.text_to_image, return_index=True)
+    images = torch.stack([eval_image(pairs.images[i], args.img_size) for i in range(len(pairs.images))])
+    return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
+
+
+# -----------------------------------------------------------------------------
+# learning rate
+
+
+def get_lr(step, args):
+    """Linear warm-up, then half a cosine down to min_lr. step counts from 0."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+# -----------------------------------------------------------------------------
+
+
+def what_is_missing(args):
+    """Ends the program in seconds, with the commands to run, if the run cannot start."""
+    problems = []
+    if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
+        problems.append(f"data set {args.data} is not in {args.data_dir}/")
+    if not os.path.exists(args.teacher):
+        problems.append(f"teacher {args.teacher} is no file")
+    if problems:
+        fail("\n  ".join(["cannot start:", *problems]) + "\n"
+             "This version prepares OpenMoji and reads teachers that distill_image.py made; COCO and the published\n"
+             "BEiTv2 weights, which row 9 of the thesis was trained with, come with their own commands later.\n"
+             "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
+             "  python distill_multimodal.py --preset=tiny\n"
+             "The same in pieces, to change any of them:\n"
+             "  python prepare_pairs.py --data=openmoji\n"
+             "  python distill_image.py --preset=tiny --out_dir=out/tiny_teacher\n"
+             "  python distill_multimodal.py --preset=tiny --teacher=out/tiny_teacher/ckpt.pt")
+
+
+def prepare_tiny(args):
+    """Data and teacher of the tiny preset, if they are not there yet, each by the command that it prints."""
+    commands = []
+    if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
+        commands.append(["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"])
+    if (args.kd_loss != "none" or args.image_init == "teacher") and not is_finished(args.teacher):
+        folder = os.path.dirname(args.teacher) or "."
+        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder}",
+                         f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
+                         f"--resume={os.path.exists(args.teacher)}"])
+    here = os.path.dirname(os.path.abspath(__file__))
+    for script, *flags in commands:
+        print("$ python", script, *flags, flush=True)
+        done = subprocess.run([sys.executable, os.path.join(here, script), *flags])
+        if done.returncode:
+            fail(f"{script} ended with exit code {done.returncode}; its message is above")
+
+
+def check(args, pairs):
+    """What the flags cannot say by themselves, before time is spent."""
+    if args.batch_size < 2 or args.batch_size > pairs.num_units:
+        fail(f"--batch_size={args.batch_size}, but an epoch has {pairs.num_units} units (--unit={args.unit}). "
+             f"Use --batch_size between 2 and {pairs.num_units}.")
+    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
+        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    if args.kd_loss == args.align_loss == "none":
+        fail("--kd_loss=none and --align_loss=none leave nothing to learn; set one of them")
+    if args.queue_size and args.kd_loss != "contrastive":
+        fail(f"--queue_size={args.queue_size} is for --kd_loss=contrastive, not --kd_loss={args.kd_loss}")
+    for name, least in (("max_steps", 1), ("warmup_steps", 0), ("log_interval", 1), ("eval_interval", 1), ("save_interval", 1)):
+        if getattr(args, name) < least:
+            fail(f"--{name}={getattr(args, name)} must be at least {least}")
+
+
+def build_student(args, teacher, vocab_size):
+    """The student, its image encoder cut from the teacher or fresh."""
+    text = dict(embed_dim=args.embed_dim, depth=args.text_depth, num_heads=args.num_heads, vocab_size=vocab_size,
+                max_length=args.max_length, positions="learned")
+    image = dict(embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads, img_size=args.img_size,
+                 patch_size=args.patch_size)
+    if args.image_init == "teacher":
+        config = teacher.config
+        wrong = [f"--{k}={image[k]}, but the teacher has {config[k]}" for k in image if k != "depth" and image[k] != config[k]]
+        wrong += [f"--depth={args.depth}, but the teacher has {config['depth']}"] * (args.depth > config["depth"])
+        if wrong:
+            fail(f"--image_init=teacher: {'; '.join(wrong)}. Change these flags or use --image_init=random.")
+        image = {**config, "depth": args.depth, "final_norm": False}
+        del image["modality"]
+    student = VisionLanguageModel(image, text, args.shared_depth, None, args.token_types,
+                                  teacher.config["embed_dim"] if args.head else 0)
+    if args.image_init == "teacher":
+        weights = teacher.state_dict()
+        load_weights(student.image_encoder, {k: weights[k] for k in student.image_encoder.state_dict()}, args.teacher)
+    return student
+
+
+def main(args):
+    # -- set up
+    started = time.time()
+    if args.preset == "tiny":
+        prepare_tiny(args)
+    what_is_missing(args)
+    device = pick_device(args.device)
+    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    print_settings(args, device, dtype, compiled)
+    checkpoint = open_run(args)
+    torch.manual_seed(args.seed)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # -- data
+    pairs = TrainPairs(Pairs(args.data_dir, args.data, "train"), args)
+    val_pairs = Pairs(args.data_dir, args.data, "val")
+    check(args, pairs)
+    with open(os.path.join(args.data_dir, args.data, "tokenizer.json"), encoding="utf-8") as f:
+        tokenizer = Tokenizer(f.read())
+    B, micro = args.batch_size, args.micro_batch_size or args.batch_size
+    print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
+          f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} per epoch "
+          f"(one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
+
+    def collate(samples):
+        images, captions, group = zip(*samples)
+        return torch.stack(images), *tokenizer.encode(captions, args.max_length), torch.tensor(group)
+
+    # -- teacher: frozen, whatever the student becomes
+    teacher = None
+    if args.kd_loss != "none" or args.image_init == "teacher":
+        teacher = load_checkpoint(args.teacher).to(device)
+        if not isinstance(teacher, Encoder) or teacher.config["modality"] != "image":
+            fail(f"--teacher={args.teacher} is no image encoder. Make one: python distill_image.py --preset=tiny "
+                 f"--out_dir=out/tiny_teacher")
+
+    @torch.no_grad()
+    def target_of(images):
+        """Normalised images (n, 3, H, W) -> what the student predicts, (n, D) float32."""
+        if args.kd_loss == "none":
+            return None
+        with autocast:
+            x = teacher(images) # (n, T, D)
+        return (x[:, 0] if args.target == "cls" else x[:, 1:].mean(1)).float()
+
+    # -- student
+    student = build_student(args, teacher, tokenizer.vocab_size).to(device)
+    student.tokenizer = tokenizer # evaluation asks the model for it
+    num_params = sum(p.numel() for p in student.parameters())
+    frozen = sum(p.numel() for p in teacher.parameters()) if args.kd_loss != "none" else 0
+    print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher {frozen / 1e6:.2f}M, frozen")
+    if args.kd_loss != "none" and not args.head and teacher.config["embed_dim"] != args.embed_dim:
+        fail(f"the teacher is {teacher.config['embed_dim']} wide, the student {args.embed_dim}: add --head")
+
+    # -- optimizer: no decay for biases, norms, positions, tokens
+    decayed = [p for n, p in student.named_parameters() if p.ndim >= 2 and "embed.weight" not in n
+               and "pos_embed" not in n and "token" not in n]
+    rest = [p for p in student.parameters() if all(p is not q for q in decayed)]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    queue, best, step = None, {"mean": -1.0, "step": 0}, 0
+
+    # -- resume
+    if checkpoint:
+        if checkpoint["config"] != student.config:
+            fail(f"the model in {args.out_dir}/ckpt.pt has other settings than these flags give: {checkpoint['config']}. "
+                 f"Use the same flags, or another --out_dir.")
+        load_weights(student, checkpoint["model"], f"{args.out_dir}/ckpt.pt")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        queue = checkpoint["queue"] and tuple(x.to(device) for x in checkpoint["queue"])
+    if compiled: # in place: the weights keep their names
+        student.compile()
+        if teacher is not None:
+            teacher.compile()
+
+    def save(finished=False):
+        save_checkpoint(os.path.join(args.out_dir, "ckpt.pt"), student, tokenizer=tokenizer.text, step=step, best=best,
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), queue=queue, finished=finished,
+                        args=vars(args), teacher=args.teacher, code=git_sha(), torch=str(torch.__version__))
+
+    def log(text, **record):
+        print(text, flush=True)
+        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+
+    val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
+    val_target = None
+
+    @torch.no_grad()
+    def validate():
+        """Retrieval on the validation split, and the distillation loss there for image and for text."""
+        nonlocal val_target
+        student.eval()
+        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, B, device, dtype)
+        record = {f"val_{k}": round(v, 3) for k, v in metrics.items()}
+        if args.kd_loss != "none":
+            outputs, targets = [], []
+            for i in range(0, len(val_images), micro):
+                images = normalize(val_images[i:i + micro].to(device))
+                with autocast:
+                    outputs.append(student(images, *(x[i:i + micro].to(device) for x in val_text)))
+                if val_target is None:
+                    targets.append(target_of(images))
+            val_target = torch.cat(targets) if val_target is None else val_target
+            _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], val_target,
+                                  torch.arange(len(val_images), device=device), None, student.log_scale, args)
+            record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
+        student.train()
+        if metrics["mean"] > best["mean"]:
+            best.update(mean=metrics["mean"], step=step)
+        kd = "".join(f", {k[4:]} {v:.4f}" for k, v in record.items() if k.startswith("val_kd"))
+        log(f"validation at step {step}: R@10 image to text {metrics['i2t_r10']:.1f}, text to image "
+            f"{metrics['t2i_r10']:.1f}, mean recall {metrics['mean']:.1f} (best {best['mean']:.1f} at {best['step']}){kd}",
+            **record)
+
+    # -- loop
+    os.makedirs(args.out_dir, exist_ok=True)
+    loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=batch_order(pairs.num_units, B, args.seed, step),
+                                              collate_fn=collate, num_workers=args.num_workers,
+                                              pin_memory=device.type == "cuda"))
+    sums, seen, waited, since, first_step, loop_start = {}, 0, 0.0, time.time(), step, time.time()
+    student.train()
+    while step < args.max_steps:
+        wait_start = time.time()
+        images, ids, padding_mask, group = (x.to(device, non_blocking=True) for x in next(loader))
+        waited += time.time() - wait_start
+        # a generator for each step: what was drawn before a kill need not be saved
+        images = augment(images, torch.Generator().manual_seed(args.seed * 2 ** 32 + step), args.flip, args.rotate, args.color)
+        lr = get_lr(step, args)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        chunks = [slice(i, i + micro) for i in range(0, B, micro)]
+        target = torch.cat([target_of(images[c]) for c in chunks]) if args.kd_loss != "none" else None
+
+        def forward(c):
+            with autocast:
+                return student(images[c], ids[c], padding_mask[c])
+
+        if len(chunks) == 1:
+            loss, terms = loss_terms(forward(chunks[0]), target, group, queue, student.log_scale, args)
+            scaler.scale(loss).backward()
+        else:
+            # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs without
+            # graph, the gradient of the loss with respect to them, then each micro-batch again, with graph
+            with torch.no_grad():
+                parts = [forward(c) for c in chunks]
+            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 x (B, D)
+            loss, terms = loss_terms(outputs, target, group, queue, student.log_scale, args)
+            scaler.scale(loss).backward()
+            for c in chunks:
+                used = [(x, whole.grad[c]) for x, whole in zip(forward(c), outputs) if whole.grad is not None]
+                torch.autograd.backward(*zip(*used))
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.grad_clip or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            student.log_scale.clamp_(0, math.log(100)) # as CLIP
+        if args.queue_size:
+            new = F.normalize(target, dim=-1), group
+            queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size] for x, old in zip(new, queue))
+        step += 1
+
+        for name, value in {"loss": loss, **terms, "norm": norm}.items(): # summed on the device: no waiting for it
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        seen += 1
+        if step % args.log_interval == 0 or step == args.max_steps:
+            means = {k: v.item() / seen for k, v in sums.items()}
+            bad = [k for k, v in means.items() if not math.isfinite(v) and k != "norm"]
+            if bad:
+                fail(f"{', '.join(bad)} is not finite between steps {step - seen} and {step}. The last good checkpoint is "
+                     f"in {args.out_dir}; continue from it with --resume and a lower --lr, or --dtype=float32.")
+            ms = 1000 * (time.time() - since) / seen
+            left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
+            log(f"step {step:>6}/{args.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) +
+                f"  scale {student.log_scale.exp().item():.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  {ms:.0f} ms "
+                f"({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  {left / 60:.1f} min left",
+                **means, lr=lr, ms=ms, wait_ms=1000 * waited / seen)
+            sums, seen, waited, since = {}, 0, 0.0, time.time()
+        if step % args.eval_interval == 0 or step == args.max_steps:
+            validate()
+            since = time.time() - 1e-9
+        if step % args.save_interval == 0 and step < args.max_steps:
+            save()
+
+    # -- end
+    save(finished=True)
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
+          f"{peak_memory(device):.2f} GB, wrote {path}")
+    if os.path.exists(os.path.join(args.data_dir, args.data, "test_images.idx")):
+        command = ["retrieval", f"--ckpt={path}", f"--data={args.data}", f"--data_dir={args.data_dir}", f"--device={device}",
+                   f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
+        print("$ python evaluate.py", *command)
+        evaluate.main(command)
+    print(f"{(time.time() - started) / 60:.1f} minutes in all. Next, the same without the teacher:\n"
+          f"  python distill_multimodal.py --preset={args.preset} --kd_loss=none --image_init=random --out_dir={args.out_dir}_clip")
+
+
+if __name__ == "__main__":
+    main(get_args())

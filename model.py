@@ -1,0 +1,637 @@
+"""
+The model file: one small vocabulary of Transformer blocks, and every encoder made from it.
+
+    Encoder               image or text encoder: ViT, BEiTv2, data2vec 2.0 and BERT are settings of it
+    VisionLanguageModel   image encoder + text encoder + shared blocks: the multimodal student
+    feature_target        what feature distillation regresses (eq. 36-38 of the thesis)
+    load_checkpoint       reads what the distill scripts write
+
+and in the last section the small things that every script needs: flags, devices, atomic files.
+
+Shapes: B batch, N patches, M text tokens, T tokens in all (T = N + 1 with the CLS token), D embed_dim,
+L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool, True where padding.
+"""
+import argparse
+import difflib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# positions: fixed sin-cos, ALiBi and relative position bias
+
+
+def sincos_1d(positions, dim):
+    """Sines then cosines of p / 10000^(k / (dim/2)), k = 0 .. dim/2-1. positions (T,) -> (T, dim) float32."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = positions.double()[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float() # (T, dim)
+
+
+def sincos_2d(grid, dim):
+    """MAE's fixed positions of a grid x grid image, row-major: first half of the channels encodes the
+    column, second half the row. Returns (grid * grid, dim) float32."""
+    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    return torch.cat([sincos_1d(cols.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
+
+
+def alibi_slopes(num_heads):
+    """One slope per head (ALiBi, Press et al. 2022): 2^(-8/n), its square, .. for n a power of two; other
+    head counts add every second slope of the next power. Returns (h,) float32."""
+    n = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    extra = [2 ** (-8 * (i + 1) / (2 * n)) for i in range(0, 2 * n, 2)]
+    return torch.tensor(slopes + extra[:num_heads - n])
+
+
+def alibi_bias(num_heads, length=None, grid=None):
+    """Symmetric ALiBi: -slope * distance. Give length for text (1-D), grid for a grid x grid image with a CLS
+    token in front (2-D, Manhattan distance; the CLS row and column are zero). Returns (h, T, T) float32."""
+    if grid is None:
+        pos = torch.arange(length)
+        distance = (pos[:, None] - pos[None]).abs()
+    else:
+        rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        pos = torch.stack([rows.flatten(), cols.flatten()], dim=1) # (N, 2)
+        distance = F.pad((pos[:, None] - pos[None]).abs().sum(-1), (1, 0, 1, 0)) # (N+1, N+1)
+    return -alibi_slopes(num_heads)[:, None, None] * distance
+
+
+def relative_position_index(length=None, grid=None):
+    """Row of the relative position table for each pair of tokens. Returns ((T, T) int64, table rows).
+
+    1-D (length): i - j + length - 1. 2-D (grid, CLS in front): BEiT's order, (dy + g - 1) * (2g - 1) + dx + g - 1
+    for patches, then three rows more: CLS to patch, patch to CLS, CLS to CLS."""
+    if grid is None:
+        pos = torch.arange(length)
+        return pos[:, None] - pos[None] + length - 1, 2 * length - 1
+    span = 2 * grid - 1
+    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    pos = torch.stack([rows.flatten(), cols.flatten()]) # (2, N)
+    dy, dx = pos[:, :, None] - pos[:, None] + grid - 1 # (N, N) each
+    index = F.pad(dy * span + dx, (1, 0, 1, 0)) # (N+1, N+1)
+    index[0, :], index[:, 0], index[0, 0] = span * span, span * span + 1, span * span + 2
+    return index, span * span + 3
+
+
+# -----------------------------------------------------------------------------
+# blocks
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. key_bias=False is BEiT's: biases for queries and values only (a bias on
+    the keys adds the same number to a whole row of logits, which softmax ignores)."""
+
+    def __init__(self, embed_dim, num_heads, key_bias=True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=key_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        if not key_bias:
+            self.q_bias = nn.Parameter(torch.zeros(embed_dim))
+            self.v_bias = nn.Parameter(torch.zeros(embed_dim))
+
+    def forward(self, x, bias=None):
+        """x (B, T, D); bias: additive float or boolean (True = attend), broadcastable to (B, h, T, T)."""
+        B, T, D = x.shape
+        qkv_bias = self.qkv.bias
+        if qkv_bias is None:
+            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4) # 3 x (B, h, T, d)
+        # on a CPU torch's bfloat16 attention is several times slower backward than its float32 one
+        dtype = torch.float32 if x.device.type == "cpu" else q.dtype
+        if bias is not None and bias.dtype != torch.bool:
+            bias = bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, embed_dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x))) # exact (erf) GELU: all our teachers use it
+
+
+class Block(nn.Module):
+    """Transformer block. norm_first=True is pre-norm (ViT, BEiTv2: eq. 16-17), False post-norm (BERT,
+    data2vec 2.0). layer_scale: initial value of BEiT's gamma_1 and gamma_2, None for no LayerScale."""
+
+    def __init__(self, embed_dim, num_heads, mlp_ratio=4.0, norm_first=True, eps=1e-6, layer_scale=None,
+                 key_bias=True):
+        super().__init__()
+        self.norm_first = norm_first
+        self.norm1 = nn.LayerNorm(embed_dim, eps=eps)
+        self.attn = Attention(embed_dim, num_heads, key_bias)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=eps)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        scales = (None, None) if layer_scale is None else (
+            nn.Parameter(torch.full((embed_dim,), float(layer_scale))) for _ in range(2))
+        self.gamma_1, self.gamma_2 = scales
+
+    def forward(self, x, bias=None):
+        scale_1 = 1.0 if self.gamma_1 is None else self.gamma_1
+        scale_2 = 1.0 if self.gamma_2 is None else self.gamma_2
+        if self.norm_first:
+            x = x + scale_1 * self.attn(self.norm1(x), bias)
+            return x + scale_2 * self.mlp(self.norm2(x))
+        x = self.norm1(x + scale_1 * self.attn(x, bias))
+        return self.norm2(x + scale_2 * self.mlp(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+
+    def forward(self, images):
+        # a convolution whose stride is its kernel is a linear map of each patch; as one matrix product it
+        # is several times faster on a CPU, backward most of all
+        p = self.proj.kernel_size[0]
+        B, C, H, W = images.shape
+        patches = images.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5) # (B, H/p, W/p, C, p, p)
+        return F.linear(patches.reshape(B, -1, C * p * p), self.proj.weight.flatten(1), self.proj.bias) # (B, N, D)
+
+
+class Encoder(nn.Module):
+    """A Transformer encoder for images or text; a CLS token is always at position 0.
+
+    modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of BERT's
+                  segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
+    positions     "sincos" (fixed), "learned" or "none"; images: patches only, the CLS token has no position
+    attn_bias     "none", "alibi" or "relative" (a table shared by all blocks), 1-D for text, 2-D for images
+    embed_norm    a LayerNorm on the embeddings, before block 0
+    final_norm    a LayerNorm after the last block
+    pool          what encode() returns: "cls" or "mean", of all tokens but CLS and padding
+    the rest      as in Block
+    """
+
+    def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True, eps=1e-6,
+                 layer_scale=None, key_bias=True, positions="sincos", attn_bias="none", embed_norm=False,
+                 final_norm=False, img_size=224, patch_size=16, vocab_size=30522, max_length=512, token_types=0,
+                 pool="cls"):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        assert modality in ("image", "text"), modality
+        assert positions in ("sincos", "learned", "none"), positions
+        assert attn_bias in ("none", "alibi", "relative"), attn_bias
+        if modality == "image":
+            assert img_size % patch_size == 0, f"img_size={img_size} is no multiple of patch_size={patch_size}"
+            grid = img_size // patch_size
+            self.patch_embed = PatchEmbed(patch_size, embed_dim)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            num_positions, where = grid * grid, {"grid": grid}
+            fixed = sincos_2d(grid, embed_dim)
+        else:
+            self.token_embed = nn.Embedding(vocab_size, embed_dim)
+            self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
+            num_positions, where = max_length, {"length": max_length}
+            fixed = sincos_1d(torch.arange(max_length), embed_dim)
+        if positions == "sincos":
+            self.register_buffer("pos_embed", fixed[None]) # (1, N, D)
+        elif positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
+        if attn_bias == "alibi":
+            self.register_buffer("alibi", alibi_bias(num_heads, **where), persistent=False) # (h, T, T)
+        elif attn_bias == "relative":
+            index, table_rows = relative_position_index(**where)
+            self.register_buffer("relative_position_index", index, persistent=False) # (T, T)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows, num_heads))
+        self.embed_norm = nn.LayerNorm(embed_dim, eps=eps) if embed_norm else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_first, eps, layer_scale, key_bias)
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=eps) if final_norm else None
+        init_weights(self, embed_dim)
+        if modality == "image":
+            nn.init.normal_(self.cls_token, std=0.02)
+        if positions == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+
+    def embed(self, x, token_type_ids=None, patch_mask=None, mask_token=None):
+        """Images (B, 3, H, W) or ids (B, T) -> the input of block 0, (B, T, D). Where patch_mask (B, N) is
+        True the patch is replaced by mask_token (1, 1, D) before positions are added (masked prediction)."""
+        positions = getattr(self, "pos_embed", None)
+        if self.config["modality"] == "text":
+            T = x.shape[1]
+            if T > self.config["max_length"]:
+                raise ValueError(f"{T} tokens, but the encoder has max_length={self.config['max_length']}")
+            x = self.token_embed(x)
+            if self.type_embed is not None:
+                types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+                x = x + self.type_embed(types if token_type_ids is None else token_type_ids)
+            if positions is not None:
+                x = x + positions[:, :T]
+        else:
+            x = self.patch_embed(x) # (B, N, D)
+            if patch_mask is not None:
+                x = torch.where(patch_mask[..., None], mask_token.to(x.dtype), x)
+            if positions is not None:
+                x = x + positions
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def attention_bias(self, T, padding_mask=None):
+        """What every block adds to its attention logits: None, a boolean mask or a float bias with -inf at
+        padding; broadcastable to (B, h, T, T)."""
+        bias = None
+        if self.config["attn_bias"] == "alibi":
+            bias = self.alibi[None, :, :T, :T] # (1, h, T, T)
+        elif self.config["attn_bias"] == "relative":
+            bias = self.relative_position_bias_table[self.relative_position_index[:T, :T]] # (T, T, h)
+            bias = bias.permute(2, 0, 1)[None] # (1, h, T, T)
+        if padding_mask is None:
+            return bias
+        keys = padding_mask[:, None, None] # (B, 1, 1, T)
+        return ~keys if bias is None else bias.masked_fill(keys, float("-inf"))
+
+    def forward(self, x, padding_mask=None, return_layers=False, token_type_ids=None, patch_mask=None,
+                mask_token=None):
+        """The last block's output (B, T, D), after the final norm if there is one; with return_layers the list
+        of every block's output, never normed after the block. Position 0 is the CLS token."""
+        x = self.embed(x, token_type_ids, patch_mask, mask_token)
+        bias = self.attention_bias(x.shape[1], padding_mask)
+        layers = []
+        for block in self.blocks:
+            x = block(x, bias)
+            layers.append(x)
+        if return_layers:
+            return layers
+        return x if self.norm is None else self.norm(x)
+
+    def encode(self, x, padding_mask=None):
+        """One embedding per image or text, (B, D) float32, L2-normalised. load_checkpoint names it encode_image or
+        encode_text."""
+        h = self(x, padding_mask).float()
+        if self.config["pool"] == "cls":
+            return F.normalize(h[:, 0], dim=-1)
+        real = torch.ones(h.shape[:2], device=h.device) if padding_mask is None else (~padding_mask).float()
+        real[:, 0] = 0
+        return F.normalize((h * real[..., None]).sum(1), dim=-1) # the direction of the mean is that of the sum
+
+
+def init_weights(module, embed_dim):
+    """Normal with BERT's standard deviation at BERT's width, 0.02 at 768, and the same gain at other widths (192
+    wide, 0.02 leaves all CLS tokens alike for hundreds of steps); biases zero."""
+    def init(m):
+        if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv2d)):
+            nn.init.normal_(m.weight, std=0.02 * (768 / embed_dim) ** 0.5)
+            if getattr(m, "bias", None) is not None:
+                nn.init.zeros_(m.bias)
+    module.apply(init)
+
+
+# -----------------------------------------------------------------------------
+# feature target
+
+
+def feature_target(layers, padding_mask=None):
+    """What feature distillation regresses: instance norm of each layer over its tokens (eq. 36), mean over
+    layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps 1e-5 in both, as PyTorch and the
+    thesis' code have it (its text says 1e-8).
+
+    layers: list of (B, T, D), any float dtype. Returns (B, T, D) float32. With padding_mask (B, T) the
+    statistics are over real tokens only; what stands at padding positions means nothing, leave it out of the loss.
+    """
+    real = None if padding_mask is None else (~padding_mask)[..., None].float() # (B, T, 1)
+    count = layers[0].shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
+    total = 0
+    for x in layers:
+        x = x.float()
+        mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
+        x = x - mean
+        var = (x.square() if real is None else x.square() * real).sum(1, keepdim=True) / count
+        total = total + x * torch.rsqrt(var + 1e-5)
+    return F.layer_norm(total / len(layers), total.shape[-1:])
+
+
+# -----------------------------------------------------------------------------
+# the vision-language student
+
+
+class VisionLanguageModel(nn.Module):
+    """Image encoder and text encoder of `depth` blocks each, `shared_depth` blocks on top that both modalities
+    pass through (one after the other: they never attend to each other), and a head that predicts the teacher.
+
+    image, text   settings of the two Encoders (embed_dim must agree)
+    shared_depth  number of shared blocks; shared: their settings besides embed_dim, e.g. {"layer_scale": 0.2}
+    token_types   add a learned vector to what each encoder gives, one for text and one for images
+    head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token itself
+    """
+
+    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.image_encoder = Encoder("image", **image)
+        self.text_encoder = Encoder("text", **text)
+        D = self.image_encoder.config["embed_dim"]
+        assert D == self.text_encoder.config["embed_dim"], (D, self.text_encoder.config["embed_dim"])
+        shared = {"num_heads": self.image_encoder.config["num_heads"], **(shared or {})}
+        self.blocks = nn.ModuleList(Block(D, **shared) for _ in range(shared_depth))
+        self.token_type = nn.Parameter(torch.empty(2, D)) if token_types else None # row 0 text, row 1 image
+        self.head = nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else nn.Identity()
+        # its exponential multiplies the cosines of the contrastive loss; CLIP starts at 1 / 0.07
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        init_weights(self.blocks, D)
+        init_weights(self.head, D)
+        if token_types:
+            nn.init.normal_(self.token_type, std=0.02)
+        self.img_size = self.image_encoder.config["img_size"]
+        self.max_length = self.text_encoder.config["max_length"]
+
+    def shared_cls(self, x, modality, padding_mask=None):
+        """What an encoder gave (B, T, D), modality 0 text or 1 image -> CLS token after the shared blocks (B, D)."""
+        if self.token_type is not None:
+            x = x + self.token_type[modality].to(x.dtype)
+        attend = None if padding_mask is None else ~padding_mask[:, None, None] # (B, 1, 1, T)
+        for block in self.blocks:
+            x = block(x, attend)
+        return x[:, 0] # (B, D)
+
+    def forward(self, images, ids, padding_mask=None):
+        """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
+        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D)."""
+        image_cls = self.shared_cls(self.image_encoder(images), 1)
+        text_cls = self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask)
+        return image_cls, text_cls, self.head(image_cls), self.head(text_cls)
+
+    def encode_image(self, images):
+        """Images (B, 3, H, W), ImageNet-normalised -> (B, D) float32, L2-normalised."""
+        return F.normalize(self.shared_cls(self.image_encoder(images), 1).float(), dim=-1)
+
+    def encode_text(self, ids, padding_mask=None):
+        """ids (B, T), padding_mask (B, T) True where padding -> (B, D) float32, L2-normalised."""
+        return F.normalize(self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask).float(), dim=-1)
+
+
+# -----------------------------------------------------------------------------
+# text to ids
+
+
+class Tokenizer:
+    """A tokeniser of the tokenizers package, from the text of its tokenizer.json."""
+
+    def __init__(self, text):
+        import tokenizers # here, not above: image scripts do without it
+        self.text = text # goes into checkpoints, so that a checkpoint needs no file beside it
+        self.tokenizer = tokenizers.Tokenizer.from_str(text)
+        self.tokenizer.no_padding()
+        self.vocab_size, self.pad_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id("[PAD]")
+
+    def encode(self, texts, max_length):
+        """List of n strings -> ids (n, T) int64 with CLS and SEP, padding_mask (n, T) bool, True where padding.
+        T is the longest of the batch, at most max_length; longer texts lose their end but keep their SEP."""
+        self.tokenizer.enable_truncation(max_length)
+        rows = [torch.tensor(e.ids) for e in self.tokenizer.encode_batch(texts)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(ids.shape[1]) >= lengths[:, None]
+
+
+# -----------------------------------------------------------------------------
+# what every script needs: checkpoints and atomic files, device and dtype, flags
+# (here and not in a file of their own, because the top level stays one flat screen)
+
+CHECKPOINT_FORMAT = 1
+
+
+def fail(message):
+    """The one way out for wrong input: a message that names the thing and the next command to run."""
+    sys.exit(f"error: {message}") # to stderr, exit code 1
+
+
+def save_atomic(path, write):
+    """Call write(file) on a temporary name beside path, then rename: path is never there half-written."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, value):
+    save_atomic(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def save_checkpoint(path, model, **rest):
+    """model: an Encoder or VisionLanguageModel (not compiled); rest: plain types and tensors only, so that the
+    file loads with weights_only=True."""
+    checkpoint = {"format": CHECKPOINT_FORMAT, "kind": type(model).__name__, "config": model.config,
+                  "model": model.state_dict(), **rest}
+    save_atomic(path, lambda f: torch.save(checkpoint, f))
+
+
+def read_checkpoint(path):
+    """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle."""
+    if not os.path.exists(path):
+        fail(f"no checkpoint at {path}. Train one with: python distill_multimodal.py --preset=tiny")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    except Exception as e: # torch raises half a dozen types for a file that is not its own
+        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:200]}). "
+             f"If it was cut short, train again or copy it anew.")
+    if found != CHECKPOINT_FORMAT:
+        fail(f"{path} is not a checkpoint of this repository (format {found}, expected {CHECKPOINT_FORMAT})")
+    return checkpoint
+
+
+def load_checkpoint(path):
+    """The model in one of our checkpoints, float32, on the CPU, in eval mode and frozen. It has encode_image,
+    encode_text or both, img_size and max_length, and .tokenizer if it reads text."""
+    checkpoint = read_checkpoint(path)
+    model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](**checkpoint["config"])
+    load_weights(model, checkpoint["model"], path)
+    if isinstance(model, Encoder):
+        setattr(model, f"encode_{model.config['modality']}", model.encode)
+        model.img_size, model.max_length = model.config["img_size"], model.config["max_length"]
+    if checkpoint.get("tokenizer"):
+        model.tokenizer = Tokenizer(checkpoint["tokenizer"])
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model, weights, path):
+    """load_state_dict, strictly, but saying in one message all that is missing, unknown or of another shape."""
+    own = model.state_dict()
+    wrong = {"missing": [k for k in own if k not in weights],
+             "unexpected": [k for k in weights if k not in own],
+             "mis-shaped": [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+                            for k in own if k in weights and weights[k].shape != own[k].shape]}
+    if any(wrong.values()):
+        fail(f"{path} does not fit this model:" + "".join(
+            f"\n  {len(keys)} {what}: {', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''}"
+            for what, keys in wrong.items() if keys))
+    model.load_state_dict(weights)
+
+
+def is_finished(path):
+    return os.path.exists(path) and read_checkpoint(path)["finished"]
+
+
+def open_run(args):
+    """What --resume continues from, or None for a new run. An unfinished run is never written over, a finished one
+    is kept under another name."""
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        if args.resume:
+            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to continue.")
+        return None
+    checkpoint = read_checkpoint(path)
+    if args.resume and checkpoint["finished"]:
+        fail(f"the run in {args.out_dir} is finished ({checkpoint['step']} steps). Leave --resume out to run it again.")
+    if args.resume:
+        changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
+                   if k not in ("resume", "given") and getattr(args, k, v) != v}
+        print(f"resuming {path} at step {checkpoint['step']}" +
+              "".join(f"\n  {k} was {old}, is {new}" for k, (old, new) in changed.items()))
+        return checkpoint
+    if not checkpoint["finished"]:
+        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint['step']}). Add --resume to continue it, or "
+             f"give another --out_dir.")
+    n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{args.out_dir}.{n}"))
+    os.rename(args.out_dir, f"{args.out_dir}.{n}")
+    print(f"{args.out_dir} held a finished run: renamed to {args.out_dir}.{n}")
+    return None
+
+
+def normalize(images):
+    """(B, 3, H, W) in [0, 255], uint8 or float -> float32, with ImageNet's mean and standard deviation."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA build of torch.")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The dtype of autocast. auto: bfloat16 where the device is fast with it, else float16 on CUDA, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f: # torch has no public question for it
+            return torch.bfloat16 if "amx_bf16" in f.read() else torch.float32
+    return torch.float32
+
+
+def use_compile(choice, device):
+    """--compile=auto: on CUDA under Linux, where it works without a compiler to set up."""
+    return choice == "True" or choice == "auto" and device.type == "cuda" and sys.platform == "linux"
+
+
+def peak_memory(device):
+    """Most memory this process has used so far, in GB: on the GPU if it runs there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform == "win32":
+        return float("nan")
+    import resource # Unix only
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def git_sha():
+    """Short hash of the code's commit, with -dirty if files differ from it; "unknown" outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="],
+                            capture_output=True, text=True) if os.path.exists(os.path.join(here, ".git")) else None
+    return answer.stdout.strip() if answer and answer.returncode == 0 else "unknown"
+
+
+def print_settings(args, device, dtype, compiled):
+    """The first lines of a log: with them the run can be repeated."""
+    print(f"$ python {' '.join(sys.argv)}\ncode {git_sha()}, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device} "
+          f"({torch.get_num_threads()} threads), autocast {str(dtype).removeprefix('torch.')}, compile "
+          f"{'on' if compiled else 'off'} (--device, --dtype, --compile change that)")
+    words = [f"{k}={v}{'*' if k in args.given else ''}" for k, v in vars(args).items() if k != "given"]
+    print(textwrap.fill(", ".join(words) + " (* set by a flag)", width=110))
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for --key=value flags. Booleans work as --compile, --compile=True and --compile=False; a wrong key
+    is answered with the nearest right one; --preset=NAME sets defaults, and explicit flags win over it. The help
+    shows the defaults that would be used: `--preset=tiny --help` those of the preset."""
+
+    def __init__(self, doc, presets=None):
+        super().__init__(description=doc, allow_abbrev=False, add_help=True,
+                         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110))
+        self.presets = presets or {}
+        self.group = self
+        if presets:
+            self.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
+                              help="sets the defaults of other flags; explicit flags win")
+
+    def section(self, title):
+        """A heading of the help; the knobs that follow stand under it."""
+        self.group = self.add_argument_group(title)
+
+    def knob(self, key, default, help, **kwargs):
+        """One flag --key, its type taken from its default (give type= where the default is None)."""
+        if isinstance(default, bool):
+            kwargs = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False", **kwargs}
+        elif default is not None:
+            kwargs.setdefault("type", type(default))
+        self.group.add_argument(f"--{key}", default=default, help=help, **kwargs)
+
+    def parse(self, argv=None):
+        """Namespace of all knobs; .given lists those that were set by a flag."""
+        argv = sys.argv[1:] if argv is None else argv
+        known = {a.dest: a for a in self._actions if a.option_strings}
+        for name, preset in self.presets.items():
+            unknown = set(preset) - set(known)
+            assert not unknown, f"preset {name} sets {unknown}, which no flag reads"
+        for word in argv: # --preset first, since --help shows its defaults
+            if word.startswith("--preset="):
+                name = word.partition("=")[2]
+                if name not in self.presets:
+                    self.error(f"unknown preset {name!r}{nearest(name, self.presets)}. "
+                               f"Presets: {', '.join(self.presets)}")
+                self.set_defaults(**self.presets[name])
+        args, extra = self.parse_known_args(argv)
+        for word in extra:
+            key = word.partition("=")[0]
+            if not key.startswith("--"):
+                self.error(f"unexpected argument {word!r}: flags are written --key=value")
+            self.error(f"unknown flag {key}{nearest(key.lstrip('-'), known, '--')}. See --help.")
+        args.given = sorted({w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")} & set(known))
+        return args
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def nearest(word, words, prefix=""):
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,350 @@
+"""
+The metrics against numbers worked out by hand and a second, slow implementation; the table, the picture and
+the command line.
+
+    pytest tests/test_evaluate.py
+"""
+import io
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import evaluate
+from evaluate import chance_row, median_rank, median_rank_chunks, retrieval_metrics
+
+KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "i2t_mean", "t2i_mean", "mean"]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged_owners(N, M, seed=0):
+    """(M,) int64: every one of N images at least once, in no order."""
+    rng = np.random.default_rng(seed)
+    return rng.permutation(np.concatenate([np.arange(N), rng.integers(0, N, M - N)]))
+
+
+class Colours(torch.nn.Module):
+    """A stand-in for a model: images and captions are embedded by their colour."""
+
+    img_size, max_length = 8, 4
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.Dropout().eval()
+        self.seen = []
+        self.tokenizer = SimpleNamespace(encode=self.encode)
+
+    def encode(self, texts, max_length):
+        assert max_length == self.max_length
+        ids = torch.tensor([[int(word) for word in text.split()] for text in texts]) # (B, 3)
+        return ids, torch.zeros(ids.shape, dtype=torch.bool)
+
+    def encode_image(self, images):
+        assert images.shape[1:] == (3, 8, 8) and images.dtype == torch.float32 and not self.training
+        self.seen.append(len(images))
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return images.mean((2, 3)) * std + mean - 0.5 # undo the normalisation
+
+    def encode_text(self, ids, padding_mask=None):
+        assert padding_mask.dtype == torch.bool
+        return ids / 255 - 0.5
+
+
+def colour_pairs(N=12, captions_each=2):
+    """Pairs whose pictures are plain colours and whose captions are the same colours as numbers."""
+    colours = np.random.default_rng(0).integers(0, 256, (N, 3))
+    images = []
+    for colour in colours:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 12), tuple(colour.tolist())).save(file, "PNG")
+        images.append(file.getvalue())
+    owner = np.repeat(np.arange(N), captions_each)
+    return SimpleNamespace(images=images, captions=[" ".join(map(str, colours[i])) for i in owner],
+                           text_to_image=owner, meta={"credit": "drawn by the test", "license": "CC0"})
+
+
+# -----------------------------------------------------------------------------
+# recall
+
+
+def test_recall_by_hand():
+    # Three images along the axes; cosines of the five captions (rows) with images 0, 1, 2, and their owners:
+    #   caption 0 of image 0: .9 .1 .0    finds its image at rank 1
+    #   caption 1 of image 0: .2 .8 .1    finds it at rank 2
+    #   caption 2 of image 1: .6 .5 .3    finds it at rank 2
+    #   caption 3 of image 2: .7 .4 .3    finds it at rank 3
+    #   caption 4 of image 2: .1 .2 .95   finds it at rank 1         t2i R@1 = 2/5 = 40%, R@5 = R@10 = 100%
+    # image 0 ranks captions 0 3 2 1 4 (own: 0 1), image 1: 1 2 3 4 0 (own: 2), image 2: 4 first (own: 3 4);
+    # the best own captions stand at 1, 2, 1                         i2t R@1 = 2/3, R@5 = R@10 = 100%
+    cosines = torch.tensor([[.9, .1, .0], [.2, .8, .1], [.6, .5, .3], [.7, .4, .3], [.1, .2, .95]])
+    rest = (1 - cosines.square().sum(1, keepdim=True)).sqrt() # a fourth axis makes the captions unit vectors
+    texts, images = torch.cat([cosines, rest], 1), torch.eye(3, 4)
+    metrics = retrieval_metrics(7 * images, 0.1 * texts, np.array([0, 0, 1, 2, 2])) # lengths must not matter
+    expected = [200 / 3, 100, 100, 40, 100, 100, 800 / 9, 80, (200 / 3 + 400 + 40) / 6]
+    assert list(metrics) == KEYS and all(type(v) is float for v in metrics.values())
+    assert list(metrics.values()) == pytest.approx(expected)
+
+
+def test_any_own_caption_counts():
+    # image 0's first caption is the worst possible, its second is perfect; image 1 the other way round
+    images, texts = torch.eye(2), torch.tensor([[-1., 0], [1, 0], [0, 1], [0, -1]])
+    metrics = retrieval_metrics(images, texts, torch.tensor([0, 0, 1, 1]))
+    assert metrics["i2t_r1"] == 100 and metrics["t2i_r1"] == 50
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (7, 7), (40, 130), (300, 700)])
+def test_recall_agrees_with_brute_force(N, M):
+    images, owner = randn(N, 16), ragged_owners(N, M)
+    texts = images[owner] + 1.5 * randn(M, 16, seed=1)
+    a, b = images.numpy().astype(np.float64), texts.numpy().astype(np.float64)
+    scores = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T # (N, M)
+    expected = {}
+    for k in 1, 5, 10:
+        expected[f"i2t_r{k}"] = 100 * np.mean([i in owner[np.argsort(-scores[i])[:k]] for i in range(N)])
+        expected[f"t2i_r{k}"] = 100 * np.mean([owner[j] in np.argsort(-scores[:, j])[:k] for j in range(M)])
+    for given in owner, owner.astype(np.int32), torch.from_numpy(owner):
+        metrics = retrieval_metrics(images, texts, given)
+        assert {k: metrics[k] for k in expected} == pytest.approx(expected)
+
+
+def test_chunks_of_queries_change_nothing():
+    images, texts, owner = evaluate.checked(randn(50, 8), randn(120, 8, seed=1), ragged_owners(50, 120))
+    whole, parts = (evaluate.best_ranks(texts, owner, images, torch.arange(50), chunk=c) for c in (1000, 7))
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_ties_give_chance(scale):
+    # all embeddings equal, as of a collapsed model, or zero: every query gets the same ten items, and those
+    # must be spread over the gallery (the first ten captions would be of two images only)
+    N, each = 500, 5
+    images, texts = scale * torch.ones(N, 24), scale * torch.ones(N * each, 24)
+    metrics = retrieval_metrics(images, texts, np.arange(N * each) // each)
+    assert metrics["t2i_r1"] == pytest.approx(100 / N) and metrics["t2i_r10"] == pytest.approx(1000 / N)
+    assert 0 < metrics["i2t_r1"] <= 100 / N and 100 / N < metrics["i2t_r10"] <= 1000 / N
+
+
+def test_ties_are_not_broken_in_the_order_of_the_files():
+    # two groups of equal images: each caption ties with the 50 images of its group. Half the ranks are beyond
+    # 25; file order would favour the first of each group, "nothing scores higher" would give rank 1 to all.
+    group = torch.eye(2).repeat_interleave(50, 0)
+    ranks = evaluate.best_ranks(group, torch.arange(100), group, torch.arange(100))
+    for half in ranks[:50], ranks[50:]:
+        assert sorted(half.tolist()) == list(range(1, 51)) and half.tolist() != list(range(1, 51))
+    assert median_rank(group, group) == (25.5, 25.5)
+
+
+def test_lengths_of_embeddings_do_not_matter():
+    images, texts, owner = randn(40, 16), randn(90, 16, seed=1), ragged_owners(40, 90)
+    image_scale, text_scale = torch.logspace(-25, 25, 40)[:, None], torch.logspace(25, -25, 90)[:, None]
+    scaled = retrieval_metrics(images * image_scale, texts * text_scale, owner) # squares overflow float32
+    assert scaled == retrieval_metrics(images, texts, owner)
+
+
+@pytest.mark.parametrize("images, texts, owner, message", [
+    (randn(3, 4), randn(3, 5), [0, 1, 2], "dimensions"),
+    (randn(3, 4), randn(3), [0, 1, 2], "text_emb must be"),
+    (randn(0, 4), randn(3, 4), [0, 0, 0], "image_emb must be"),
+    (randn(3, 4), randn(4, 4), [0, 1, 2], "4 integers"),
+    (randn(3, 4), randn(3, 4), [0.0, 1.0, 2.0], "3 integers"),
+    (randn(3, 4), randn(3, 4), [0, 1, 3], "0 .. 3"),
+    (randn(3, 4), randn(3, 4), [-1, 1, 2], "-1 .. 2"),
+    (randn(3, 4), randn(3, 4), [0, 2, 2], "image 1"),
+    (randn(3, 4) * math.nan, randn(3, 4), [0, 1, 2], "image_emb holds NaN"),
+    (randn(3, 4), randn(3, 4) * math.inf, [0, 1, 2], "text_emb holds NaN or inf"),
+])
+def test_wrong_input_is_refused(images, texts, owner, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(images, texts, np.array(owner))
+
+
+# -----------------------------------------------------------------------------
+# chance and median rank
+
+
+def test_chance_row_by_hand():
+    # 4 images with 2, 1, 1, 1 of 5 captions. K=1: (2/5 + 3 * 1/5) / 4 = 25%; K=5 and 10 hold everything.
+    chance = chance_row(np.array([0, 0, 1, 2, 3]), 4)
+    assert [chance[k] for k in KEYS[:6]] == pytest.approx([25, 100, 100, 25, 100, 100])
+    coco = chance_row(np.arange(25000) // 5, 5000) # 1 - (1 - 5/25000)^10, nearly
+    assert coco["i2t_r10"] == pytest.approx(0.1998, abs=1e-3) and coco["t2i_r10"] == pytest.approx(0.2)
+
+
+def test_chance_row_agrees_with_random_embeddings():
+    N, M = 30, 70
+    owner = ragged_owners(N, M)
+    draws = [retrieval_metrics(randn(N, 48, seed=s), randn(M, 48, seed=1000 + s), owner) for s in range(200)]
+    chance = chance_row(owner, N)
+    for k in KEYS: # 6,000 queries at least: three standard errors are below 2 points
+        assert np.mean([d[k] for d in draws]) == pytest.approx(chance[k], abs=2), k
+
+
+def test_median_rank_by_hand():
+    # scores of texts (rows) with images 0, 1, 2; the true partners are on the diagonal
+    #   .9 .5 .1     t2i ranks: 1, 2, 3 -> median 2
+    #   .6 .4 .3     i2t, down the columns: image 0 ranks .9 first: 1; image 1 has .4 behind .5 and .7: 3;
+    #   .8 .7 .2     image 2 has .2 behind .3: 2 -> median 2
+    scores = torch.tensor([[.9, .5, .1], [.6, .4, .3], [.8, .7, .2]])
+    texts = torch.cat([scores, torch.zeros(3, 3)], 1) / 2
+    texts[range(3), range(3, 6)] = (1 - texts.square().sum(1)).sqrt() # unit length by an axis of its own each
+    images = torch.eye(3, 6)
+    assert median_rank(images, texts) == (2.0, 2.0)
+    assert median_rank(images[:2], texts[:2]) == (1.5, 1.5) # 1 and 2: the mean of the middle two
+    with pytest.raises(ValueError, match="one-to-one"):
+        median_rank(images, texts[:2])
+
+
+def test_median_rank_of_random_embeddings_is_half():
+    for way in median_rank(randn(2000, 32), randn(2000, 32, seed=1)):
+        assert way == pytest.approx(1000.5, abs=60)
+    assert median_rank(randn(50, 32), randn(50, 32)) == (1.0, 1.0) # the same vectors
+
+
+def test_median_rank_chunks_protocol():
+    # 25 images with 2 or 3 captions, chunks of 10: two chunks, the rest left out, 3 passes; written out again
+    N = 25
+    owner = np.random.default_rng(0).permutation(np.repeat(np.arange(N), [2 + i % 2 for i in range(N)]))
+    images = randn(N, 8)
+    texts = images[owner] + 2 * randn(len(owner), 8, seed=1)
+    medians = []
+    for c in range(3):
+        for chunk in range(0, 10), range(10, 20):
+            own = [[j for j in range(len(owner)) if owner[j] == i] for i in chunk]
+            medians.append(median_rank(images[list(chunk)], texts[[j[c % len(j)] for j in own]]))
+    assert median_rank_chunks(images, texts, owner, chunk=10) == pytest.approx(np.mean(medians, axis=0))
+    # fewer images than a chunk are one chunk; one caption each is one pass
+    assert median_rank_chunks(images, images.flip(0), np.arange(N)) == median_rank(images, images.flip(0))
+
+
+# -----------------------------------------------------------------------------
+# from a model to the table, the files and the picture
+
+
+def test_embed_pairs_keeps_order_and_mode():
+    pairs, model = colour_pairs(), Colours()
+    model.train()
+    model.frozen.eval()
+    metrics, image_emb, text_emb = evaluate.evaluate_retrieval(model, pairs, batch_size=5)
+    assert model.seen == [5, 5, 2] # each image once
+    assert image_emb.shape == (12, 3) and text_emb.shape == (24, 3) and image_emb.dtype == torch.float32
+    assert torch.allclose(image_emb[pairs.text_to_image], text_emb, atol=1e-5)
+    assert metrics["mean"] == 100
+    assert model.training and not model.frozen.training # a loop's frozen parts stay as they were
+
+
+def test_table_and_published_rows():
+    flava = evaluate.PUBLISHED["coco"]["FLAVA"]
+    rows = [("mine", evaluate.summary([1, 2, 3], [4, 5, 6.0])),
+            ("FLAVA", evaluate.summary(flava[:3], flava[3:]))]
+    lines = evaluate.retrieval_table(rows).splitlines()
+    assert lines[1].split() == ["Model"] + ["R@1", "R@5", "R@10"] * 2 + ["mean"]
+    assert lines[3].split() == ["mine", "1.00", "2.00", "3.00", "4.00", "5.00", "6.00", "3.50"]
+    assert lines[4].split() == ["FLAVA", "42.74", "76.76", "-", "38.38", "67.47", "-", "-"]
+    assert len({len(line) for line in lines[1:]}) == 1 # columns line up
+    # the thesis' own averages of its best early model, seeds' table 2: 51.39 and 28.11
+    seven = evaluate.PUBLISHED["coco"]["MM-D2V2 7"]
+    assert [sum(seven[:3]) / 3, sum(seven[3:]) / 3] == pytest.approx([51.39, 28.11], abs=0.01)
+
+
+@pytest.mark.parametrize("text", ["frog", "woman playing water polo", "counterclockwise arrows button",
+                                  "x" * 500, "a man rides " * 40, ""])
+def test_text_fits_its_box(text):
+    fitted, font = evaluate.fit_text(text, 92, 92, 17)
+    assert all(font.getlength(line) <= 92 for line in fitted.split("\n"))
+    assert len(fitted.split("\n")) * 1.25 * font.size <= 92
+    if len(text) < 50: # nothing of it is lost
+        assert fitted.replace("-\n", "").split() == text.split()
+
+
+@pytest.mark.parametrize("N, captions_each", [(2, 1), (30, 3)])
+def test_picture(tmp_path, N, captions_each):
+    pairs = colour_pairs(N, captions_each)
+    pairs.captions[0] = "a caption " * 40 + "x" * 200 # neither fits
+    path = tmp_path / "new" / "grid.png"
+    evaluate.draw_retrieval(pairs, randn(N, 8), randn(N * captions_each, 8, seed=1), str(path), rows=3)
+    assert path.stat().st_size < 150_000 and os.listdir(path.parent) == ["grid.png"]
+    with Image.open(path) as image:
+        assert image.format == "PNG" and 600 < image.width < 1000
+
+
+def test_picture_of_photographs_stays_small(tmp_path):
+    pairs = colour_pairs(30, 1)
+    rng = np.random.default_rng(0)
+    for i in range(30): # noise is the worst that can come
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(file, "PNG")
+        pairs.images[i] = file.getvalue()
+    evaluate.draw_retrieval(pairs, randn(30, 8), randn(30, 8, seed=1), str(tmp_path / "grid.png"))
+    assert (tmp_path / "grid.png").stat().st_size < 150_000
+
+
+def test_picture_frames_the_right_answers(tmp_path):
+    pairs, path = colour_pairs(30, 1), str(tmp_path / "grid.png")
+    green = []
+    for emb in randn(30, 8), -randn(30, 8): # every answer right, every answer last
+        evaluate.draw_retrieval(pairs, randn(30, 8), emb, path, rows=2)
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        target = np.array([int(evaluate.GREEN[i:i + 2], 16) for i in (1, 3, 5)])
+        green.append((np.abs(pixels - target).max(-1) < 8).sum())
+    assert green[0] > 4 * 1000 > 10 * green[1] # four frames of more than a thousand pixels
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+@pytest.mark.parametrize("argv, code, message", [
+    ([], 2, "retrieval"),
+    (["retreival"], 2, "did you mean retrieval"),
+    (["--ckpt=x.pt"], 2, "unknown subcommand"),
+    (["retrieval", "--batchsize=3"], 2, "--batch_size"),
+    (["retrieval", "--batch_size=many"], 2, "many"),
+    (["retrieval", "--dtype=float8"], 2, "float8"),
+    (["retrieval", "--ckpt=no/such/ckpt.pt"], 1, "no/such/ckpt.pt"),
+    (["retrieval", "--batch_size=0"], 1, "batch_size=0"),
+])
+def test_wrong_command_lines(argv, code, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(argv)
+    said = capsys.readouterr().err + str(stop.value.code) # sys.exit(message), as fail() does, means code 1
+    assert message in said
+    assert stop.value.code == code if code == 2 else isinstance(stop.value.code, str)
+
+
+def test_defaults_and_help(capsys):
+    args = evaluate.get_args(["retrieval", "--squash", "--data=coco"])
+    assert (args.command, args.squash, args.data, args.split) == ("retrieval", True, "coco", "test")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--help"])
+    assert not stop.value.code and "python evaluate.py retrieval" in capsys.readouterr().out
+
+
+def test_retrieval_command(tmp_path, monkeypatch, capsys):
+    pairs = colour_pairs()
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: Colours().eval())
+    monkeypatch.setattr(evaluate, "Pairs", lambda data_dir, name, split: pairs)
+    argv = ["retrieval", "--ckpt=some/ckpt.pt", "--data=flickr30k", "--device=cpu", "--dtype=float32",
+            "--batch_size=5", f"--json={tmp_path}/r.json", f"--picture={tmp_path}/r.png"]
+    result = evaluate.main(argv)
+    said = capsys.readouterr().out
+    assert "12 images, 24 captions" in said and "median rank" in said and "chance" in said
+    assert "CLIP L/14-336, published" in said and "wrong index" in said
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    assert result["metrics"]["mean"] == 100 and result["median_rank"]["i2t"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["r.json", "r.png"]
+
+
+def test_checkpoint_of_one_modality_is_refused(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: torch.nn.Linear(1, 1))
+    with pytest.raises(SystemExit, match="distill_multimodal.py"):
+        evaluate.main(["retrieval", "--device=cpu"])
