@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (Encoder, Parser, fail, feature_target, git_sha, init_weights, load_checkpoint, load_weights, normalize,
-                   open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, use_compile)
+                   open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -43,6 +43,12 @@ PRESETS = {
 }
 
 
+# what makes the model: cannot change on --resume
+MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "objective"]
+# what is the checkpoint's business where the teacher is one
+EMA_KNOBS = [*MODEL_KNOBS[1:], "mask_ratio", "target_layers", "temperature", "ema_decay"]
+
+
 def get_args(argv=None):
     p = Parser(__doc__, PRESETS)
     p.section("data")
@@ -50,31 +56,31 @@ def get_args(argv=None):
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("unit", "image", "what an epoch runs over once: every image, or every label (OpenMoji: family) with a random "
            "image of it; labels are used for nothing else", choices=["image", "label"])
-    p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture")
-    p.knob("flip", 0.5, "probability of a mirror image")
-    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners")
-    p.knob("color", 0.0, "vary colours by up to this share")
+    p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture", most=1)
+    p.knob("flip", 0.5, "probability of a mirror image", most=1)
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners", most=180)
+    p.knob("color", 0.0, "vary colours by up to this share", most=1)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
     p.knob("teacher", "data2vec2_image", "a checkpoint of this script, whose first DEPTH blocks the student starts from; "
            "or ema: no checkpoint, an exponential moving average of the student itself")
-    p.knob("depth", 6, "blocks of the student")
-    p.knob("img_size", 224, "teacher=ema: side of the square images in pixels")
-    p.knob("patch_size", 16, "teacher=ema: side of a patch in pixels")
-    p.knob("embed_dim", 768, "teacher=ema: width of all blocks")
-    p.knob("num_heads", 12, "teacher=ema: attention heads of all blocks")
+    p.knob("depth", 6, "blocks of the student", least=1)
+    p.knob("img_size", 224, "teacher=ema: side of the square images in pixels", least=1)
+    p.knob("patch_size", 16, "teacher=ema: side of a patch in pixels", least=1)
+    p.knob("embed_dim", 768, "teacher=ema: width of all blocks", least=4)
+    p.knob("num_heads", 12, "teacher=ema: attention heads of all blocks", least=1)
     p.section("loss")
     p.knob("objective", "mask", "teacher=ema: mask, data2vec's own: the student sees some patches masked and predicts the "
-           "target there; views: it sees another crop, rotation and colouring, and finds its own image among those of the "
-           "batch (MoCo v3)", choices=["mask", "views"])
-    p.knob("mask_ratio", 0.6, "objective=mask: share of patches hidden from the student")
-    p.knob("target_layers", 4, "objective=mask: the target averages this many of the last blocks")
-    p.knob("temperature", 0.2, "objective=views: divides the cosines")
-    p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; it rises linearly to 1")
+           "target there; views: two crops, turned and coloured differently, find each other among all of the batch "
+           "(SimCLR); the average is what is kept", choices=["mask", "views"])
+    p.knob("mask_ratio", 0.6, "objective=mask: share of patches hidden from the student", most=1)
+    p.knob("target_layers", 4, "objective=mask: the target averages this many of the last blocks", least=1)
+    p.knob("temperature", 0.2, "objective=views: divides the cosines", least=0.001)
+    p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; it rises linearly to 1", most=1)
     p.section("optimisation")
-    p.knob("batch_size", 256, "images per optimiser step")
+    p.knob("batch_size", 256, "images per optimiser step", least=1)
     p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
-    p.knob("max_steps", 50040, "optimiser steps")
+    p.knob("max_steps", 50040, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
     p.knob("warmup_steps", 5004, "steps of linear warm-up")
@@ -83,14 +89,15 @@ def get_args(argv=None):
     p.section("run")
     p.knob("out_dir", "out/data2vec2", "folder for ckpt.pt and log.jsonl")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of initialisation, order and augmentation")
-    p.knob("log_interval", 50, "steps between log lines")
-    p.knob("eval_interval", 5004, "steps between validations")
-    p.knob("save_interval", 1000, "steps between checkpoints")
+    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("log_interval", 50, "steps between log lines", least=1)
+    p.knob("eval_interval", 5004, "steps between validations", least=1)
+    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
            choices=["auto", "float32", "bfloat16", "float16"])
-    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", choices=["auto", "True", "False"])
+    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", type=str.lower,
+           choices=["auto", "true", "false"], nargs="?", const="true")
     return p.parse(argv)
 
 
@@ -119,18 +126,14 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
     return F.mse_loss(out[:, 1:][patch_mask], target[:, 1:][patch_mask]) + 0.1 * F.mse_loss(out[:, 0], whole)
 
 
-def views_loss(student, heads, teacher, teacher_heads, views, temperature, autocast):
-    """MoCo v3's objective: the student's CLS token of one view finds, among those that the teacher computes for the
-    other views of the batch, that of its own image. views: two tensors of images. Mean over the batch, both ways."""
-    loss = 0.0
-    for query_view, key_view in (views, views[::-1]):
-        with autocast:
-            query = heads["predict"](heads["project"](student(query_view)[:, 0]))
-            with torch.no_grad():
-                key = teacher_heads["project"](teacher(key_view)[:, 0])
-        logits = F.normalize(query.float(), dim=-1) @ F.normalize(key.float(), dim=-1).T / temperature # (n, n)
-        loss = loss + F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)) / 2
-    return loss
+def views_loss(student, heads, views, temperature, autocast):
+    """SimCLR's objective (NT-Xent): each view's projected CLS token finds that of the other view of its image among all
+    2n - 1 others. views: two tensors of images (n, 3, H, W). Mean over the 2n views."""
+    with autocast:
+        z = heads["project"](student(torch.cat(views))[:, 0])
+    z = F.normalize(z.float(), dim=-1) # (2n, 128)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf")) # (2n, 2n), nobody finds itself
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
 
 def random_patch_mask(n, num_patches, ratio, generator):
@@ -191,7 +194,7 @@ def get_lr(step, args):
 
 def check(args):
     """What the flags cannot say by themselves, before time is spent."""
-    if args.teacher != "ema" and not os.path.exists(args.teacher):
+    if args.teacher != "ema" and not os.path.isfile(args.teacher):
         fail(f"--teacher={args.teacher} is no file. This version reads teachers that it made itself; the published data2vec "
              f"2.0 weights come with their own command later.\nTo make a teacher now, nothing to download:\n"
              f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
@@ -199,12 +202,19 @@ def check(args):
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     if args.micro_batch_size and args.teacher == "ema" and args.objective == "views":
         fail("--objective=views compares all images of a batch, so it takes no --micro_batch_size: lower --batch_size")
-    if args.img_size % args.patch_size or args.embed_dim % args.num_heads:
-        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}, and --num_heads={args.num_heads} "
-             f"--embed_dim={args.embed_dim}")
-    for name, least in (("max_steps", 1), ("warmup_steps", 0), ("log_interval", 1), ("eval_interval", 1), ("save_interval", 1)):
-        if getattr(args, name) < least:
-            fail(f"--{name}={getattr(args, name)} must be at least {least}")
+    useless = [f"--{k}" for k in args.given if k in EMA_KNOBS]
+    if args.teacher != "ema" and useless:
+        fail(f"{', '.join(useless)}: only for --teacher=ema; here {args.teacher} says it")
+    if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
+        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; --num_heads={args.num_heads} and 4 "
+             f"must divide --embed_dim={args.embed_dim}")
+    num_patches = (args.img_size // args.patch_size) ** 2
+    if args.teacher == "ema" and args.objective == "mask" and int(num_patches * args.mask_ratio) < 1:
+        fail(f"--mask_ratio={args.mask_ratio} of {num_patches} patches hides none")
+    if args.teacher == "ema" and args.objective == "mask" and args.target_layers > args.depth:
+        fail(f"--target_layers={args.target_layers}, but --depth={args.depth}")
+    if args.teacher == "ema" and args.objective == "views" and args.batch_size < 2:
+        fail("--objective=views tells the images of a batch apart: --batch_size must be at least 2")
 
 
 def main(args):
@@ -214,7 +224,6 @@ def main(args):
     device = pick_device(args.device)
     dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
     print_settings(args, device, dtype, compiled)
-    checkpoint = open_run(args)
     torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -232,7 +241,6 @@ def main(args):
         else:
             heads["project"] = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 512), torch.nn.GELU(),
                                                    torch.nn.Linear(512, 128))
-            heads["predict"] = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
             init_weights(heads, D)
         teacher = copy.deepcopy(student).requires_grad_(False)
     else:
@@ -245,7 +253,6 @@ def main(args):
         weights = teacher.state_dict()
         student.load_state_dict({k: weights[k] for k in student.state_dict()}) # its first blocks, and all before them
     student, teacher, heads = student.to(device), teacher.to(device), heads.to(device)
-    teacher_heads = copy.deepcopy(heads).requires_grad_(False)
     size, patch_size = student.config["img_size"], student.config["patch_size"]
     num_params = sum(p.numel() for m in (student, heads) for p in m.parameters() if p.requires_grad)
     print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher "
@@ -255,21 +262,23 @@ def main(args):
     # -- data
     images = TrainImages(train, size, args)
     B, micro, num_units = args.batch_size, args.micro_batch_size or args.batch_size, len(images.images_of)
-    if not 1 <= B <= num_units:
-        fail(f"--batch_size={B}, but an epoch has {num_units} units (--unit={args.unit}). Use 1 to {num_units}.")
+    if B > num_units:
+        fail(f"--batch_size={B}, but an epoch has {num_units} units (--unit={args.unit}). Use at most that many.")
     print(f"{len(train.images):,} training images, {len(val.images):,} for validation; {num_units // B} steps of {B} per "
           f"epoch (one epoch = every {args.unit} once); {B} = {B // micro} x {micro} images per step")
-    val_images = torch.stack([eval_image(val.images[i], size) for i in range(min(len(val.images), 5000))])
 
-    def loss_of(raw, generator, augmented=True):
-        """Crops (n, c, 3, H, W) uint8 -> the loss, a mean over n."""
+    def inputs_of(raw, generator, augmented=True):
+        """Crops (n, c, 3, H, W) uint8 -> all that is random about a batch: c tensors of images and a patch mask."""
         change = dict(flip=args.flip, rotate=args.rotate, color=args.color) if augmented else dict(flip=0.0)
         views = [augment(x.to(device, non_blocking=True), generator, **change) for x in raw.unbind(1)]
+        return *views, random_patch_mask(len(raw), (size // patch_size) ** 2, args.mask_ratio, generator).to(device)
+
+    def loss_of(*views, patch_mask):
+        """The loss, a mean over the images given."""
         if not self_distilled:
             return feature_loss(student, teacher, views[0], autocast)
         if args.objective == "views":
-            return views_loss(student, heads, teacher, teacher_heads, views, args.temperature, autocast)
-        patch_mask = random_patch_mask(len(raw), (size // patch_size) ** 2, args.mask_ratio, generator).to(device)
+            return views_loss(student, heads, views, args.temperature, autocast)
         return masked_loss(student, heads, teacher, views[0], patch_mask, args.target_layers, autocast)
 
     # -- optimizer: no decay for biases, norms, positions, tokens
@@ -284,25 +293,25 @@ def main(args):
 
     # -- resume
     path = os.path.join(args.out_dir, "ckpt.pt")
+    checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
-        if checkpoint["config"] != student.config:
-            fail(f"the model in {path} has other settings than these flags give: {checkpoint['config']}. Use the same "
-                 f"flags, or another --out_dir.")
         load_weights(teacher if self_distilled else student, checkpoint["model"], path)
         if self_distilled:
             load_weights(student, checkpoint["student"], path)
             load_weights(heads, checkpoint["heads"], path)
-            load_weights(teacher_heads, checkpoint["teacher_heads"], path)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+            param_group["weight_decay"] = decay # load_state_dict brought the old one back
         scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
+    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()
 
     def save(finished=False):
         # what --teacher=ema makes is the average; to resume, the student itself is needed too
-        rest = dict(student=student.state_dict(), heads=heads.state_dict(), teacher_heads=teacher_heads.state_dict())
+        rest = dict(student=student.state_dict(), heads=heads.state_dict())
         save_checkpoint(path, teacher if self_distilled else student, step=step, best=best, finished=finished,
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=vars(args), code=git_sha(),
                         torch=str(torch.__version__), teacher=args.teacher, **(rest if self_distilled else {}))
@@ -312,23 +321,25 @@ def main(args):
         with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **record}) + "\n")
 
+    val_images = torch.stack([eval_image(val.images[i], size) for i in range(min(len(val.images), 5000))])
+
     @torch.no_grad()
     def validate():
         """The training loss on the validation images in fixed order; crops only for views, masks always the same."""
         generator, losses, views = torch.Generator().manual_seed(0), [], self_distilled and args.objective == "views"
         for start in range(0, len(val_images), micro):
             raw = val_images[start:start + micro][:, None] # (n, 1, 3, H, W)
-            losses.append(loss_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views).item() * len(raw))
+            *inputs, patch_mask = inputs_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views)
+            losses.append(loss_of(*inputs, patch_mask=patch_mask).item() * len(raw))
         loss = sum(losses) / len(val_images)
         if loss < best["loss"]:
             best.update(loss=loss, step=step)
         log(f"validation at step {step}: loss {loss:.4f} (best {best['loss']:.4f} at {best['step']})", val_loss=loss)
 
     # -- loop
-    os.makedirs(args.out_dir, exist_ok=True)
     loader = iter(torch.utils.data.DataLoader(images, batch_sampler=batch_order(num_units, B, args.seed, step),
                                               num_workers=args.num_workers, pin_memory=device.type == "cuda"))
-    total, norms, seen, waited, since, first_step, loop_start = 0.0, 0.0, 0, 0.0, time.time(), step, time.time()
+    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: loss, norm of steps not logged
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
@@ -339,37 +350,48 @@ def main(args):
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
+        total, (*views, patch_mask) = 0.0, inputs_of(raw, generator) # for the whole batch: micro-batches change nothing
         for start in range(0, B, micro):
-            loss = loss_of(raw[start:start + micro], generator) * (micro / B)
+            c = slice(start, start + micro)
+            loss = loss_of(*(x[c] for x in views), patch_mask=patch_mask[c]) * (micro / B)
             scaler.scale(loss).backward()
-            total = total + loss.detach() # summed on the device: no waiting for it
+            total = total + loss.detach()
         scaler.unscale_(optimizer)
-        norms = norms + torch.nn.utils.clip_grad_norm_([p for _, p in named], args.grad_clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], args.grad_clip or float("inf"))
+        if scaler.is_enabled(): # it skips a step whose gradient overflowed
+            norm = norm.nan_to_num(0, 0, 0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if self_distilled:
             decay = 1 - (1 - args.ema_decay) * (1 - step / args.max_steps)
             with torch.no_grad():
-                for averaged, current in ((teacher, student), (teacher_heads, heads)):
-                    torch._foreach_lerp_(list(averaged.parameters()), list(current.parameters()), 1 - decay)
-        step, seen = step + 1, seen + 1
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+        step += 1
 
-        if step % args.log_interval == 0 or step == args.max_steps:
-            mean, norm = total.item() / seen, norms.item() / seen
-            if not math.isfinite(mean):
-                fail(f"the loss is not finite between steps {step - seen} and {step}. The last good checkpoint is in "
-                     f"{args.out_dir}; continue from it with --resume and a lower --lr, or --dtype=float32.")
+        rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
+        due = [step % n == 0 or step == args.max_steps for n in (args.log_interval, args.eval_interval, args.save_interval)]
+        if any(due): # nothing is measured or saved after a bad step
+            table = torch.stack(rows).cpu() # (seen, 2)
+            if not table.isfinite().all():
+                k = (~table.isfinite()).any(1).int().argmax().item()
+                bad = [name for name, x in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(x)]
+                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if one was "
+                     f"saved, is in {args.out_dir}: continue from it with --resume and a lower --lr, or --dtype=float32.")
+        if due[0]:
+            (mean, norm), seen = table.double().mean(0).tolist(), len(rows)
             ms = 1000 * (time.time() - since) / seen
             left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
             log(f"step {step:>6}/{args.max_steps}  loss {mean:.4f}  norm {norm:.2f}  lr {lr:.2e}  {1000 * B / ms:.0f} "
                 f"images/s  {ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
-                f"{left / 60:.1f} min left", loss=mean, norm=norm, lr=lr, ms=ms, wait_ms=1000 * waited / seen)
-            total, norms, seen, waited, since = 0.0, 0.0, 0, 0.0, time.time()
-        if step % args.eval_interval == 0 or step == args.max_steps:
+                f"{left / 60:.1f} min left", loss=mean, norm=norm, lr=lr, images_per_s=1000 * B / ms, ms=ms,
+                wait_ms=1000 * waited / seen, memory_gb=peak_memory(device), minutes_left=left / 60)
+            rows, waited, since = [], 0.0, time.time()
+        if due[1]:
+            paused = time.time()
             validate()
-            since = time.time()
-        if step % args.save_interval == 0 and step < args.max_steps:
+            since += time.time() - paused # ms counts training alone
+        if due[2] and step < args.max_steps:
             save()
 
     # -- end

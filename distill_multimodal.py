@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import evaluate
 from model import (Encoder, Parser, Tokenizer, VisionLanguageModel, fail, git_sha, is_finished, load_checkpoint,
                    load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint,
-                   use_compile)
+                   trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -44,6 +44,11 @@ PRESETS = {
 }
 
 
+# what makes the model: cannot change on --resume
+MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth", "max_length",
+               "head", "token_types"]
+
+
 def get_args(argv=None):
     p = Parser(__doc__, PRESETS)
     p.section("data")
@@ -51,12 +56,12 @@ def get_args(argv=None):
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random caption; every "
            "label (OpenMoji: family), with a random image of it", choices=["caption", "image", "label"])
-    p.knob("max_length", 64, "text tokens with CLS and SEP, at most; longer captions are cut")
+    p.knob("max_length", 64, "text tokens with CLS and SEP, at most; longer captions are cut", least=3)
     p.knob("crop_min", 0.6, "smallest area of the random crop, as a share of the picture; near 1 keeps what the caption "
-           "speaks of, less makes the images more varied")
-    p.knob("flip", 0.5, "probability of a mirror image")
-    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners")
-    p.knob("color", 0.0, "vary colours by up to this share")
+           "speaks of, less makes the images more varied", most=1)
+    p.knob("flip", 0.5, "probability of a mirror image", most=1)
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners", most=180)
+    p.knob("color", 0.0, "vary colours by up to this share", most=1)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
     p.knob("teacher", "beitv2", "image teacher: a checkpoint of distill_image.py")
@@ -64,12 +69,12 @@ def get_args(argv=None):
            choices=["cls", "mean"])
     p.knob("image_init", "teacher", "image encoder: the teacher's patch embedding and first DEPTH blocks, or random",
            choices=["teacher", "random"])
-    p.knob("img_size", 224, "side of the square images in pixels")
-    p.knob("patch_size", 16, "side of a patch in pixels")
-    p.knob("embed_dim", 768, "width of all blocks")
-    p.knob("num_heads", 12, "attention heads of all blocks")
-    p.knob("depth", 5, "modality-specific blocks of the image encoder")
-    p.knob("text_depth", 5, "modality-specific blocks of the text encoder")
+    p.knob("img_size", 224, "side of the square images in pixels", least=1)
+    p.knob("patch_size", 16, "side of a patch in pixels", least=1)
+    p.knob("embed_dim", 768, "width of all blocks", least=4)
+    p.knob("num_heads", 12, "attention heads of all blocks", least=1)
+    p.knob("depth", 5, "modality-specific blocks of the image encoder", least=1)
+    p.knob("text_depth", 5, "modality-specific blocks of the text encoder", least=1)
     p.knob("shared_depth", 1, "blocks on top that both modalities pass through")
     p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the CLS token itself")
     p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
@@ -78,18 +83,18 @@ def get_args(argv=None):
            "contrastive: find the own target among those of the batch and the queue; none",
            choices=["mse", "l1", "contrastive", "none"])
     p.knob("kd_weight", 1.0, "weight of the sum of the image and the text term")
-    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)")
+    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)", least=0.001)
     p.knob("queue_size", 0, "contrastive kd_loss: targets of earlier batches kept as further negatives")
     p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned temperature, or "
            "ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
     p.knob("align_weight", 1.0, "weight of the alignment loss")
-    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch")
+    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch", most=1)
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
     p.section("optimisation")
-    p.knob("batch_size", 256, "pairs per optimiser step")
+    p.knob("batch_size", 256, "pairs per optimiser step", least=2)
     p.knob("micro_batch_size", 0, "pairs per forward pass, 0: all; the result is the same (gradient caching), memory "
            "falls, one forward pass more is paid")
-    p.knob("max_steps", 40000, "optimiser steps")
+    p.knob("max_steps", 40000, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
     p.knob("warmup_steps", 4000, "steps of linear warm-up")
@@ -98,14 +103,15 @@ def get_args(argv=None):
     p.section("run")
     p.knob("out_dir", "out/mmd2v2_beit", "folder for ckpt.pt, log.jsonl, retrieval.png, retrieval.json")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of initialisation, order and augmentation")
-    p.knob("log_interval", 50, "steps between log lines")
-    p.knob("eval_interval", 1000, "steps between validations")
-    p.knob("save_interval", 1000, "steps between checkpoints")
+    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("log_interval", 50, "steps between log lines", least=1)
+    p.knob("eval_interval", 1000, "steps between validations", least=1)
+    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
            choices=["auto", "float32", "bfloat16", "float16"])
-    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", choices=["auto", "True", "False"])
+    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", type=str.lower,
+           choices=["auto", "true", "false"], nargs="?", const="true")
     return p.parse(argv)
 
 
@@ -173,8 +179,8 @@ def loss_terms(outputs, target, group, queue, log_scale, args):
 class TrainPairs(torch.utils.data.Dataset):
     """Samples of a prepared training split; the index is (epoch, position, unit), see batch_order."""
 
-    def __init__(self, pairs, args):
-        self.pairs, self.args = pairs, args
+    def __init__(self, pairs, tokenizer, args):
+        self.pairs, self.tokenizer, self.args = pairs, tokenizer, args
         owner = pairs.text_to_image
         self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
         if args.unit == "label" and pairs.labels is None:
@@ -195,6 +201,11 @@ class TrainPairs(torch.utils.data.Dataset):
             caption = rng.choice(self.captions_of[i])
         image = train_image(decode(self.pairs.images[i]), self.args.img_size, self.args.crop_min, rng)
         return image, self.pairs.captions[caption], int(self.group[i])
+
+    def collate(self, samples):
+        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), group (B,)."""
+        images, captions, group = zip(*samples)
+        return torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length), torch.tensor(group)
 
 
 def batch_order(num_units, batch_size, seed, step):
@@ -232,12 +243,16 @@ def get_lr(step, args):
 # -----------------------------------------------------------------------------
 
 
+def needs_teacher(args):
+    return args.kd_loss != "none" or args.image_init == "teacher"
+
+
 def what_is_missing(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start."""
     problems = []
     if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
         problems.append(f"data set {args.data} is not in {args.data_dir}/")
-    if not os.path.exists(args.teacher):
+    if needs_teacher(args) and not os.path.isfile(args.teacher):
         problems.append(f"teacher {args.teacher} is no file")
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
@@ -256,9 +271,9 @@ def prepare_tiny(args):
     commands = []
     if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
         commands.append(["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"])
-    if (args.kd_loss != "none" or args.image_init == "teacher") and not is_finished(args.teacher):
-        folder = os.path.dirname(args.teacher) or "."
-        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder}",
+    folder, name = os.path.split(args.teacher)
+    if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
+        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder or '.'}",
                          f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
                          f"--resume={os.path.exists(args.teacher)}"])
     here = os.path.dirname(os.path.abspath(__file__))
@@ -269,20 +284,18 @@ def prepare_tiny(args):
             fail(f"{script} ended with exit code {done.returncode}; its message is above")
 
 
-def check(args, pairs):
+def check(args):
     """What the flags cannot say by themselves, before time is spent."""
-    if args.batch_size < 2 or args.batch_size > pairs.num_units:
-        fail(f"--batch_size={args.batch_size}, but an epoch has {pairs.num_units} units (--unit={args.unit}). "
-             f"Use --batch_size between 2 and {pairs.num_units}.")
+    if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
+        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; --num_heads={args.num_heads} and 4 "
+             f"must divide --embed_dim={args.embed_dim}")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
-    if args.kd_loss == args.align_loss == "none":
-        fail("--kd_loss=none and --align_loss=none leave nothing to learn; set one of them")
+    if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight):
+        fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
+             f"--align_weight={args.align_weight} leave nothing to learn")
     if args.queue_size and args.kd_loss != "contrastive":
         fail(f"--queue_size={args.queue_size} is for --kd_loss=contrastive, not --kd_loss={args.kd_loss}")
-    for name, least in (("max_steps", 1), ("warmup_steps", 0), ("log_interval", 1), ("eval_interval", 1), ("save_interval", 1)):
-        if getattr(args, name) < least:
-            fail(f"--{name}={getattr(args, name)} must be at least {least}")
 
 
 def build_student(args, teacher, vocab_size):
@@ -310,34 +323,34 @@ def build_student(args, teacher, vocab_size):
 def main(args):
     # -- set up
     started = time.time()
+    check(args)
+    device = pick_device(args.device)
     if args.preset == "tiny":
         prepare_tiny(args)
     what_is_missing(args)
-    device = pick_device(args.device)
     dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
     print_settings(args, device, dtype, compiled)
-    checkpoint = open_run(args)
     torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data
-    pairs = TrainPairs(Pairs(args.data_dir, args.data, "train"), args)
-    val_pairs = Pairs(args.data_dir, args.data, "val")
-    check(args, pairs)
-    with open(os.path.join(args.data_dir, args.data, "tokenizer.json"), encoding="utf-8") as f:
-        tokenizer = Tokenizer(f.read())
+    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split) for split in ("train", "val"))
+    path = os.path.join(args.data_dir, args.data, "tokenizer.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            tokenizer = Tokenizer(f.read())
+    except Exception as e: # tokenizers raises nothing more specific
+        fail(f"{path} is no tokenizer ({e}). Remove {os.path.dirname(path)} and prepare it again")
+    pairs = TrainPairs(train_pairs, tokenizer, args)
     B, micro = args.batch_size, args.micro_batch_size or args.batch_size
+    if B > pairs.num_units:
+        fail(f"--batch_size={B}, but an epoch has {pairs.num_units} units (--unit={args.unit}). Use at most that many.")
     print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
           f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} per epoch "
           f"(one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
-
-    def collate(samples):
-        images, captions, group = zip(*samples)
-        return torch.stack(images), *tokenizer.encode(captions, args.max_length), torch.tensor(group)
-
     # -- teacher: frozen, whatever the student becomes
     teacher = None
-    if args.kd_loss != "none" or args.image_init == "teacher":
+    if needs_teacher(args):
         teacher = load_checkpoint(args.teacher).to(device)
         if not isinstance(teacher, Encoder) or teacher.config["modality"] != "image":
             fail(f"--teacher={args.teacher} is no image encoder. Make one: python distill_image.py --preset=tiny "
@@ -360,6 +373,8 @@ def main(args):
     print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher {frozen / 1e6:.2f}M, frozen")
     if args.kd_loss != "none" and not args.head and teacher.config["embed_dim"] != args.embed_dim:
         fail(f"the teacher is {teacher.config['embed_dim']} wide, the student {args.embed_dim}: add --head")
+    if args.kd_loss != "none" and teacher.config["img_size"] != args.img_size:
+        fail(f"--img_size={args.img_size}, but the teacher reads {teacher.config['img_size']} px")
 
     # -- optimizer: no decay for biases, norms, positions, tokens
     decayed = [p for n, p in student.named_parameters() if p.ndim >= 2 and "embed.weight" not in n
@@ -372,22 +387,25 @@ def main(args):
     queue, best, step = None, {"mean": -1.0, "step": 0}, 0
 
     # -- resume
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
-        if checkpoint["config"] != student.config:
-            fail(f"the model in {args.out_dir}/ckpt.pt has other settings than these flags give: {checkpoint['config']}. "
-                 f"Use the same flags, or another --out_dir.")
-        load_weights(student, checkpoint["model"], f"{args.out_dir}/ckpt.pt")
+        load_weights(student, checkpoint["model"], path)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+            param_group["weight_decay"] = decay # load_state_dict brought the old one back
         scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
-        queue = checkpoint["queue"] and tuple(x.to(device) for x in checkpoint["queue"])
+        if checkpoint["queue"] and args.queue_size:
+            queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
+    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
     if compiled: # in place: the weights keep their names
         student.compile()
         if teacher is not None:
             teacher.compile()
 
     def save(finished=False):
-        save_checkpoint(os.path.join(args.out_dir, "ckpt.pt"), student, tokenizer=tokenizer.text, step=step, best=best,
+        save_checkpoint(path, student, tokenizer=tokenizer.text, step=step, best=best,
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), queue=queue, finished=finished,
                         args=vars(args), teacher=args.teacher, code=git_sha(), torch=str(torch.__version__))
 
@@ -427,11 +445,10 @@ def main(args):
             **record)
 
     # -- loop
-    os.makedirs(args.out_dir, exist_ok=True)
     loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=batch_order(pairs.num_units, B, args.seed, step),
-                                              collate_fn=collate, num_workers=args.num_workers,
+                                              collate_fn=pairs.collate, num_workers=args.num_workers,
                                               pin_memory=device.type == "cuda"))
-    sums, seen, waited, since, first_step, loop_start = {}, 0, 0.0, time.time(), step, time.time()
+    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: terms of steps not logged
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
@@ -465,6 +482,8 @@ def main(args):
                 torch.autograd.backward(*zip(*used))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.grad_clip or float("inf"))
+        if scaler.is_enabled(): # it skips a step whose gradient overflowed
+            norm = norm.nan_to_num(0, 0, 0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -475,40 +494,47 @@ def main(args):
             queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size] for x, old in zip(new, queue))
         step += 1
 
-        for name, value in {"loss": loss, **terms, "norm": norm}.items(): # summed on the device: no waiting for it
-            sums[name] = sums.get(name, 0.0) + value.detach()
-        seen += 1
-        if step % args.log_interval == 0 or step == args.max_steps:
-            means = {k: v.item() / seen for k, v in sums.items()}
-            bad = [k for k, v in means.items() if not math.isfinite(v) and k != "norm"]
-            if bad:
-                fail(f"{', '.join(bad)} is not finite between steps {step - seen} and {step}. The last good checkpoint is "
-                     f"in {args.out_dir}; continue from it with --resume and a lower --lr, or --dtype=float32.")
+        terms = {"loss": loss, **terms, "norm": norm}
+        rows.append(torch.stack([x.detach().float() for x in terms.values()])) # stays on the device: no waiting for it
+        due = [step % n == 0 or step == args.max_steps for n in (args.log_interval, args.eval_interval, args.save_interval)]
+        if any(due): # nothing is measured or saved after a bad step
+            table = torch.stack(rows).cpu() # (seen, terms)
+            if not table.isfinite().all():
+                k = (~table.isfinite()).any(1).int().argmax().item()
+                bad = [name for name, x in zip(terms, table[k].tolist()) if not math.isfinite(x)]
+                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if one was "
+                     f"saved, is in {args.out_dir}: continue from it with --resume and a lower --lr, or --dtype=float32.")
+        if due[0]:
+            means, seen = dict(zip(terms, table.double().mean(0).tolist())), len(rows)
             ms = 1000 * (time.time() - since) / seen
             left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
             log(f"step {step:>6}/{args.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) +
                 f"  scale {student.log_scale.exp().item():.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  {ms:.0f} ms "
                 f"({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  {left / 60:.1f} min left",
-                **means, lr=lr, ms=ms, wait_ms=1000 * waited / seen)
-            sums, seen, waited, since = {}, 0, 0.0, time.time()
-        if step % args.eval_interval == 0 or step == args.max_steps:
+                **means, scale=student.log_scale.exp().item(), lr=lr, pairs_per_s=1000 * B / ms, ms=ms,
+                wait_ms=1000 * waited / seen, memory_gb=peak_memory(device), minutes_left=left / 60)
+            rows, waited, since = [], 0.0, time.time()
+        if due[1]:
+            paused = time.time()
             validate()
-            since = time.time() - 1e-9
-        if step % args.save_interval == 0 and step < args.max_steps:
+            since += time.time() - paused # ms counts training alone
+        if due[2] and step < args.max_steps:
             save()
 
     # -- end
     save(finished=True)
-    path = os.path.join(args.out_dir, "ckpt.pt")
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
-          f"{peak_memory(device):.2f} GB, wrote {path}")
+          f"{peak_memory(device):.2f} GB, validation mean recall "
+          f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")
     if os.path.exists(os.path.join(args.data_dir, args.data, "test_images.idx")):
         command = ["retrieval", f"--ckpt={path}", f"--data={args.data}", f"--data_dir={args.data_dir}", f"--device={device}",
                    f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
         print("$ python evaluate.py", *command)
         evaluate.main(command)
-    print(f"{(time.time() - started) / 60:.1f} minutes in all. Next, the same without the teacher:\n"
-          f"  python distill_multimodal.py --preset={args.preset} --kd_loss=none --image_init=random --out_dir={args.out_dir}_clip")
+    new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0, out_dir=f"{args.out_dir}_clip")
+    same = [f"--{k}={getattr(args, k)}" for k in args.given if k not in (*new, "preset", "resume")]
+    print(f"{(time.time() - started) / 60:.1f} minutes in all. Next, the same without the teacher:\n  "
+          + " ".join([f"python distill_multimodal.py --preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 
 
 if __name__ == "__main__":

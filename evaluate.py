@@ -316,15 +316,15 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
 def retrieval_flags(doc):
     p = Parser(doc)
     p.section("data")
-    p.knob("data", "openmoji", "folder under data_dir; for coco and flickr30k published rows are printed")
+    p.knob("data", "openmoji", "name of the prepared pairs: DATA_DIR/NAME; for coco and flickr30k published rows are printed")
     p.knob("split", "test", "which of its splits")
-    p.knob("data_dir", "data", "folder that holds the prepared sets")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
     p.section("run")
     p.knob("ckpt", "out/tiny/ckpt.pt", "checkpoint of a model with both encoders")
-    p.knob("batch_size", 256, "images or captions at a time: memory and speed")
-    p.knob("device", "auto", "auto, cpu, cuda, cuda:1, mps; auto takes the GPU if there is one")
-    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it",
+    p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
+    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
            choices=["auto", "float32", "bfloat16", "float16"])
     p.knob("json", None, "write the numbers to this file too", type=str)
     p.knob("picture", None, "draw some queries and what was found for them, as a PNG", type=str)
@@ -333,8 +333,6 @@ def retrieval_flags(doc):
 
 def retrieval(args):
     """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner."""
-    if args.batch_size < 1:
-        fail(f"--batch_size={args.batch_size} must be at least 1")
     device = pick_device(args.device)
     model = load_checkpoint(args.ckpt).to(device)
     if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):

@@ -414,14 +414,16 @@ def fail(message):
 
 def save_atomic(path, write):
     """Call write(file) on a temporary name beside path, then rename: path is never there half-written."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp{os.getpid()}"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e: # a full disk, a folder of that name
+        fail(f"cannot write {path}: {e.strerror}")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -447,8 +449,9 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
-        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:200]}). "
-             f"If it was cut short, train again or copy it anew.")
+        reason = str(e).partition("\n")[0][:200]
+        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason}). If it was cut short, train again "
+             f"or copy it anew.")
     if found != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this repository (format {found}, expected {CHECKPOINT_FORMAT})")
     return checkpoint
@@ -483,33 +486,53 @@ def load_weights(model, weights, path):
 
 
 def is_finished(path):
-    return os.path.exists(path) and read_checkpoint(path)["finished"]
+    return os.path.exists(path) and read_checkpoint(path).get("finished", True)
 
 
-def open_run(args):
-    """What --resume continues from, or None for a new run. An unfinished run is never written over, a finished one
-    is kept under another name."""
+def open_run(args, model_knobs):
+    """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run is never
+    written over, a finished one is kept under another name; what makes the model, model_knobs, cannot change on resume.
+    Call it when nothing else can go wrong: it is the first to write."""
     path = os.path.join(args.out_dir, "ckpt.pt")
-    if not os.path.exists(path):
-        if args.resume:
-            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to continue.")
-        return None
-    checkpoint = read_checkpoint(path)
-    if args.resume and checkpoint["finished"]:
-        fail(f"the run in {args.out_dir} is finished ({checkpoint['step']} steps). Leave --resume out to run it again.")
+    checkpoint = read_checkpoint(path) if os.path.exists(path) else None
     if args.resume:
+        if checkpoint is None:
+            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to continue.")
+        if checkpoint.get("finished", True):
+            fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
+        if checkpoint["step"] >= args.max_steps:
+            fail(f"{path} has done {checkpoint['step']} steps already: --max_steps={args.max_steps} must be more")
         changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
                    if k not in ("resume", "given") and getattr(args, k, v) != v}
+        refused = [f"--{k}={v[0]}, not --{k}={v[1]}" for k, v in changed.items() if k in model_knobs]
+        if refused:
+            fail(f"{path} was made with {'; '.join(refused)}. Use the same, or another --out_dir.")
         print(f"resuming {path} at step {checkpoint['step']}" +
               "".join(f"\n  {k} was {old}, is {new}" for k, (old, new) in changed.items()))
-        return checkpoint
-    if not checkpoint["finished"]:
+    elif checkpoint and not checkpoint.get("finished", True):
         fail(f"{args.out_dir} holds an unfinished run (step {checkpoint['step']}). Add --resume to continue it, or "
              f"give another --out_dir.")
-    n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{args.out_dir}.{n}"))
-    os.rename(args.out_dir, f"{args.out_dir}.{n}")
-    print(f"{args.out_dir} held a finished run: renamed to {args.out_dir}.{n}")
-    return None
+    elif checkpoint:
+        folder = os.path.normpath(args.out_dir) # "out/run/" too
+        if os.path.samefile(folder, "."):
+            fail(f"--out_dir={args.out_dir} holds a finished run, and is this very folder: give another --out_dir")
+        n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{folder}.{n}"))
+        os.rename(folder, f"{folder}.{n}")
+        print(f"{folder} held a finished run: renamed to {folder}.{n}")
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+    except OSError as e:
+        fail(f"--out_dir={args.out_dir} cannot be made: {e.strerror}")
+    return checkpoint if args.resume else None
+
+
+def trim_log(path, step):
+    """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its last
+    checkpoint is done again."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        save_atomic(path, lambda f: f.write("".join(lines).encode()))
 
 
 def normalize(images):
@@ -524,6 +547,10 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA build of torch.")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        fail(f"--device={name} is no device that torch can use here. Use cpu, cuda, cuda:1 or mps.")
     return torch.device(name)
 
 
@@ -541,7 +568,7 @@ def pick_dtype(name, device):
 
 def use_compile(choice, device):
     """--compile=auto: on CUDA under Linux, where it works without a compiler to set up."""
-    return choice == "True" or choice == "auto" and device.type == "cuda" and sys.platform == "linux"
+    return choice == "true" or choice == "auto" and device.type == "cuda" and sys.platform == "linux"
 
 
 def peak_memory(device):
@@ -578,13 +605,28 @@ def boolean(text):
     return text.lower() == "true"
 
 
+def number(kind, least, most):
+    """The type of a flag: an int or float between least and most, both allowed."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}" + f" and at most {most}" * (most < math.inf))
+        return value
+    return parse
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for --key=value flags. Booleans work as --compile, --compile=True and --compile=False; a wrong key
     is answered with the nearest right one; --preset=NAME sets defaults, and explicit flags win over it. The help
     shows the defaults that would be used: `--preset=tiny --help` those of the preset."""
 
     def __init__(self, doc, presets=None):
-        super().__init__(description=doc, allow_abbrev=False, add_help=True,
+        super().__init__(description=doc, usage="%(prog)s [--key=value ..]", allow_abbrev=False, add_help=True,
                          formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110))
         self.presets = presets or {}
         self.group = self
@@ -596,10 +638,13 @@ class Parser(argparse.ArgumentParser):
         """A heading of the help; the knobs that follow stand under it."""
         self.group = self.add_argument_group(title)
 
-    def knob(self, key, default, help, **kwargs):
-        """One flag --key, its type taken from its default (give type= where the default is None)."""
+    def knob(self, key, default, help, least=0, most=math.inf, **kwargs):
+        """One flag --key, its type taken from its default (give type= where the default is None). No number here may be
+        negative; least and most narrow that further."""
         if isinstance(default, bool):
             kwargs = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False", **kwargs}
+        elif isinstance(default, (int, float)):
+            kwargs.setdefault("type", number(type(default), least, most))
         elif default is not None:
             kwargs.setdefault("type", type(default))
         self.group.add_argument(f"--{key}", default=default, help=help, **kwargs)
@@ -611,13 +656,13 @@ class Parser(argparse.ArgumentParser):
         for name, preset in self.presets.items():
             unknown = set(preset) - set(known)
             assert not unknown, f"preset {name} sets {unknown}, which no flag reads"
-        for word in argv: # --preset first, since --help shows its defaults
-            if word.startswith("--preset="):
-                name = word.partition("=")[2]
-                if name not in self.presets:
-                    self.error(f"unknown preset {name!r}{nearest(name, self.presets)}. "
-                               f"Presets: {', '.join(self.presets)}")
-                self.set_defaults(**self.presets[name])
+        if self.presets: # first, since --help shows the defaults of the preset
+            first = argparse.ArgumentParser(self.prog, self.usage, allow_abbrev=False, add_help=False)
+            first.add_argument("--preset", default=self.get_default("preset"))
+            name = first.parse_known_args(argv)[0].preset
+            if name not in self.presets:
+                self.error(f"unknown preset {name!r}{nearest(name, self.presets)}. Presets: {', '.join(self.presets)}")
+            self.set_defaults(**self.presets[name])
         args, extra = self.parse_known_args(argv)
         for word in extra:
             key = word.partition("=")[0]
@@ -634,4 +679,4 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def nearest(word, words, prefix=""):
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""

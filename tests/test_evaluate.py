@@ -311,7 +311,7 @@ def test_picture_frames_the_right_answers(tmp_path):
     (["retrieval", "--batch_size=many"], 2, "many"),
     (["retrieval", "--dtype=float8"], 2, "float8"),
     (["retrieval", "--ckpt=no/such/ckpt.pt"], 1, "no/such/ckpt.pt"),
-    (["retrieval", "--batch_size=0"], 1, "batch_size=0"),
+    (["retrieval", "--batch_size=0"], 2, "batch_size"),
 ])
 def test_wrong_command_lines(argv, code, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,84 @@
+"""
+What several test files share: the repository on sys.path, one torch thread, and two prepared data sets.
+
+    tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed format
+    openmoji    DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
+"""
+import io
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import prepare_pairs
+from model import save_atomic, write_json
+from prepare_pairs import RecordWriter
+
+torch.set_num_threads(1)
+
+COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
+SHAPES = ["square", "circle", "triangle", "cross"]
+
+
+def shape_png(colour, shape, rng):
+    """A coloured shape somewhere on white, 32 x 32, as PNG bytes."""
+    image = Image.new("RGB", (32, 32), "white")
+    draw, side = ImageDraw.Draw(image), int(rng.integers(12, 20))
+    x, y = (int(v) for v in rng.integers(2, 30 - side, 2))
+    if shape == "square":
+        draw.rectangle([x, y, x + side, y + side], fill=colour)
+    elif shape == "circle":
+        draw.ellipse([x, y, x + side, y + side], fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y + side), (x + side, y + side), (x + side // 2, y)], fill=colour)
+    else:
+        draw.line([x, y, x + side, y + side], fill=colour, width=4)
+        draw.line([x, y + side, x + side, y], fill=colour, width=4)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+def write_toy(data_dir):
+    """data_dir/toy: 24 kinds (labels) of coloured shapes, two training pictures of each, the second with two captions;
+    12 kinds in val, the other 12 in test, in new positions and with one caption."""
+    folder, rng = os.path.join(data_dir, "toy"), np.random.default_rng(0)
+    kinds = [(c, s) for c in COLOURS for s in SHAPES]
+    members = {"train": [*range(24), *range(24)], "val": range(0, 24, 2), "test": range(1, 24, 2)}
+    meta, train_captions = {"data": "toy", "credit": "drawn by tests/conftest.py", "splits": {}}, []
+    for split, labels in members.items():
+        images, captions = (RecordWriter(os.path.join(folder, f"{split}_{what}")) for what in ("images", "captions"))
+        text_to_image = []
+        for n, label in enumerate(labels):
+            name = " ".join(kinds[label])
+            i = images.write(shape_png(*kinds[label], rng))
+            for caption in [name, f"a {name}"][:1 + n // 24]:
+                captions.write(caption.encode())
+                text_to_image.append(i)
+                train_captions += [caption] * (split == "train")
+        images.close()
+        captions.close()
+        for what, values in (("text_to_image", text_to_image), ("labels", list(labels))):
+            save_atomic(os.path.join(folder, f"{split}_{what}.npy"), lambda f: np.save(f, np.asarray(values, np.int64)))
+        meta["splits"][split] = {"families": len(set(labels)), "images": len(labels), "captions": len(text_to_image)}
+    text = prepare_pairs.train_wordpiece(train_captions, 200)
+    save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
+    write_json(os.path.join(folder, "meta.json"), meta)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("tiny_data"))
+    write_toy(data_dir)
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def openmoji(tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("openmoji"))
+    prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={data_dir}"]))
+    return data_dir

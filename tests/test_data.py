@@ -1,0 +1,483 @@
+"""
+Packed records, the prepared OpenMoji set and its rules, pictures to tensors, captions to ids.
+
+    pytest tests/test_data.py
+"""
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import emoji
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import prepare_pairs
+from model import Tokenizer, normalize
+from prepare_pairs import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image, openmoji_families,
+                           train_image, train_wordpiece)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def encoded(image, format="PNG", **kwargs):
+    data = io.BytesIO()
+    image.save(data, format, **kwargs)
+    return data.getvalue()
+
+
+# -----------------------------------------------------------------------------
+# packed records
+
+
+RECORDS = [b"first", b"", os.urandom(3_000_000), b"\x00\n\xff", b""]
+
+
+def write_records(prefix):
+    writer = RecordWriter(prefix)
+    assert [writer.write(r) for r in RECORDS] == [0, 1, 2, 3, 4]
+    return writer
+
+
+def test_records_round_trip(tmp_path):
+    prefix = str(tmp_path / "new folder" / "r")
+    writer = write_records(prefix)
+    assert not os.path.exists(prefix + ".bin") and not os.path.exists(prefix + ".idx") # a name appears when it is whole
+    writer.close()
+    assert sorted(os.listdir(tmp_path / "new folder")) == ["r.bin", "r.idx"]
+    records = Records(prefix)
+    assert len(records) == 5 and [records[i] for i in (4, 2, 0, 3, 1)] == [RECORDS[i] for i in (4, 2, 0, 3, 1)]
+    for i in (5, -1):
+        with pytest.raises(IndexError, match=r"r\.bin"):
+            records[i]
+    spawned = pickle.loads(pickle.dumps(records)) # after a file was opened
+    assert spawned.fd is None and spawned[2] == RECORDS[2]
+    # the documented layout: N + 1 offsets, uint64, little-endian
+    assert np.fromfile(prefix + ".idx", "<u8").tolist() == [0, 5, 5, 3_000_005, 3_000_008, 3_000_008]
+
+
+@pytest.mark.parametrize("damage", ["idx short", "idx empty", "bin short", "bin long", "no idx", "no bin"])
+def test_damaged_records_are_named(tmp_path, damage):
+    prefix = str(tmp_path / "r")
+    write_records(prefix).close()
+    what, how = damage.split()[::-1] if damage.startswith("no") else damage.split()
+    path = f"{prefix}.{what}"
+    size = {"short": os.path.getsize(path) - 16, "empty": 0, "long": os.path.getsize(path) + 1}.get(how)
+    if how == "no":
+        os.remove(path)
+    else:
+        os.truncate(path, size)
+    with pytest.raises(ValueError, match=r"r\.(bin|idx)") as e:
+        Records(prefix)
+    assert how != "no" or path in str(e.value)
+
+
+# -----------------------------------------------------------------------------
+# prepared sets
+
+
+def message(data_dir, name="toy", split="train"):
+    with pytest.raises(SystemExit) as e:
+        Pairs(data_dir, name, split)
+    return str(e.value)
+
+
+def test_pairs(tiny_data):
+    for split, images, captions in (("train", 48, 72), ("val", 12, 12), ("test", 12, 12)):
+        pairs = Pairs(tiny_data, "toy", split)
+        assert (len(pairs.images), len(pairs.captions), len(pairs.text_to_image), len(pairs.labels)) == (
+            images, captions, captions, images)
+        assert all(decode(pairs.images[i]).size == (32, 32) for i in range(images))
+    assert pairs.captions[:2] == ["red circle", "red cross"] and pairs.meta["credit"]
+
+
+def test_pairs_that_are_not_there(tiny_data, tmp_path):
+    said = message(str(tmp_path), "openmoji")
+    for part in ("openmoji", "is not there", f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}"):
+        assert part in said
+    os.mkdir(tmp_path / "openmoji")
+    assert "half-written" in message(str(tmp_path), "openmoji")
+    assert "python prepare_pairs.py --data=coco" not in message(str(tmp_path), "coco") # which would not work
+    assert "'dev'" in message(tiny_data, split="dev") and "train, val, test" in message(tiny_data, split="dev")
+
+
+@pytest.mark.parametrize("damage", ["images", "captions", "owner", "owner shape", "labels", "records", "meta", "no owner"])
+def test_damaged_pairs_are_named(tiny_data, tmp_path, damage):
+    folder = str(tmp_path / "openmoji")
+    shutil.copytree(os.path.join(tiny_data, "toy"), folder)
+    assert len(Pairs(str(tmp_path), "openmoji", "train").images) == 48
+    with open(f"{folder}/meta.json") as f:
+        meta = json.load(f)
+    owner, labels = (np.load(f"{folder}/train_{name}.npy") for name in ("text_to_image", "labels"))
+    if damage in ("images", "captions"):
+        meta["splits"]["train"][damage] += 1
+        with open(f"{folder}/meta.json", "w") as f:
+            json.dump(meta, f)
+    elif damage == "owner":
+        np.save(f"{folder}/train_text_to_image.npy", np.where(owner == 47, 48, owner)) # past the images
+    elif damage == "owner shape":
+        np.save(f"{folder}/train_text_to_image.npy", owner[:-1])
+    elif damage == "labels":
+        np.save(f"{folder}/train_labels.npy", labels[:-1])
+    elif damage == "records":
+        os.truncate(f"{folder}/train_images.bin", 1000)
+    elif damage == "meta":
+        os.truncate(f"{folder}/meta.json", 20)
+    else:
+        os.remove(f"{folder}/train_text_to_image.npy")
+    said = message(str(tmp_path), "openmoji")
+    assert "openmoji is damaged" in said and f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}" in said
+
+
+# -----------------------------------------------------------------------------
+# OpenMoji: the rules of the split, checked without the code that makes it
+
+
+def first_captions(pairs):
+    """The official name of each picture: its first caption."""
+    return [pairs.captions[j] for j in np.unique(pairs.text_to_image, return_index=True)[1]]
+
+
+@pytest.fixture(scope="session")
+def splits(openmoji):
+    return {split: Pairs(openmoji, "openmoji", split) for split in ("train", "val", "test")}
+
+
+def bare(name):
+    """A name without what makes a variant: skin tone, hair, gender, direction; every composition of a family, of a
+    couple, of people holding hands is one."""
+    name = name.lower().replace("’", "'").replace(":", " ")
+    if "claus" in name:
+        return "claus"
+    for people in ("family", "kiss", "couple with heart", "holding hands"):
+        if re.match(rf"{people}\b(?!.*(face|mark|cat))", name) or name.endswith(people):
+            return people
+    name = re.sub(r"(light|medium-light|medium|medium-dark|dark) skin tone", "", name)
+    name = re.sub(r"\b((red|curly|white|blond) hair|bald|beard)\b", "", name)
+    return " ".join(re.sub(r"\b(wo)?m[ae]n('s)?\b|\b(person|people|boy|girl|child|left|right|up|down|"
+                           r"(left|right|up|down)wards|facing|pointing)\b", "", name).split())
+
+
+def test_bare_names():
+    assert {bare(f"{who} playing water polo{tone}") for who in ("woman", "man", "person")
+            for tone in ("", ": dark skin tone")} == {"playing water polo"}
+    assert bare("family man woman girl boy") == bare("family") and bare("kiss woman man") == bare("kiss") != bare("kiss mark")
+    assert bare("woman and man holding hands") == bare("men holding hands") and bare("mx claus") == bare("Santa Claus")
+
+
+def test_no_family_is_on_two_sides(splits):
+    sides = {}
+    for split, pairs in splits.items():
+        for name in first_captions(pairs):
+            sides.setdefault(bare(name), {}).setdefault(split, []).append(name)
+    assert {k: v for k, v in sides.items() if len(v) > 1} == {}
+    assert sum(len(names) > 5 for v in sides.values() for names in v.values()) > 100 # the check has something to check
+    labels = [set(pairs.labels.tolist()) for pairs in splits.values()]
+    assert not labels[0] & labels[1] and not labels[0] & labels[2] and not labels[1] & labels[2]
+
+
+def test_no_held_out_picture_is_a_training_picture(splits):
+    pixels = [{splits[split].images[i] for i in range(len(splits[split].images))} for split in ("train", "val", "test")]
+    assert not pixels[0] & pixels[1] and not pixels[0] & pixels[2] and not pixels[1] & pixels[2]
+
+
+def test_held_out_families_are_in_default_form(splits):
+    for split, families in (("test", 300), ("val", 100)):
+        pairs = splits[split]
+        assert len(pairs.images) == len(pairs.captions) == len(set(pairs.labels.tolist())) == families
+        assert pairs.text_to_image.tolist() == list(range(families))
+        assert not [c for c in pairs.captions if re.search(r"skin tone|facing right|\b(red|curly|white) hair", c)]
+        assert len(set(pairs.captions)) == families
+    assert len(splits["train"].images) > 2500 and len(set(splits["train"].labels.tolist())) > 950
+
+
+def test_country_flags_and_undrawn_emoji_are_left_out(splits):
+    names = {name for pairs in splits.values() for name in first_captions(pairs)}
+    flags = [d["en"].strip(":").replace("_", " ") for e, d in emoji.EMOJI_DATA.items()
+             if "\U0001F1E6" <= e[0] <= "\U0001F1FF" or "\U000E007F" in e]
+    assert len(flags) > 250 and not [f for f in flags if f in names]
+    assert "pirate flag" in names # which is no country's
+    assert splits["train"].meta["not_drawn"] == 19
+
+
+def test_captions_are_words(splits):
+    for pairs in splits.values():
+        assert not [c for c in pairs.captions if re.search(r"[_:]|  |^ | $", c) or not c]
+    train = splits["train"] # with aliases, each once
+    assert len(set(zip(train.text_to_image.tolist(), train.captions))) == len(train.captions) > len(train.images)
+
+
+def test_meta_of_openmoji(splits):
+    meta = splits["train"].meta
+    assert "OpenMoji" in meta["credit"] and "CC BY-SA 4.0" in meta["credit"] and meta["license"] == "CC BY-SA 4.0"
+    for split, pairs in splits.items():
+        counts, words = meta["splits"][split], [len(c.split()) for c in pairs.captions]
+        assert (counts["images"], counts["captions"], counts["families"]) == (
+            len(pairs.images), len(pairs.captions), len(set(pairs.labels.tolist())))
+        assert counts["words_per_caption"] == pytest.approx(np.mean(words), abs=0.006)
+    image = decode(splits["val"].images[0])
+    assert image.size == (72, 72) and meta["size"] == 72 and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_tokenizer_saw_training_captions_only(openmoji, splits):
+    with open(os.path.join(openmoji, "openmoji", "tokenizer.json"), encoding="utf-8") as f:
+        text = f.read()
+    assert text == train_wordpiece(splits["train"].captions, 2000)
+    vocab = json.loads(text)["model"]["vocab"]
+    assert len(vocab) <= 2000
+    words = {s: set(re.findall(r"[a-z]+", " ".join(p.captions).lower())) for s, p in splits.items()}
+    new = [w for w in words["test"] | words["val"] if not any(t.startswith(w) for t in words["train"])]
+    assert len(new) > 50 and not [w for w in new if w in vocab]
+
+
+def files_of(folder):
+    content = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as f:
+            content[name] = f.read()
+    return content
+
+
+def test_killed_and_prepared_again(openmoji, tmp_path, monkeypatch):
+    """Killed half-way, the set is not there; the next run, in another process, makes byte for byte the same."""
+    folder, close = tmp_path / "openmoji", RecordWriter.close
+    closed = []
+
+    def dies(self):
+        if len(closed) == 3:
+            raise KeyboardInterrupt
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(RecordWriter, "close", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={tmp_path}"]))
+    assert os.path.exists(folder / "test_images.bin") and not os.path.exists(folder / "meta.json")
+    assert "half-written" in message(str(tmp_path), "openmoji", "test")
+    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_pairs.py"), f"--data_dir={tmp_path}"], check=True,
+                   env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
+    ours, theirs = files_of(folder), files_of(os.path.join(openmoji, "openmoji"))
+    assert list(ours) == list(theirs) # no .tmp left over either
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_prepared_twice_changes_nothing(openmoji, capsys):
+    folder = os.path.join(openmoji, "openmoji")
+
+    def state():
+        return {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
+
+    before = state()
+    prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={openmoji}"]))
+    out = capsys.readouterr().out
+    assert "already prepared" in out and re.search(r"^test +300 +300 +300 ", out, re.M)
+    for flag, value in (("size", 48), ("vocab_size", 500)):
+        with pytest.raises(SystemExit, match=f"{flag}=.*Remove it.*{flag}={value}"):
+            prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={openmoji}", f"--{flag}={value}"]))
+    assert state() == before
+
+
+def test_families():
+    names = {e: d["en"].strip(":").replace("_", " ") for e, d in emoji.EMOJI_DATA.items()
+             if d["status"] == emoji.STATUS["fully_qualified"]}
+    families = openmoji_families(names)
+    assert families == openmoji_families(dict(reversed(names.items())))
+    assert sorted(e for f in families for e in f) == sorted(names)
+    polo = next(f for f in families if "\U0001F93D" in f)
+    assert polo[0] == "\U0001F93D" and len(polo) == 18 # default form; three genders, six skin tones
+    split = {} # whatever side chance puts them on: the variants of a thing are one family
+    for i, family in enumerate(families):
+        for e in family:
+            split.setdefault(bare(names[e].replace("_", " ")), {}).setdefault(i, []).append(names[e])
+    assert {k: v for k, v in split.items() if len(v) > 1} == {}
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+
+def pixel(data, where=(0, 0)):
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel(where)
+
+
+def test_transparent_parts_become_white():
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert pixel(encoded(palette, transparency=1)) == (255, 255, 255)
+    assert pixel(encoded(palette, transparency=0)) == (0, 0, 255)
+    assert pixel(encoded(palette, "GIF", transparency=1)) == (255, 255, 255)
+    assert pixel(encoded(Image.new("LA", (4, 4), (0, 0)))) == (255, 255, 255)
+    assert pixel(encoded(Image.new("LA", (4, 4), (9, 255)))) == (9, 9, 9)
+    assert pixel(encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 51)))) == (244, 204, 204) # 51 / 255 = a fifth
+    assert pixel(encoded(Image.new("L", (4, 4), 7), transparency=7)) == (255, 255, 255)
+
+
+def test_other_colour_modes():
+    assert pixel(encoded(Image.new("L", (4, 4), 7))) == (7, 7, 7)
+    assert pixel(encoded(Image.new("1", (4, 4), 1))) == (255, 255, 255)
+    assert max(abs(a - b) for a, b in zip(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), (255, 0, 0))) < 9
+    deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16)) # 16 bits, half way
+    assert pixel(encoded(deep)) == pixel(encoded(deep, transparency=0x8000)) == (128, 128, 128)
+
+
+def test_exif_rotation():
+    image, exif = Image.new("RGB", (16, 8), "black"), Image.Exif()
+    image.paste("white", (0, 0, 8, 8)) # the left half
+    exif[0x0112] = 6 # turn a quarter clockwise: the left half comes to the top
+    data = encoded(image, "JPEG", exif=exif, quality=95)
+    assert decode(data).size == (8, 16) and pixel(data, (4, 2))[0] > 200 and pixel(data, (4, 13))[0] < 50
+
+
+def test_crop_box_is_distributed_as_in_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms")
+    torch.manual_seed(0)
+    for (width, height), scale_min in itertools.product([(60, 60), (100, 60), (60, 140)], (0.08, 0.6)):
+        rng, image = np.random.default_rng(0), torch.zeros(3, height, width)
+        ours = np.array([crop_box(width, height, scale_min, rng) for _ in range(3000)])
+        theirs = np.array([transforms.RandomResizedCrop.get_params(image, (scale_min, 1), (3 / 4, 4 / 3))
+                           for _ in range(3000)]) # top, left, height, width
+        assert (ours[:, :2] >= 0).all() and (ours[:, 2] <= width).all() and (ours[:, 3] <= height).all()
+        w, h = ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]
+        for a, b in ((w * h / (width * height), theirs[:, 2] * theirs[:, 3] / (width * height)), # area
+                     (np.log(w / h), np.log(theirs[:, 3] / theirs[:, 2])), # aspect
+                     (ours[:, 0] / width, theirs[:, 1] / width), (ours[:, 1] / height, theirs[:, 0] / height)):
+            for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+                assert np.quantile(a, q) == pytest.approx(np.quantile(b, q), abs=0.03)
+            assert a.mean() == pytest.approx(b.mean(), abs=0.015)
+
+
+def test_crop_box_falls_back_to_the_centre():
+    transforms = pytest.importorskip("torchvision.transforms")
+    for width, height in ((300, 30), (30, 300), (31, 200), (1, 1)): # no crop of the whole area has an allowed ratio
+        top, left, h, w = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), (1, 1), (3 / 4, 4 / 3))
+        assert crop_box(width, height, 1.0, np.random.default_rng(0)) == (left, top, left + w, top + h)
+
+
+def test_train_image():
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))) # brightness = column
+    crops = [train_image(ramp, 24, 0.1, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert crops[0].shape == (3, 24, 24) and crops[0].dtype == torch.uint8
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+    left, _, right, _ = crop_box(200, 100, 0.1, np.random.default_rng(0))
+    assert abs(crops[0][0, 0, 0].item() - left) < 8 and abs(crops[0][0, 0, -1].item() - right) < 8
+
+
+def test_eval_image_crops_or_squashes():
+    image = Image.new("RGB", (60, 20), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    crop, squashed = (eval_image(encoded(image), 24, squash=squash) for squash in (False, True))
+    assert crop.shape == squashed.shape == (3, 24, 24) and crop.dtype == squashed.dtype == torch.uint8
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 24, 24)
+    assert (crop.int() - blue.int()).abs()[:, :, 1:].max() < 30 # the red third is cut off
+    assert (squashed[0] > 128).sum(1).tolist() == [8] * 24 # a third of the width is red
+
+
+# -----------------------------------------------------------------------------
+# augmentation
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n=4, size=16):
+    return torch.randint(0, 256, (n, 3, size, size), generator=generator(9)).to(torch.uint8)
+
+
+def colours(x):
+    """Undoes the normalisation: [0, 1]."""
+    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+
+
+def test_augment_off_is_normalize():
+    images = random_images()
+    expected = torch.stack([(images[:, c] / 255 - m) / s for c, (m, s) in enumerate(
+        zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))], dim=1)
+    for out in (augment(images, generator(), flip=0.0), normalize(images), normalize(images.float())):
+        assert out.dtype == torch.float32 and (out - expected).abs().max() < 1e-5
+
+
+def test_flip():
+    images = random_images(200, 4)
+    assert torch.allclose(augment(images, generator(), flip=1.0), normalize(images.flip(-1)), atol=1e-5)
+    assert torch.allclose(augment(images, generator(), flip=1.0, rotate=1e-5), normalize(images.flip(-1)), atol=1e-2)
+    flipped = (augment(images, generator(), flip=0.3) - normalize(images)).abs().amax((1, 2, 3)) > 1e-3
+    assert 40 < flipped.sum() < 80
+
+
+def test_augment_is_a_function_of_its_generator():
+    images, knobs = random_images(), dict(rotate=20.0, color=0.3)
+    first = augment(images, generator(1), **knobs)
+    torch.manual_seed(5)
+    assert torch.equal(first, augment(images, generator(1), **knobs))
+    assert not torch.equal(first, augment(images, generator(2), **knobs))
+
+
+def test_rotation_keeps_white_white_and_shapes_in_shape():
+    white = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8)
+    assert torch.allclose(augment(white, generator(), rotate=45.0), normalize(white), atol=1e-4)
+    image = Image.new("RGB", (65, 65), "white")
+    ImageDraw.Draw(image).ellipse([29, 7, 35, 13], fill="black") # a dot 22 pixels above the centre
+    images = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(64, -1, -1, -1)
+    for flip in (0.0, 1.0):
+        dark = 1 - colours(augment(images, generator(), flip=flip, rotate=30.0))[:, 0] # (B, H, W)
+        mass, offset = dark.sum((1, 2)), torch.arange(65.0) - 32
+        x, y = (dark.sum(1) * offset).sum(1) / mass, (dark.sum(2) * offset).sum(1) / mass
+        angle = torch.atan2(x, -y) * 180 / np.pi
+        assert ((x ** 2 + y ** 2).sqrt() - 22).abs().max() < 0.5 # on its circle, and as large
+        assert (mass / mass.mean() - 1).abs().max() < 0.05
+        assert 25 < angle.max() < 30.5 and -30.5 < angle.min() < -25
+
+
+def test_color_stays_in_range_and_does_something():
+    images = random_images(64)
+    out = colours(augment(images, generator(), flip=0.0, color=0.5))
+    assert out.min() > -1e-5 and out.max() < 1 + 1e-5
+    assert ((out - images / 255).abs().mean((1, 2, 3)) > 0.01).float().mean() > 0.9
+    gray = images[:, :1].expand(-1, 3, -1, -1) # each channel has its own gain
+    assert (colours(augment(gray, generator(), color=0.3)).std(1) > 0.005).any((1, 2)).float().mean() > 0.9
+
+
+# -----------------------------------------------------------------------------
+# captions to ids
+
+
+@pytest.fixture
+def tokenizer(tiny_data):
+    with open(os.path.join(tiny_data, "toy", "tokenizer.json"), encoding="utf-8") as f:
+        return Tokenizer(f.read())
+
+
+def test_tokenizer_round_trip(tokenizer):
+    CLS, SEP, PAD, UNK = (tokenizer.tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))
+    texts = ["a Red square", "", "blue"]
+    ids, padding_mask = tokenizer.encode(texts, 8)
+    assert ids.dtype == torch.int64 and padding_mask.dtype == torch.bool and ids.shape == padding_mask.shape == (3, 5)
+    assert padding_mask.tolist() == [[False] * 5, [False] * 2 + [True] * 3, [False] * 3 + [True] * 2]
+    assert (ids[padding_mask] == PAD).all() and (ids[~padding_mask] != PAD).all()
+    assert (ids[:, 0] == CLS).all() and ids[1, 1] == SEP and ids[2, 2] == SEP and ids[0, 4] == SEP
+    assert UNK not in ids and ids.max() < tokenizer.vocab_size
+    assert [tokenizer.tokenizer.decode(row.tolist()) for row in ids] == ["a red square", "", "blue"]
+    assert tokenizer.encode(["日本"], 8)[0].tolist() == [[CLS, UNK, UNK, SEP]]
+
+
+def test_long_texts_lose_their_end_but_keep_sep(tokenizer):
+    whole = tokenizer.encode(["red square and blue circle " * 100], 10 ** 4)[0][0]
+    ids, padding_mask = tokenizer.encode(["red square and blue circle " * 100, "red"], 6)
+    assert ids.shape == (2, 6) and not padding_mask[0].any()
+    assert ids[0].tolist() == [*whole[:5].tolist(), whole[-1].item()]
+    assert len(tokenizer.encode(["red square and blue circle"], 64)[0][0]) > 6 # a truncation does not stay
+
+
+def test_wordpiece_training_is_repeatable():
+    captions = ["red square", "green circle", "blue circle", "purple cross"] * 3
+    assert train_wordpiece(captions, 40) == train_wordpiece(captions, 40)

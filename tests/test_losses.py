@@ -1,0 +1,316 @@
+"""
+The losses against cases worked out by hand and slow second implementations; micro-batches equal the whole batch.
+
+    pytest tests/test_losses.py
+"""
+import contextlib
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill_image
+import distill_multimodal
+from distill_image import feature_loss, masked_loss, random_patch_mask, views_loss
+from distill_multimodal import contrastive_kd_loss, contrastive_loss, loss_terms, ranking_loss
+from model import Encoder, feature_target, save_checkpoint
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def cross_entropy(scores, own):
+    """-log of the softmax of a list of floats, at index own."""
+    return math.log(sum(math.exp(s) for s in scores)) - scores[own]
+
+
+# -----------------------------------------------------------------------------
+# contrastive loss
+
+
+def test_contrastive_loss_by_hand():
+    # cosines: image 0 with the texts 1, 0; image 1 with the texts 0.6, 0.8. scale 10 -> logits [[10, 0], [6, 8]]
+    # image to text: log(1 + e^-10), log(1 + e^-2); text to image, down the columns: log(1 + e^-4), log(1 + e^-8)
+    image, text = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.eye(2)
+    expected = (math.log1p(math.exp(-10)) + math.log1p(math.exp(-2))) / 2
+    expected = (expected + (math.log1p(math.exp(-4)) + math.log1p(math.exp(-8))) / 2) / 2
+    assert contrastive_loss(image, text, 10.0).item() == pytest.approx(expected, abs=1e-6)
+    assert contrastive_loss(image, text, torch.tensor(10.0)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_contrastive_loss_equals_a_loop():
+    image, text, scale, B = unit(5, 8), unit(5, 8, seed=1), 7.0, 5
+    logits = [[scale * sum(image[i, k].item() * text[j, k].item() for k in range(8)) for j in range(B)] for i in range(B)]
+    columns = [list(c) for c in zip(*logits)]
+    expected = sum(cross_entropy(logits[i], i) + cross_entropy(columns[i], i) for i in range(B)) / (2 * B)
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_contrastive_loss_label_smoothing():
+    image, text, own = unit(5, 8), unit(5, 8, seed=1), torch.arange(5)
+    logits = 7 * image @ text.T
+    expected = sum(F.cross_entropy(x, own, label_smoothing=0.1) for x in (logits, logits.T)) / 2
+    assert contrastive_loss(image, text, 7.0, 0.1).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert contrastive_loss(image, text, 7.0).item() != pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_contrastive_loss_teaches_the_temperature():
+    log_scale = torch.tensor(1.0, requires_grad=True)
+    contrastive_loss(unit(5, 8), unit(5, 8), log_scale.exp()).backward() # all pairs match: sharper is better
+    assert log_scale.grad < 0
+
+
+@pytest.mark.parametrize("loss", [lambda i, t: contrastive_loss(i, t, 14.3), lambda i, t: ranking_loss(i, t, 0.2),
+                                  lambda i, t: contrastive_kd_loss(i, t, torch.arange(len(i)), None, 14.3)])
+def test_one_pair_gives_zero_and_half_precision_float32(loss):
+    assert loss(unit(1, 8), unit(1, 8, seed=1)).item() == 0
+    image, text = unit(5, 8).bfloat16(), unit(5, 8, seed=1).bfloat16()
+    value = loss(image, text)
+    assert value.dtype == torch.float32 and value.shape == ()
+    assert value.item() == pytest.approx(loss(image.float(), text.float()).item(), abs=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# ranking loss
+
+
+def test_ranking_loss_by_hand():
+    # cosines [[1, 0.5], [0.9, 0.8]], margin 0.2: 0.2 - 1 + 0.5 < 0, 0.2 - 0.8 + 0.9 = 0.3; the other direction would
+    # add 0.2 - 1 + 0.9 = 0.1 and 0
+    cosine = torch.tensor([[1.0, 0.5], [0.9, 0.8]])
+    assert ranking_loss(cosine, torch.eye(2), 0.2).item() == pytest.approx(0.3, abs=1e-6)
+
+
+def test_ranking_loss_equals_a_loop():
+    image, text, B = unit(6, 4), unit(6, 4, seed=1), 6
+    cosine = (image @ text.T).tolist()
+    expected = sum(max(0, 0.3 - cosine[i][i] + cosine[i][j]) for i in range(B) for j in range(B) if i != j)
+    assert expected > 1
+    assert ranking_loss(image, text, 0.3).item() == pytest.approx(expected, abs=1e-4) # the plain sum
+
+
+# -----------------------------------------------------------------------------
+# contrastive distillation
+
+
+def kd_by_loop(out, target, group, queue, scale):
+    bank = [(t, g) for t, g in zip(target.tolist(), group.tolist())]
+    bank += [(t, g) for t, g in zip(queue[0].tolist(), queue[1].tolist())] if queue else []
+    total = 0.0
+    for i, x in enumerate(out.tolist()):
+        scores, own = [], None
+        for j, (t, g) in enumerate(bank):
+            if j == i:
+                own = len(scores)
+            elif g == bank[i][1]:
+                continue # the same image
+            norms = math.sqrt(sum(a * a for a in x) * sum(a * a for a in t))
+            scores.append(scale * sum(a * b for a, b in zip(x, t)) / norms)
+        total += cross_entropy(scores, own)
+    return total / len(out)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_contrastive_kd_loss_equals_a_loop(queued):
+    out, target = 3 * unit(5, 8), 2 * unit(5, 8, seed=1) # any norm
+    group = torch.tensor([4, 7, 4, 9, 2])
+    queue = (unit(6, 8, seed=2), torch.tensor([7, 1, 4, 3, 4, 0])) if queued else None
+    assert contrastive_kd_loss(out, target, group, queue, 10.0).item() == pytest.approx(
+        kd_by_loop(out, target, group, queue, 10.0), abs=1e-5)
+
+
+def test_same_group_is_never_a_negative():
+    out, target, other = unit(2, 8), unit(2, 8, seed=1), unit(1, 8, seed=3)
+
+    def loss(group, queue_group=None):
+        queue = None if queue_group is None else (other, torch.tensor([queue_group]))
+        return contrastive_kd_loss(out, target, torch.tensor(group), queue, 10.0).item()
+
+    assert loss([5, 5]) == loss([5, 5], 5) == 0 # nothing but one's own target is left
+    assert loss([5, 8]) > 0 and loss([5, 5], 8) > 0
+    assert loss([5, 8]) < loss([5, 8], 8) < loss([5, 8], 9) # a queue entry of 8 is a negative for 5 only
+
+
+# -----------------------------------------------------------------------------
+# their sum
+
+
+def settings(**kwargs):
+    return SimpleNamespace(**{"kd_loss": "mse", "kd_weight": 1.0, "kd_scale": 14.3, "align_loss": "none",
+                              "align_weight": 1.0, "label_smoothing": 0.0, "margin": 0.2, **kwargs})
+
+
+@pytest.mark.parametrize("kd_loss,align_loss", [("mse", "none"), ("l1", "ranking"), ("contrastive", "contrastive"),
+                                                ("none", "contrastive")])
+def test_loss_terms(kd_loss, align_loss):
+    image_cls, text_cls, image_out, text_out, target = (3 * unit(4, 6, seed=i) for i in range(5))
+    group, log_scale = torch.tensor([0, 1, 1, 2]), torch.tensor(1.5)
+    queue = (unit(3, 6, seed=6), torch.tensor([1, 5, 6]))
+    kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24, "l1": lambda out: (out - target).abs().sum() / 24,
+          "contrastive": lambda out: contrastive_kd_loss(out, target, group, queue, 14.3)}.get(kd_loss)
+    image, text = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
+    align = {"ranking": lambda: ranking_loss(image, text, 0.4), "contrastive":
+             lambda: contrastive_loss(image, text, math.exp(1.5), 0.1)}.get(align_loss)
+    expected = {**({"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}),
+                **({"align": align()} if align else {})}
+    args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4, label_smoothing=0.1)
+    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, log_scale, args)
+    assert list(terms) == list(expected)
+    for name in terms:
+        assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-5)
+    assert total.item() == pytest.approx(sum((3 if k == "align" else 2) * v.item() for k, v in expected.items()), abs=1e-4)
+    assert total.dtype == torch.float32
+
+
+# -----------------------------------------------------------------------------
+# gradient caching, in the loop itself
+
+
+SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2", "--text_depth=1",
+         "--max_length=8", "--batch_size=12", "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2",
+         "--head", "--token_types", "--dtype=float32", "--device=cpu", "--compile=False"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--kd_loss=contrastive", "--align_loss=contrastive", "--queue_size=20", "--grad_clip=1"],
+    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image"],
+    ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"]], ids=lambda flags: flags[0][2:])
+def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monkeypatch):
+    torch.manual_seed(0)
+    teacher = str(tmp_path / "teacher.pt")
+    save_checkpoint(teacher, Encoder("image", 24, 3, 2, img_size=32, patch_size=16), finished=True)
+    metrics = {"i2t_r10": 0.0, "t2i_r10": 0.0, "mean": 0.0}
+    monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval", lambda *rest: (metrics, None, None))
+    monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
+    gradients = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters, *rest):
+        parameters = list(parameters)
+        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return clip(parameters, *rest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    weights = {}
+    for micro in (0, 4):
+        out = str(tmp_path / f"out{micro}")
+        distill_multimodal.main(distill_multimodal.get_args(
+            [*SMALL, *flags, f"--data_dir={tiny_data}", f"--teacher={teacher}", f"--out_dir={out}",
+             f"--micro_batch_size={micro}"]))
+        weights[micro] = torch.load(f"{out}/ckpt.pt", weights_only=True)["model"]
+    whole, cached = gradients[:2], gradients[2:]
+    assert len(whole) == len(cached) == 2
+    for a, b in zip(whole[0], cached[0], strict=True): # the same weights: before any step was taken
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8
+    # all in one vector: Adam makes whole steps of the rounding noise that is the gradient of a key's bias
+    a, b = (torch.cat([x.flatten() for x in weights[micro].values()]) for micro in (0, 4))
+    assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+# -----------------------------------------------------------------------------
+# distill_image.py
+
+
+def encoder(seed=0, depth=2):
+    torch.manual_seed(seed)
+    return Encoder("image", 24, depth, 2, img_size=32, patch_size=8)
+
+
+def images(seed=0):
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+NO_AUTOCAST = contextlib.nullcontext()
+
+
+def test_feature_loss():
+    teacher, student = encoder(depth=3), encoder(1)
+    assert feature_loss(copy.deepcopy(teacher), teacher, images(), NO_AUTOCAST).item() == 0
+    loss = feature_loss(student, teacher, images(), NO_AUTOCAST)
+    difference = feature_target(student(images(), return_layers=True)) - feature_target(teacher(images(), return_layers=True))
+    assert loss.item() == pytest.approx((difference ** 2).sum().item() / (3 * 17 * 24), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+
+
+def image_heads(**modules):
+    torch.manual_seed(2)
+    return torch.nn.ModuleDict(modules)
+
+
+def test_masked_loss_sees_hidden_patches_and_cls_only():
+    student, teacher, patch_mask = encoder(), encoder(1), random_patch_mask(3, 16, 0.6, torch.Generator().manual_seed(0))
+    heads = image_heads(predict=torch.nn.Linear(24, 24))
+    heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, 24)))
+
+    class Moved(torch.nn.Module):
+        """The prediction plus a constant where `where` (B, T) is True."""
+
+        def __init__(self, where):
+            super().__init__()
+            self.where = where
+
+        def forward(self, x):
+            return heads.predict(x) + 5.0 * self.where[..., None]
+
+    def loss(where, target_layers=2):
+        moved = torch.nn.ModuleDict({"predict": Moved(where)})
+        moved.mask_token = heads.mask_token
+        return masked_loss(student, moved, teacher, images(), patch_mask, target_layers, NO_AUTOCAST).item()
+
+    nowhere, cls = torch.zeros(3, 17), F.one_hot(torch.tensor([0, 0, 0]), 17)
+    seen, hidden = F.pad(~patch_mask, (1, 0)), F.pad(patch_mask, (1, 0))
+    assert loss(seen) == loss(nowhere)
+    assert loss(hidden) != loss(nowhere) and loss(cls) != loss(nowhere)
+    assert loss(nowhere, 1) != loss(nowhere)
+    # by hand: the target of the whole image, the last `target_layers` layers
+    target = feature_target(teacher(images(), return_layers=True)[-1:])
+    out = heads.predict(student(images(), patch_mask=patch_mask, mask_token=heads.mask_token))
+    hidden_patches = torch.stack([((out - target)[i, 1 + n] ** 2).mean() for i, n in patch_mask.nonzero().tolist()]).mean()
+    whole = F.layer_norm(target[:, 1:].mean(1), (24,))
+    assert loss(nowhere, 1) == pytest.approx((hidden_patches + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_masked_patches_are_hidden_from_the_student():
+    student, patch_mask = encoder(), torch.zeros(3, 16, dtype=torch.bool)
+    patch_mask[:, 5] = True # row 1, column 1
+    a, b = images(), images()
+    b[:, :, 8:16, 8:16] = 0
+    token = torch.randn(1, 1, 24)
+    assert torch.equal(*(student(x, patch_mask=patch_mask, mask_token=token) for x in (a, b)))
+    assert not torch.equal(student(a), student(b))
+
+
+def test_random_patch_mask():
+    mask = random_patch_mask(50, 16, 0.6, torch.Generator().manual_seed(0))
+    assert mask.shape == (50, 16) and (mask.sum(1) == 9).all() # int(16 * 0.6)
+    assert 10 < mask[:, 0].sum() < 45 and (mask[0] != mask[1]).any()
+    assert torch.equal(mask, random_patch_mask(50, 16, 0.6, torch.Generator().manual_seed(0)))
+
+
+def test_views_loss_equals_a_loop():
+    student, heads, views, n = encoder(), image_heads(project=torch.nn.Linear(24, 8)), (images(), images(1)), 3
+    loss = views_loss(student, heads, views, 0.2, NO_AUTOCAST)
+    z = [F.normalize(heads.project(student(x)[:, 0]), dim=-1)[i] for x in views for i in range(n)]
+    expected = 0.0
+    for i in range(2 * n):
+        others = [j for j in range(2 * n) if j != i] # nobody finds itself
+        expected += cross_entropy([(z[i] @ z[j]).item() / 0.2 for j in others], others.index((i + n) % (2 * n))) / (2 * n)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for m in (student, heads) for p in m.parameters())
+
+
+def test_both_loops_have_the_same_order_and_learning_rate():
+    """They share no code, so that either can be copied and changed alone."""
+    args = SimpleNamespace(warmup_steps=3, max_steps=10, lr=0.1, min_lr=0.01)
+    for step in range(11):
+        assert distill_image.get_lr(step, args) == distill_multimodal.get_lr(step, args)
+    for step in (0, 2, 5):
+        ours, theirs = (m.batch_order(7, 3, 1, step) for m in (distill_image, distill_multimodal))
+        assert [next(ours) for _ in range(5)] == [next(theirs) for _ in range(5)]

@@ -1,0 +1,83 @@
+"""
+The README against the repository: its commands parse, the files it names exist, its pictures are small.
+
+    pytest tests/test_readme.py
+"""
+import os
+import re
+import shlex
+
+import pytest
+
+import distill_image
+import distill_multimodal
+import evaluate
+import prepare_pairs
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, evaluate, prepare_pairs)}
+
+
+def readme():
+    with open(os.path.join(REPO, "README.md"), encoding="utf-8") as f:
+        return f.read()
+
+
+def commands():
+    """The lines of code blocks that run python or pytest, continued lines joined, comments off."""
+    blocks = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", readme(), re.M | re.S)).replace("\\\n", " ")
+    lines = (line.strip().removeprefix("$ ") for line in blocks.splitlines())
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python3?|pytest|OMP_NUM_THREADS=\d+ python) ", line)]
+
+
+def test_commands():
+    """Every command that starts a script of ours parses with that script's flags."""
+    scripts = set()
+    for words in commands():
+        words = words[1:] if "=" in words[0] else words
+        if words[0] == "pytest" or words[1:3] == ["-m", "pytest"]:
+            paths = [w for w in words[words.index("pytest") + 1:] if not w.startswith("-") and w != "slow"]
+            assert all(os.path.exists(os.path.join(REPO, path)) for path in paths), words
+        elif words[1] in ("-m", "-c"):
+            continue # venv, pip
+        else:
+            assert words[1] in MODULES, words
+            MODULES[words[1]].get_args(words[2:])
+            scripts.add(words[1])
+    assert {"distill_multimodal.py", "evaluate.py"} <= scripts
+    tiny = [MODULES[w[1]].get_args(w[2:]) for w in commands() if w[1] == "distill_multimodal.py"]
+    assert any(args.preset == "tiny" for args in tiny)
+    assert any(words[0] == "pytest" or words[1:3] == ["-m", "pytest"] for words in commands())
+
+
+def test_knobs_named_in_the_text_exist():
+    """A flag in the prose, `--key` or `--key=value`, is a flag of some script."""
+    known = {k for m in MODULES.values() for k in vars(m.get_args(["retrieval"] if m is evaluate else []))}
+    foreign = {"help", "key", "nproc_per_node", "durations", "upgrade", "quiet", "index-url", "recursive"}
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", readme()))
+    assert named and not named - known - foreign
+
+
+def test_files_exist():
+    """Scripts, documents and links in the README: in the repository, or made by a command (out/, data/)."""
+    text = readme()
+    files = set(re.findall(r"[\w./]*\w\.(?:py|txt|md|ini)\b", text)) | set(re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text))
+    missing = [f for f in files if not f.startswith(("out/", "data/")) and not os.path.exists(os.path.join(REPO, f))]
+    assert len(files) >= 6 and not missing
+    assert {"model.py", *MODULES} <= files # the map of files is complete
+
+
+def test_no_number_is_missing():
+    assert not re.findall(r"@\w+@|TODO|TBD", readme())
+
+
+def test_pictures():
+    """Every picture is in the repository, is one, and is small; OpenMoji's are shown with their licence."""
+    text = readme()
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]*src=\"([^\"]+)\"", text)
+    assert pictures
+    for path in pictures:
+        with open(os.path.join(REPO, path), "rb") as f:
+            data = f.read()
+        assert len(data) < 150_000 and data[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0"), path
+    assert "CC BY-SA 4.0" in text
