@@ -65,7 +65,7 @@ def run(tiny_data, teacher, tmp_path):
     """run(name, out, **changes) -> the checkpoint, after a run of SETTINGS[name] into tmp_path/out."""
     def run(name, out="run", **changes):
         loop, knobs = SETTINGS[name]
-        knobs = dict(knobs, data_dir=tiny_data, out_dir=tmp_path / out, **changes)
+        knobs = dict(knobs, data_dir=tiny_data, out_dir=f"{tmp_path}/{out}", **changes)
         knobs["teacher"] = str(knobs["teacher"]).replace("TEACHER", teacher)
         LOOPS[loop].main(LOOPS[loop].get_args(flags(knobs)))
         return read_checkpoint(tmp_path / out / "ckpt.pt")
@@ -217,7 +217,7 @@ def test_float16_and_gradient_scaling(run, tmp_path):
 
 
 @pytest.mark.parametrize("name, knobs", [
-    ("mask", {}), ("views", dict(rotate=10)), ("features", dict(micro_batch_size=8)), ("features", dict(num_workers=1)),
+    ("mask", {}), ("mask", dict(dtype="float16")), ("views", dict(rotate=10)), ("features", dict(micro_batch_size=8)), ("features", dict(num_workers=1)),
     ("queue", {}), ("queue", dict(micro_batch_size=8, color=0.2)), ("queue", dict(num_workers=1, unit="label")),
     ("clip", dict(dtype="float16")), ("l1", dict(dtype="bfloat16", grad_clip=1.0))])
 def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
@@ -285,10 +285,14 @@ def test_resume_takes_changed_knobs(run, capsys, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run("queue", save_interval=2)
     capsys.readouterr()
+    lengths, loss = [], distill_multimodal.contrastive_kd_loss
+    monkeypatch.setattr(distill_multimodal, "contrastive_kd_loss",
+                        lambda out, target, group, queue, scale: lengths.append(queue and len(queue[0])) or
+                        loss(out, target, group, queue, scale))
     checkpoint = run("queue", max_steps=4, weight_decay=0.3, queue_size=5, resume=True)
     assert "weight_decay was 0.01, is 0.3" in capsys.readouterr().out
     assert [g["weight_decay"] for g in checkpoint["optimizer"]["param_groups"]] == [0.3, 0.0]
-    assert len(checkpoint["queue"][0]) == 5
+    assert len(checkpoint["queue"][0]) == 5 and lengths[:4] == [5] * 4 # from the first step on; image, text each
 
 
 # -----------------------------------------------------------------------------
