@@ -39,7 +39,7 @@ PRESETS = {
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", img_size=48,
         patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, flip=0.5, rotate=15.0,
         color=0.2, crop_min=0.6, head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive",
-        label_smoothing=0.1, lr=1e-3, max_steps=700, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
+        label_smoothing=0.1, lr=1e-3, max_steps=400, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
         eval_interval=100, save_interval=100, log_interval=20),
 }
 
