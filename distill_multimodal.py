@@ -18,6 +18,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import evaluate
 from model import (Encoder, Parser, Tokenizer, VisionLanguageModel, fail, git_sha, is_finished, load_checkpoint,
@@ -39,7 +40,7 @@ PRESETS = {
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", img_size=48,
         patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, flip=0.5, rotate=15.0,
         color=0.2, crop_min=0.6, head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive",
-        label_smoothing=0.1, lr=1e-3, max_steps=400, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
+        cache_targets=True, label_smoothing=0.1, lr=1e-3, max_steps=450, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
         eval_interval=100, save_interval=100, log_interval=20),
 }
 
@@ -67,6 +68,9 @@ def get_args(argv=None):
     p.knob("teacher", "beitv2", "image teacher: a checkpoint of distill_image.py")
     p.knob("target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
            choices=["cls", "mean"])
+    p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the first step, from the "
+           "evaluation transform (the student still sees random crops); saves the teacher's pass in every step and gives "
+           "image and caption a target without noise, but costs one pass over the set")
     p.knob("image_init", "teacher", "image encoder: the teacher's patch embedding and first DEPTH blocks, or random",
            choices=["teacher", "random"])
     p.knob("img_size", 224, "side of the square images in pixels", least=1)
@@ -200,12 +204,12 @@ class TrainPairs(torch.utils.data.Dataset):
             i = rng.choice(self.images_of[unit]) if self.args.unit == "label" else unit
             caption = rng.choice(self.captions_of[i])
         image = train_image(decode(self.pairs.images[i]), self.args.img_size, self.args.crop_min, rng)
-        return image, self.pairs.captions[caption], int(self.group[i])
+        return image, self.pairs.captions[caption], int(i)
 
     def collate(self, samples):
-        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), group (B,)."""
-        images, captions, group = zip(*samples)
-        return torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length), torch.tensor(group)
+        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,)."""
+        images, captions, index = zip(*samples)
+        return torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length), torch.tensor(index)
 
 
 def batch_order(num_units, batch_size, seed, step):
@@ -294,6 +298,8 @@ def check(args):
     if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
+    if "cache_targets" in args.given and args.cache_targets and args.kd_loss == "none":
+        fail("--cache_targets, but --kd_loss=none has no targets: leave one of them out")
     if args.queue_size and args.kd_loss != "contrastive":
         fail(f"--queue_size={args.queue_size} is for --kd_loss=contrastive, not --kd_loss={args.kd_loss}")
 
@@ -414,6 +420,13 @@ def main(args):
         with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **record}) + "\n")
 
+    group_of = torch.from_numpy(pairs.group).to(device)
+    if args.cache_targets and args.kd_loss != "none": # half precision: 1.5 kB per image at 768 wide
+        parts = [range(i, min(i + micro, len(train_pairs.images))) for i in range(0, len(train_pairs.images), micro)]
+        target_bank = torch.cat([target_of(normalize(torch.stack(
+            [eval_image(train_pairs.images[i], args.img_size) for i in part]).to(device))).half()
+            for part in tqdm(parts, desc="teacher's targets", disable=not sys.stderr.isatty())]) # (images, D)
+
     val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     val_target = None
 
@@ -452,7 +465,7 @@ def main(args):
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
-        images, ids, padding_mask, group = (x.to(device, non_blocking=True) for x in next(loader))
+        images, ids, padding_mask, index = (x.to(device, non_blocking=True) for x in next(loader))
         waited += time.time() - wait_start
         # a generator for each step: what was drawn before a kill need not be saved
         images = augment(images, torch.Generator().manual_seed(args.seed * 2 ** 32 + step), args.flip, args.rotate, args.color)
@@ -460,7 +473,10 @@ def main(args):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         chunks = [slice(i, i + micro) for i in range(0, B, micro)]
-        target = torch.cat([target_of(images[c]) for c in chunks]) if args.kd_loss != "none" else None
+        target, group = None, group_of[index]
+        if args.kd_loss != "none":
+            target = (target_bank[index].float() if args.cache_targets else
+                      torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
 
         def forward(c):
             with autocast:
