@@ -26,7 +26,7 @@ from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 # presets and knobs
 
 PRESETS = {
-    # Row 1 of the thesis, DistilData2Vec2: the first 6 of the teacher's 12 blocks, 10 epochs of ImageNet at 256.
+    # DistilData2Vec2 of the thesis: the first 6 of the teacher's 12 blocks, 10 epochs of ImageNet at 256.
     # Published: ImageNet 76.1 finetuned, 71.1 linear probe (final text; 75.0 / 56.2 in the draft). These are the
     # defaults of the knobs below.
     "data2vec2": dict(),
@@ -34,9 +34,9 @@ PRESETS = {
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
         patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.3, lr=1e-3,
-        max_steps=350, warmup_steps=40, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
+        max_steps=320, warmup_steps=40, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
         save_interval=50),
-    # The same pictures: three of the tiny teacher's five blocks regress all five, as row 1 does at full size.
+    # The same pictures: three of the tiny teacher's five blocks regress all five, as the preset above does at full size.
     "tiny_half": dict(
         data="openmoji", unit="label", out_dir="out/tiny_half", teacher="out/tiny_teacher/ckpt.pt", depth=3, crop_min=0.3,
         lr=5e-4, max_steps=250, warmup_steps=25, log_interval=20, eval_interval=50, save_interval=50),
@@ -295,6 +295,8 @@ def main(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
+        if (checkpoint["teacher"] == "ema") != self_distilled:
+            fail(f"{path} was made with --teacher={checkpoint['teacher']}, not --teacher={args.teacher}")
         load_weights(teacher if self_distilled else student, checkpoint["model"], path)
         if self_distilled:
             load_weights(student, checkpoint["student"], path)
@@ -397,8 +399,9 @@ def main(args):
     # -- end
     save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
-          f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}\n"
-          f"next: python distill_multimodal.py --preset=tiny --teacher={path}")
+          f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}")
+    if args.preset == "tiny":
+        print(f"next: python distill_multimodal.py --preset=tiny --teacher={path} --data_dir={args.data_dir}")
 
 
 if __name__ == "__main__":

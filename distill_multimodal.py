@@ -3,10 +3,10 @@ Distils a vision-language student: an image encoder, a text encoder and shared b
 pairs, to predict an image teacher's CLS token from the image and from its caption, and to agree with each other.
 
     python distill_multimodal.py --preset=tiny          # no download, no GPU: data and teacher are made first
-    python distill_multimodal.py --batch_size=256       # row 9 of the thesis: MM-D2V2, BEiTv2 teacher, COCO
+    python distill_multimodal.py --batch_size=256       # the thesis' MM-D2V2 with BEiTv2 as teacher, on COCO
 
 Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume continues a
-run that was stopped. Eq. numbers are those of the thesis (README, "Cite").
+run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import json
 import math
@@ -30,24 +30,24 @@ from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 # presets and knobs
 
 PRESETS = {
-    # Row 9, the best system of the seeds: 5 modality-specific blocks and 1 shared block regress BEiTv2's CLS token from
-    # image and text, MSE + MSE, no alignment loss. Published: COCO R@1 31.7 (image to text) / 12.4 (text to image).
+    # MM-D2V2 with BEiTv2 as teacher, the best early system of the thesis: 5 modality-specific blocks and 1 shared block
+    # regress its CLS token from image and text, MSE + MSE, no alignment loss. Published: COCO R@1 31.7 (image to text) / 12.4 (text to image).
     # These are the defaults of the knobs below.
     "mmd2v2_beit": dict(),
     # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was tuned on
     # families of the training split (README, "How the tiny preset was tuned").
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", img_size=48,
-        patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, flip=0.5, rotate=15.0,
-        color=0.2, crop_min=0.6, head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive",
-        cache_targets=True, label_smoothing=0.1, lr=1e-3, max_steps=450, warmup_steps=50, weight_decay=0.05, grad_clip=3.0,
-        eval_interval=100, save_interval=100, log_interval=20),
+        patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, rotate=15.0, color=0.2,
+        head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive", cache_targets=True,
+        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=240, warmup_steps=30, weight_decay=0.05,
+        grad_clip=3.0, eval_interval=60, save_interval=60, log_interval=20),
 }
 
 
 # what makes the model: cannot change on --resume
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth", "max_length",
-               "head", "token_types"]
+               "shared_norm_first", "head", "token_types"]
 
 
 def get_args(argv=None):
@@ -80,6 +80,8 @@ def get_args(argv=None):
     p.knob("depth", 5, "modality-specific blocks of the image encoder", least=1)
     p.knob("text_depth", 5, "modality-specific blocks of the text encoder", least=1)
     p.knob("shared_depth", 1, "blocks on top that both modalities pass through")
+    p.knob("shared_norm_first", False, "pre-norm shared blocks (S-SMKE) instead of post-norm ones (MM-D2V2), whose output, "
+           "the embedding, comes out of a LayerNorm")
     p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the CLS token itself")
     p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
     p.section("loss")
@@ -186,12 +188,15 @@ class TrainPairs(torch.utils.data.Dataset):
     def __init__(self, pairs, tokenizer, args):
         self.pairs, self.tokenizer, self.args = pairs, tokenizer, args
         owner = pairs.text_to_image
-        self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
+        counts = np.bincount(owner, minlength=len(pairs.images))
+        self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=caption or --unit=image.")
-        # group: what is never its own negative in the queue, the label if there is one, else the image
+        # group: what is never its own negative in the distillation loss; a label (OpenMoji: family) if there is one, since
+        # its pictures differ in details only, else the image
         self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
-        self.images_of = [np.flatnonzero(self.group == g) for g in np.unique(self.group)]
+        order = np.argsort(self.group, kind="stable")
+        self.images_of = np.split(order, np.flatnonzero(np.diff(self.group[order])) + 1)
         self.num_units = {"caption": len(pairs.captions), "image": len(pairs.images),
                           "label": len(self.images_of)}[args.unit]
 
@@ -261,7 +266,7 @@ def what_is_missing(args):
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
              "This version prepares OpenMoji and reads teachers that distill_image.py made; COCO and the published\n"
-             "BEiTv2 weights, which row 9 of the thesis was trained with, come with their own commands later.\n"
+             "BEiTv2 weights, which the default preset needs, come with their own commands later.\n"
              "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
              "  python distill_multimodal.py --preset=tiny\n"
              "The same in pieces, to change any of them:\n"
@@ -279,7 +284,8 @@ def prepare_tiny(args):
     if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
         commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder or '.'}",
                          f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
-                         f"--resume={os.path.exists(args.teacher)}"])
+                         f"--img_size={args.img_size}", f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
+                         f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"])
     here = os.path.dirname(os.path.abspath(__file__))
     for script, *flags in commands:
         print("$ python", script, *flags, flush=True)
@@ -298,6 +304,9 @@ def check(args):
     if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
+    if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out: a teacher that was stopped continues "
+             f"by itself.")
     if "cache_targets" in args.given and args.cache_targets and args.kd_loss == "none":
         fail("--cache_targets, but --kd_loss=none has no targets: leave one of them out")
     if args.queue_size and args.kd_loss != "contrastive":
@@ -318,8 +327,8 @@ def build_student(args, teacher, vocab_size):
             fail(f"--image_init=teacher: {'; '.join(wrong)}. Change these flags or use --image_init=random.")
         image = {**config, "depth": args.depth, "final_norm": False}
         del image["modality"]
-    student = VisionLanguageModel(image, text, args.shared_depth, None, args.token_types,
-                                  teacher.config["embed_dim"] if args.head else 0)
+    student = VisionLanguageModel(image, text, args.shared_depth, {"norm_first": args.shared_norm_first}, args.token_types,
+                                  teacher.config["embed_dim"] if args.head and args.kd_loss != "none" else 0)
     if args.image_init == "teacher":
         weights = teacher.state_dict()
         load_weights(student.image_encoder, {k: weights[k] for k in student.image_encoder.state_dict()}, args.teacher)
@@ -346,7 +355,8 @@ def main(args):
         with open(path, encoding="utf-8") as f:
             tokenizer = Tokenizer(f.read())
     except Exception as e: # tokenizers raises nothing more specific
-        fail(f"{path} is no tokenizer ({e}). Remove {os.path.dirname(path)} and prepare it again")
+        fail(f"{path} is no tokenizer ({e}). Put one there; of a set that prepare_pairs.py makes, remove the folder and "
+             f"prepare it again")
     pairs = TrainPairs(train_pairs, tokenizer, args)
     B, micro = args.batch_size, args.micro_batch_size or args.batch_size
     if B > pairs.num_units:
@@ -354,6 +364,7 @@ def main(args):
     print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
           f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} per epoch "
           f"(one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
+
     # -- teacher: frozen, whatever the student becomes
     teacher = None
     if needs_teacher(args):
@@ -435,7 +446,7 @@ def main(args):
         """Retrieval on the validation split, and the distillation loss there for image and for text."""
         nonlocal val_target
         student.eval()
-        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, B, device, dtype)
+        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, micro, device, dtype)
         record = {f"val_{k}": round(v, 3) for k, v in metrics.items()}
         if args.kd_loss != "none":
             outputs, targets = [], []
@@ -506,7 +517,7 @@ def main(args):
         with torch.no_grad():
             student.log_scale.clamp_(0, math.log(100)) # as CLIP
         if args.queue_size:
-            new = F.normalize(target, dim=-1), group
+            new = F.normalize(target, dim=-1)[:args.queue_size], group[:args.queue_size]
             queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size] for x, old in zip(new, queue))
         step += 1
 
@@ -547,10 +558,12 @@ def main(args):
                    f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
         print("$ python evaluate.py", *command)
         evaluate.main(command)
-    new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0, out_dir=f"{args.out_dir}_clip")
-    same = [f"--{k}={getattr(args, k)}" for k in args.given if k not in (*new, "preset", "resume")]
-    print(f"{(time.time() - started) / 60:.1f} minutes in all. Next, the same without the teacher:\n  "
-          + " ".join([f"python distill_multimodal.py --preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
+    print(f"{(time.time() - started) / 60:.1f} minutes in all")
+    if args.kd_loss != "none":
+        new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0, out_dir=f"{args.out_dir}_clip")
+        same = [f"--{k}={getattr(args, k)}" for k in args.given if k not in (*new, "cache_targets", "preset", "resume")]
+        print("next, the same without the teacher:\n  python distill_multimodal.py "
+              + " ".join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -559,7 +560,7 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f: # torch has no public question for it
             return torch.bfloat16 if "amx_bf16" in f.read() else torch.float32
@@ -567,7 +568,7 @@ def pick_dtype(name, device):
 
 
 def use_compile(choice, device):
-    """--compile=auto: on CUDA under Linux, where it works without a compiler to set up."""
+    """--compile=auto: on CUDA under Linux, the one place where it usually works as installed."""
     return choice == "true" or choice == "auto" and device.type == "cuda" and sys.platform == "linux"
 
 
@@ -585,7 +586,7 @@ def git_sha():
     """Short hash of the code's commit, with -dirty if files differ from it; "unknown" outside a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="],
-                            capture_output=True, text=True) if os.path.exists(os.path.join(here, ".git")) else None
+                            capture_output=True, text=True) if shutil.which("git") and os.path.exists(os.path.join(here, ".git")) else None
     return answer.stdout.strip() if answer and answer.returncode == 0 else "unknown"
 
 
@@ -626,7 +627,7 @@ class Parser(argparse.ArgumentParser):
     shows the defaults that would be used: `--preset=tiny --help` those of the preset."""
 
     def __init__(self, doc, presets=None):
-        super().__init__(description=doc, usage="%(prog)s [--key=value ..]", allow_abbrev=False, add_help=True,
+        super().__init__(description=doc, usage="%(prog)s [--key=value ..]", allow_abbrev=False,
                          formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110))
         self.presets = presets or {}
         self.group = self

@@ -98,7 +98,7 @@ class Pairs:
         folder = os.path.join(data_dir, name)
         again = f"Run: python prepare_pairs.py --data={name} --data_dir={data_dir}"
         if name not in SOURCES: # one's own set, or one that this version cannot make
-            again = (f"It must hold packed records (README, \"Data formats\"); prepare_pairs.py makes "
+            again = (f"It must hold packed records (README, \"Data format\"); prepare_pairs.py makes "
                      f"{', '.join(SOURCES)}. To see a run now: python distill_multimodal.py --preset=tiny")
         if not os.path.exists(os.path.join(folder, "meta.json")):
             what = "is half-written" if os.path.isdir(folder) else "is not there"
@@ -119,7 +119,8 @@ class Pairs:
                     or self.labels is not None and self.labels.shape != (len(self.images),):
                 raise ValueError(f"{prefix}_*: counts and indices disagree with meta.json")
         except (ValueError, KeyError, TypeError, OSError) as e:
-            fail(f"data set {name} is damaged: {e}. Remove {folder} and prepare it again. {again}")
+            remove = f"Remove {folder} and prepare it again. " if name in SOURCES else ""
+            fail(f"data set {name} is damaged: {e}. {remove}{again}")
         self.captions = [self._captions[j].decode("utf-8", "replace") for j in range(len(self._captions))]
 
 
