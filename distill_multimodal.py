@@ -305,8 +305,8 @@ def check(args):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
     if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out: a teacher that was stopped continues "
-             f"by itself.")
+        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was stopped "
+             f"continues by itself), or give the --out_dir to continue.")
     if "cache_targets" in args.given and args.cache_targets and args.kd_loss == "none":
         fail("--cache_targets, but --kd_loss=none has no targets: leave one of them out")
     if args.queue_size and args.kd_loss != "contrastive":

@@ -251,7 +251,7 @@ def test_table_and_published_rows():
     assert lines[3].split() == ["mine", "1.00", "2.00", "3.00", "4.00", "5.00", "6.00", "3.50"]
     assert lines[4].split() == ["FLAVA", "42.74", "76.76", "-", "38.38", "67.47", "-", "-"]
     assert len({len(line) for line in lines[1:]}) == 1 # columns line up
-    # the thesis' own averages of its best early model, seeds' table 2: 51.39 and 28.11
+    # the thesis' own averages of its best early model: 51.39 and 28.11
     seven = evaluate.PUBLISHED["coco"]["MM-D2V2 7"]
     assert [sum(seven[:3]) / 3, sum(seven[3:]) / 3] == pytest.approx([51.39, 28.11], abs=0.01)
 

@@ -118,7 +118,7 @@ def test_every_layer_equals_transformers_bert():
 
 
 def data2vec2(w, images, heads, grid):
-    """FACTS: conv, + positions, CLS in front, LN; x = x + attn(x); r = norm1(x); x = norm2(r + mlp(r)). eps 1e-6."""
+    """data2vec 2.0: conv, + positions, CLS in front, LN; x = x + attn(x); r = norm1(x); x = norm2(r + mlp(r)). eps 1e-6."""
     B, D = len(images), w["cls_token"].shape[-1]
     d = D // heads
 
