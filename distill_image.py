@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Encoder, Parser, fail, feature_target, git_sha, init_weights, load_checkpoint, load_weights, normalize,
-                   open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log, use_compile)
+from model import (Encoder, Parser, fail, feature_target, git_sha, init_weights, load_checkpoint, load_weights, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------

@@ -585,9 +585,10 @@ def peak_memory(device):
 def git_sha():
     """Short hash of the code's commit, with -dirty if files differ from it; "unknown" outside a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
-    answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="],
-                            capture_output=True, text=True) if shutil.which("git") and os.path.exists(os.path.join(here, ".git")) else None
-    return answer.stdout.strip() if answer and answer.returncode == 0 else "unknown"
+    if not os.path.exists(os.path.join(here, ".git")) or not shutil.which("git"):
+        return "unknown"
+    answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def print_settings(args, device, dtype, compiled):

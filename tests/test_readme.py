@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 
-import pytest
 
 import distill_image
 import distill_multimodal
