@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Encoder, Parser, fail, feature_target, git_sha, init_weights, load_checkpoint, load_weights, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log, use_compile)
+from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks, load_encoder,
+                   load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log,
+                   use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -62,8 +63,11 @@ def get_args(argv=None):
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
-    p.knob("teacher", "data2vec2_image", "a checkpoint of this script, whose first DEPTH blocks the student starts from; "
-           "or ema: no checkpoint, an exponential moving average of the student itself")
+    p.knob("teacher", "data2vec2_image", "data2vec2_image or beitv2 (downloaded once), a checkpoint of this script, or ema: "
+           "an exponential moving average of the student itself")
+    p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
+    p.knob("init", "first", "where the student's blocks come from: the teacher's first, or every second and so on until the "
+           "last (then too with all that comes before the blocks), or random", choices=["first", "alternate", "random"])
     p.knob("depth", 6, "blocks of the student", least=1)
     p.knob("img_size", 224, "teacher=ema: side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "teacher=ema: side of a patch in pixels", least=1)
@@ -194,14 +198,16 @@ def get_lr(step, args):
 
 def check(args):
     """What the flags cannot say by themselves, before time is spent."""
-    if args.teacher != "ema" and not os.path.isfile(args.teacher):
-        fail(f"--teacher={args.teacher} is no file. This version reads teachers that it made itself; the published data2vec "
-             f"2.0 weights come with their own command later.\nTo make a teacher now, nothing to download:\n"
+    if args.teacher not in ("ema", *PRETRAINED) and not os.path.isfile(args.teacher):
+        fail(f"--teacher={args.teacher} is neither ema nor a published teacher ({', '.join(PRETRAINED)}) nor a file.\n"
+             f"To make a teacher, nothing to download:\n"
              f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     if args.micro_batch_size and args.teacher == "ema" and args.objective == "views":
         fail("--objective=views compares all images of a batch, so it takes no --micro_batch_size: lower --batch_size")
+    if args.teacher == "ema" and {"init", "path"} & set(args.given):
+        fail("--init and --path are for a teacher that exists before, not for --teacher=ema")
     useless = [f"--{k}" for k in args.given if k in EMA_KNOBS]
     if args.teacher != "ema" and useless:
         fail(f"{', '.join(useless)}: only for --teacher=ema; here {args.teacher} says it")
@@ -244,14 +250,15 @@ def main(args):
             init_weights(heads, D)
         teacher = copy.deepcopy(student).requires_grad_(False)
     else:
-        teacher = load_checkpoint(args.teacher)
-        if not isinstance(teacher, Encoder) or teacher.config["modality"] != "image":
-            fail(f"--teacher={args.teacher} is no image encoder. Make one: python distill_image.py --preset=tiny")
-        if args.depth > teacher.config["depth"]:
-            fail(f"--depth={args.depth}, but the teacher {args.teacher} has {teacher.config['depth']} blocks")
-        student = Encoder(**{**teacher.config, "depth": args.depth})
-        weights = teacher.state_dict()
-        student.load_state_dict({k: weights[k] for k in student.state_dict()}) # its first blocks, and all before them
+        teacher = load_encoder(args.teacher, "image", args.path)
+        L = teacher.config["depth"]
+        if args.depth > L:
+            fail(f"--depth={args.depth}, but the teacher {args.teacher} has {L} blocks")
+        if args.init == "random":
+            student = Encoder(**{**teacher.config, "depth": args.depth})
+        else: # with the embeddings that stand before the blocks
+            student = copy.deepcopy(teacher).train().requires_grad_(True)
+            keep_blocks(student, range(0, L, L // args.depth if args.init == "alternate" else 1)[:args.depth])
     student, teacher, heads = student.to(device), teacher.to(device), heads.to(device)
     size, patch_size = student.config["img_size"], student.config["patch_size"]
     num_params = sum(p.numel() for m in (student, heads) for p in m.parameters() if p.requires_grad)

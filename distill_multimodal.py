@@ -8,6 +8,7 @@ pairs, to predict an image teacher's CLS token from the image and from its capti
 Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume continues a
 run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (Encoder, Parser, Tokenizer, VisionLanguageModel, fail, git_sha, is_finished, load_checkpoint,
+from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha, is_finished, keep_blocks, load_encoder,
                    load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint,
                    trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
@@ -37,9 +38,10 @@ PRESETS = {
     # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was tuned on
     # families of the training split (README, "How the tiny preset was tuned").
     "tiny": dict(
-        data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", img_size=48,
-        patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, rotate=15.0, color=0.2,
-        head=True, token_types=True, kd_loss="contrastive", align_loss="contrastive", cache_targets=True,
+        data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", image_init="teacher",
+        text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2,
+        max_length=24, rotate=15.0, color=0.2, head=True, token_types=True, kd_loss="contrastive",
+        align_loss="contrastive", cache_targets=True,
         label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=240, warmup_steps=30, weight_decay=0.05,
         grad_clip=3.0, eval_interval=60, save_interval=60, log_interval=20),
 }
@@ -47,7 +49,7 @@ PRESETS = {
 
 # what makes the model: cannot change on --resume
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth", "max_length",
-               "shared_norm_first", "head", "token_types"]
+               "shared_norm_first", "head", "token_types", "image_init", "text_init"]
 
 
 def get_args(argv=None):
@@ -65,14 +67,21 @@ def get_args(argv=None):
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
-    p.knob("teacher", "beitv2", "image teacher: a checkpoint of distill_image.py")
+    p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint of "
+           "distill_image.py")
+    p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
+    p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
     p.knob("target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
            choices=["cls", "mean"])
     p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the first step, from the "
            "evaluation transform (the student still sees random crops); saves the teacher's pass in every step and gives "
            "image and caption a target without noise, but costs one pass over the set")
-    p.knob("image_init", "teacher", "image encoder: the teacher's patch embedding and first DEPTH blocks, or random",
-           choices=["teacher", "random"])
+    p.knob("image_init", "data2vec2_image", "image encoder: embeddings and first DEPTH blocks of the teacher, of "
+           "data2vec2_image, of beitv2, of a checkpoint of distill_image.py; or random")
+    p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
+    p.knob("text_init", "data2vec2_text", "text encoder: embeddings and first TEXT_DEPTH blocks of data2vec2_text or bert, whose "
+           "tokenizer is taken too; or random, with the data set's tokenizer")
+    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
     p.knob("img_size", 224, "side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "side of a patch in pixels", least=1)
     p.knob("embed_dim", 768, "width of all blocks", least=4)
@@ -261,12 +270,16 @@ def what_is_missing(args):
     problems = []
     if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
         problems.append(f"data set {args.data} is not in {args.data_dir}/")
-    if needs_teacher(args) and not os.path.isfile(args.teacher):
-        problems.append(f"teacher {args.teacher} is no file")
+    asked = [("teacher", args.teacher)] * needs_teacher(args) + [(k, getattr(args, k)) for k in ("image_init", "text_init")]
+    problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
+                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED) and not os.path.isfile(name)]
+    problems += [f"--{k}={getattr(args, k)} is no file" for k in ("path", "image_path", "text_path")
+                 if getattr(args, k) and not os.path.exists(getattr(args, k))]
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
-             "This version prepares OpenMoji and reads teachers that distill_image.py made; COCO and the published\n"
-             "BEiTv2 weights, which the default preset needs, come with their own commands later.\n"
+             "This version prepares OpenMoji; COCO, which the default preset needs, comes with its own command later.\n"
+             f"Published weights are downloaded when first needed, to {cache_folder()}, or read from\n"
+             "--path, --image_path and --text_path.\n"
              "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
              "  python distill_multimodal.py --preset=tiny\n"
              "The same in pieces, to change any of them:\n"
@@ -313,25 +326,35 @@ def check(args):
         fail(f"--queue_size={args.queue_size} is for --kd_loss=contrastive, not --kd_loss={args.kd_loss}")
 
 
-def build_student(args, teacher, vocab_size):
-    """The student, its image encoder cut from the teacher or fresh."""
-    text = dict(embed_dim=args.embed_dim, depth=args.text_depth, num_heads=args.num_heads, vocab_size=vocab_size,
-                max_length=args.max_length, positions="learned")
-    image = dict(embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads, img_size=args.img_size,
-                 patch_size=args.patch_size)
-    if args.image_init == "teacher":
-        config = teacher.config
-        wrong = [f"--{k}={image[k]}, but the teacher has {config[k]}" for k in image if k != "depth" and image[k] != config[k]]
-        wrong += [f"--depth={args.depth}, but the teacher has {config['depth']}"] * (args.depth > config["depth"])
+def build_student(args, sources, vocab_size, head_dim):
+    """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts from, or None."""
+    configs, weights = {}, {}
+    for modality, flag, depth, more in (
+            ("image", "depth", args.depth, dict(img_size=args.img_size, patch_size=args.patch_size)),
+            ("text", "text_depth", args.text_depth, dict(vocab_size=vocab_size))):
+        asked = dict(embed_dim=args.embed_dim, num_heads=args.num_heads, **more)
+        encoder = copy.deepcopy(sources[modality])
+        if encoder is None:
+            configs[modality] = {**asked, "depth": depth}
+            if modality == "text":
+                configs[modality] |= dict(positions="learned", max_length=args.max_length)
+            continue
+        has = encoder.config
+        wrong = [f"--{k}={v}, but it has {has[k]}" for k, v in asked.items() if v != has[k]]
+        if depth > has["depth"]:
+            wrong.append(f"--{flag}={depth}, but it has {has['depth']}")
+        if modality == "text" and args.max_length > has["max_length"]:
+            wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
         if wrong:
-            fail(f"--image_init=teacher: {'; '.join(wrong)}. Change these flags or use --image_init=random.")
-        image = {**config, "depth": args.depth, "final_norm": False}
-        del image["modality"]
-    student = VisionLanguageModel(image, text, args.shared_depth, {"norm_first": args.shared_norm_first}, args.token_types,
-                                  teacher.config["embed_dim"] if args.head and args.kd_loss != "none" else 0)
-    if args.image_init == "teacher":
-        weights = teacher.state_dict()
-        load_weights(student.image_encoder, {k: weights[k] for k in student.image_encoder.state_dict()}, args.teacher)
+            fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these flags or use "
+                 f"--{modality}_init=random.")
+        keep_blocks(encoder, range(depth))
+        weights[modality] = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
+        configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items() if k != "modality"}
+    student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth,
+                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim, args.max_length)
+    for modality in weights:
+        getattr(student, f"{modality}_encoder").load_state_dict(weights[modality])
     return student
 
 
@@ -350,13 +373,18 @@ def main(args):
 
     # -- data
     train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split) for split in ("train", "val"))
-    path = os.path.join(args.data_dir, args.data, "tokenizer.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            tokenizer = Tokenizer(f.read())
-    except Exception as e: # tokenizers raises nothing more specific
-        fail(f"{path} is no tokenizer ({e}). Put one there; of a set that prepare_pairs.py makes, remove the folder and "
-             f"prepare it again")
+    sources = {"image": None, "text": None} # where the student's encoders start from
+    if args.text_init != "random":
+        sources["text"] = load_encoder(args.text_init, "text", args.text_path)
+        tokenizer = sources["text"].tokenizer
+    else:
+        path = os.path.join(args.data_dir, args.data, "tokenizer.json")
+        try:
+            with open(path, encoding="utf-8") as f:
+                tokenizer = Tokenizer(f.read())
+        except Exception as e: # tokenizers raises nothing more specific
+            fail(f"{path} is no tokenizer ({e}). Put one there, or take a published one with --text_init=bert; of a set that "
+                 f"prepare_pairs.py makes, remove the folder and prepare it again")
     pairs = TrainPairs(train_pairs, tokenizer, args)
     B, micro = args.batch_size, args.micro_batch_size or args.batch_size
     if B > pairs.num_units:
@@ -368,10 +396,11 @@ def main(args):
     # -- teacher: frozen, whatever the student becomes
     teacher = None
     if needs_teacher(args):
-        teacher = load_checkpoint(args.teacher).to(device)
-        if not isinstance(teacher, Encoder) or teacher.config["modality"] != "image":
-            fail(f"--teacher={args.teacher} is no image encoder. Make one: python distill_image.py --preset=tiny "
-                 f"--out_dir=out/tiny_teacher")
+        teacher = load_encoder(args.teacher, "image", args.path, args.final_norm and args.teacher == "beitv2").to(device)
+    if args.image_init == "teacher":
+        sources["image"] = teacher
+    elif args.image_init != "random":
+        sources["image"] = load_encoder(args.image_init, "image", args.image_path)
 
     @torch.no_grad()
     def target_of(images):
@@ -383,7 +412,9 @@ def main(args):
         return (x[:, 0] if args.target == "cls" else x[:, 1:].mean(1)).float()
 
     # -- student
-    student = build_student(args, teacher, tokenizer.vocab_size).to(device)
+    head_dim = teacher.config["embed_dim"] if args.head and args.kd_loss != "none" else 0
+    student = build_student(args, sources, tokenizer.vocab_size, head_dim).to(device)
+    del sources
     student.tokenizer = tokenizer # evaluation asks the model for it
     num_params = sum(p.numel() for p in student.parameters())
     frozen = sum(p.numel() for p in teacher.parameters()) if args.kd_loss != "none" else 0

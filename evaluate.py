@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import (Parser, fail, load_checkpoint, nearest, normalize, pick_device, pick_dtype, save_atomic,
+from model import (Parser, fail, load_checkpoint, load_encoder, nearest, normalize, pick_device, pick_dtype, save_atomic,
                    write_json)
 from prepare_pairs import Pairs, decode, eval_image
 
@@ -150,6 +150,7 @@ def chance_row(text_to_image, num_images):
 # R@1, 5, 10 image -> text, then text -> image, on the test sets of 5,000 and 1,000 images. (!): see NOTES
 PUBLISHED = {
     "coco": {
+        "data2vec 2.0 image + text, unaligned": (0.02, 0.08, 0.19, 0.01, 0.10, 0.19),
         "MM-D2V2, data2vec 2.0 teacher": (4.24, 12.12, 17.96, 1.77, 6.54, 10.91),
         "MM-D2V2, BEiTv2 teacher": (31.72, 56.78, 67.9, 12.42, 31.05, 42.5),
         "MM-D2V2 7": (30.24, 56.48, 67.46, 11.96, 30.48, 41.88),
@@ -158,6 +159,7 @@ PUBLISHED = {
         "FLAVA": (42.74, 76.76, None, 38.38, 67.47, None),
         "CLIP L/14-336": (58.4, 81.5, 88.1, 37.8, 62.4, 72.2)},
     "flickr30k": {
+        "data2vec 2.0 image + text, unaligned (!)": (0.02, 0.12, 0.18, 0.02, 0.06, 0.12),
         "MM-D2V2, data2vec 2.0 teacher (!)": (1.2, 4.88, 8.18, 0.54, 2.52, 4.58),
         "MM-D2V2, BEiTv2 teacher (!)": (7.7, 26.18, 37.6, 4.08, 17.01, 24.26),
         "MM-D2V2 7 (!)": (7.36, 26.42, 36.6, 3.7, 16.58, 23.84),
@@ -209,6 +211,19 @@ def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
     for module, mode in modes.items():
         module.training = mode
     return tuple(embs)
+
+
+class Unaligned(torch.nn.Module):
+    """Two encoders that never met, as one model: the baseline that says what alignment is worth."""
+
+    def __init__(self, image, text):
+        super().__init__()
+        widths = image.config["embed_dim"], text.config["embed_dim"]
+        if widths[0] != widths[1]:
+            fail(f"the image encoder is {widths[0]} wide, the text encoder {widths[1]}: their embeddings cannot be compared")
+        self.image, self.text, self.tokenizer = image, text, text.tokenizer
+        self.encode_image, self.encode_text = image.encode, text.encode
+        self.img_size, self.max_length = image.img_size, text.max_length
 
 
 def evaluate_retrieval(model, pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
@@ -322,6 +337,11 @@ def retrieval_flags(doc):
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
     p.section("run")
     p.knob("ckpt", "out/tiny/ckpt.pt", "checkpoint of a model with both encoders")
+    p.knob("image_encoder", None, "instead of CKPT: an image encoder that knows nothing of the text encoder, data2vec2_image, "
+           "beitv2 or a checkpoint of distill_image.py", type=str)
+    p.knob("text_encoder", None, "and a text encoder as wide: data2vec2_text or bert", type=str)
+    p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
+    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
     p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
@@ -334,7 +354,17 @@ def retrieval_flags(doc):
 def retrieval(args):
     """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner."""
     device = pick_device(args.device)
-    model = load_checkpoint(args.ckpt).to(device)
+    if (args.image_encoder is None) != (args.text_encoder is None):
+        fail("--image_encoder and --text_encoder go together")
+    if args.image_encoder and "ckpt" in args.given:
+        fail("--ckpt is a model with both encoders: give it or --image_encoder and --text_encoder")
+    name = args.ckpt
+    if args.image_encoder:
+        name = f"{args.image_encoder} + {args.text_encoder}"
+        model = Unaligned(load_encoder(args.image_encoder, "image", args.image_path),
+                          load_encoder(args.text_encoder, "text", args.text_path)).to(device)
+    else:
+        model = load_checkpoint(args.ckpt).to(device)
     if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):
         fail(f"{args.ckpt} does not embed both images and text. Retrieval needs a checkpoint that "
              "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
@@ -347,7 +377,7 @@ def retrieval(args):
     chance = chance_row(pairs.text_to_image, N)
     published = PUBLISHED.get(args.data, {}) if args.split == "test" else {}
     published = {name: summary(row[:3], row[3:]) for name, row in published.items()}
-    print(retrieval_table([(args.ckpt, metrics), ("chance", chance)] +
+    print(retrieval_table([(name, metrics), ("chance", chance)] +
                           [(f"{name}, published", row) for name, row in published.items()]))
     if published:
         print(NOTES[args.data])
@@ -355,7 +385,7 @@ def retrieval(args):
     size = min(N, 1000)
     print(f"median rank among {size:,}: image -> text {i2t:g}, text -> image {t2i:g} (1 = best, "
           f"chance {(size + 1) / 2:g})")
-    result = {"ckpt": args.ckpt, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
+    result = {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
               "captions": M, "metrics": metrics, "chance": chance, "published": published,
               "median_rank": {"i2t": i2t, "t2i": t2i, "among": size, "chance": (size + 1) / 2}}
     if args.json:

@@ -4,6 +4,8 @@ The model file: one small vocabulary of Transformer blocks, and every encoder ma
     Encoder               image or text encoder: ViT, BEiTv2, data2vec 2.0 and BERT are settings of it
     VisionLanguageModel   image encoder + text encoder + shared blocks: the multimodal student
     feature_target        what feature distillation regresses (eq. 36-38 of the thesis)
+    load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, BERT, ResNet-50
+    load_tokenizer        BERT's WordPiece and GPT-2's BPE
     load_checkpoint       reads what the distill scripts write
 
 and in the last section the small things that every script needs: flags, devices, atomic files.
@@ -12,19 +14,27 @@ Shapes: B batch, N patches, M text tokens, T tokens in all (T = N + 1 with the C
 L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool, True where padding.
 """
 import argparse
+import base64
+import collections
 import difflib
+import hashlib
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # positions: fixed sin-cos, ALiBi and relative position bias
@@ -173,22 +183,24 @@ class Encoder(nn.Module):
     modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of BERT's
                   segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
     positions     "sincos" (fixed), "learned" or "none"; images: patches only, the CLS token has no position
-    attn_bias     "none", "alibi" or "relative" (a table shared by all blocks), 1-D for text, 2-D for images
+    attn_bias     "none", "alibi", "relative" (a table shared by all blocks) or "relative_each" (a table for every
+                  block); 1-D for text, 2-D for images
     embed_norm    a LayerNorm on the embeddings, before block 0
     final_norm    a LayerNorm after the last block
     pool          what encode() returns: "cls" or "mean", of all tokens but CLS and padding
+    pooler        carry BERT's pooler along for finetuning, as buffers: nothing here trains it
     the rest      as in Block
     """
 
     def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True, eps=1e-6,
                  layer_scale=None, key_bias=True, positions="sincos", attn_bias="none", embed_norm=False,
                  final_norm=False, img_size=224, patch_size=16, vocab_size=30522, max_length=512, token_types=0,
-                 pool="cls"):
+                 pool="cls", pooler=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         assert modality in ("image", "text"), modality
         assert positions in ("sincos", "learned", "none"), positions
-        assert attn_bias in ("none", "alibi", "relative"), attn_bias
+        assert attn_bias in ("none", "alibi", "relative", "relative_each"), attn_bias
         if modality == "image":
             assert img_size % patch_size == 0, f"img_size={img_size} is no multiple of patch_size={patch_size}"
             grid = img_size // patch_size
@@ -207,14 +219,18 @@ class Encoder(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
         if attn_bias == "alibi":
             self.register_buffer("alibi", alibi_bias(num_heads, **where), persistent=False) # (h, T, T)
-        elif attn_bias == "relative":
+        elif attn_bias != "none":
             index, table_rows = relative_position_index(**where)
             self.register_buffer("relative_position_index", index, persistent=False) # (T, T)
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows, num_heads))
+            tables = 1 if attn_bias == "relative" else depth
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(tables, table_rows, num_heads))
         self.embed_norm = nn.LayerNorm(embed_dim, eps=eps) if embed_norm else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_first, eps, layer_scale, key_bias)
                                     for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps) if final_norm else None
+        if pooler:
+            self.register_buffer("pooler_weight", torch.zeros(embed_dim, embed_dim))
+            self.register_buffer("pooler_bias", torch.zeros(embed_dim))
         init_weights(self, embed_dim)
         if modality == "image":
             nn.init.normal_(self.cls_token, std=0.02)
@@ -244,14 +260,14 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def attention_bias(self, T, padding_mask=None):
-        """What every block adds to its attention logits: None, a boolean mask or a float bias with -inf at
+    def attention_bias(self, T, padding_mask=None, block=0):
+        """What this block adds to its attention logits: None, a boolean mask or a float bias with -inf at
         padding; broadcastable to (B, h, T, T)."""
         bias = None
         if self.config["attn_bias"] == "alibi":
             bias = self.alibi[None, :, :T, :T] # (1, h, T, T)
-        elif self.config["attn_bias"] == "relative":
-            bias = self.relative_position_bias_table[self.relative_position_index[:T, :T]] # (T, T, h)
+        elif self.config["attn_bias"] != "none":
+            bias = self.relative_position_bias_table[block][self.relative_position_index[:T, :T]] # (T, T, h)
             bias = bias.permute(2, 0, 1)[None] # (1, h, T, T)
         if padding_mask is None:
             return bias
@@ -263,9 +279,10 @@ class Encoder(nn.Module):
         """The last block's output (B, T, D), after the final norm if there is one; with return_layers the list
         of every block's output, never normed after the block. Position 0 is the CLS token."""
         x = self.embed(x, token_type_ids, patch_mask, mask_token)
-        bias = self.attention_bias(x.shape[1], padding_mask)
-        layers = []
-        for block in self.blocks:
+        bias, layers = self.attention_bias(x.shape[1], padding_mask), []
+        for i, block in enumerate(self.blocks):
+            if i and self.config["attn_bias"] == "relative_each":
+                bias = self.attention_bias(x.shape[1], padding_mask, i)
             x = block(x, bias)
             layers.append(x)
         if return_layers:
@@ -330,9 +347,10 @@ class VisionLanguageModel(nn.Module):
     shared_depth  number of shared blocks; shared: their settings besides embed_dim, e.g. {"layer_scale": 0.2}
     token_types   add a learned vector to what each encoder gives, one for text and one for images
     head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token itself
+    max_length    text tokens it was trained with, if fewer than its text encoder takes
     """
 
-    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0):
+    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0, max_length=None):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_encoder = Encoder("image", **image)
@@ -350,7 +368,7 @@ class VisionLanguageModel(nn.Module):
         if token_types:
             nn.init.normal_(self.token_type, std=0.02)
         self.img_size = self.image_encoder.config["img_size"]
-        self.max_length = self.text_encoder.config["max_length"]
+        self.max_length = max_length or self.text_encoder.config["max_length"]
 
     def shared_cls(self, x, modality, padding_mask=None):
         """What an encoder gave (B, T, D), modality 0 text or 1 image -> CLS token after the shared blocks (B, D)."""
@@ -378,11 +396,11 @@ class VisionLanguageModel(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# text to ids
+# text to ids: one interface, .encode(texts, max_length), two kinds
 
 
 class Tokenizer:
-    """A tokeniser of the tokenizers package, from the text of its tokenizer.json."""
+    """A tokeniser of the tokenizers package, from the text of its tokenizer.json: BERT's WordPiece."""
 
     def __init__(self, text):
         import tokenizers # here, not above: image scripts do without it
@@ -391,14 +409,422 @@ class Tokenizer:
         self.tokenizer.no_padding()
         self.vocab_size, self.pad_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id("[PAD]")
 
+    def ids(self, texts, max_length):
+        self.tokenizer.enable_truncation(max_length)
+        # lone surrogates, which no UTF-8 text holds, become question marks
+        return [e.ids for e in self.tokenizer.encode_batch([t.encode("utf-8", "replace").decode() for t in texts])]
+
     def encode(self, texts, max_length):
         """List of n strings -> ids (n, T) int64 with CLS and SEP, padding_mask (n, T) bool, True where padding.
         T is the longest of the batch, at most max_length; longer texts lose their end but keep their SEP."""
-        self.tokenizer.enable_truncation(max_length)
-        rows = [torch.tensor(e.ids) for e in self.tokenizer.encode_batch(texts)]
+        rows = [torch.tensor(row) for row in self.ids(texts, max_length)]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(ids.shape[1]) >= lengths[:, None]
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE through tiktoken, with the ids of fairseq's dictionary (RoBERTa, data2vec 2.0): <s> 0,
+    <pad> 1, </s> 2, <unk> 3, line i of dict.txt 4 + i, and <mask> last. text: JSON made by gpt2_tokenizer."""
+
+    def __init__(self, text):
+        import tiktoken # here, not above: only data2vec 2.0's text model needs it
+        self.text, stored = text, json.loads(text)
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+                                     mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+        words = stored["dictionary"] # GPT-2 ids as text, and a few that mean nothing
+        self.from_gpt2 = {int(word): 4 + i for i, word in enumerate(words) if word.isdigit()}
+        self.vocab_size, self.pad_id = len(words) + 5, 1
+        missing = len(set(range(len(ranks) + 1)) - set(self.from_gpt2))
+        if missing:
+            raise ValueError(f"dict.txt lacks {missing:,} of the {len(ranks) + 1:,} ids of encoder.json")
+
+    def ids(self, texts, max_length):
+        # lone surrogates, which no UTF-8 text holds, become question marks
+        rows = self.bpe.encode_ordinary_batch([t.encode("utf-8", "replace").decode() for t in texts])
+        return [[0, *(self.from_gpt2.get(i, 3) for i in row[:max_length - 2]), 2] for row in rows]
+
+
+def make_tokenizer(text):
+    return (GPT2Tokenizer if text.startswith('{"kind": "gpt2"') else Tokenizer)(text)
+
+
+def bert_tokenizer(vocab):
+    """dict token -> id -> the text of a tokenizer.json: lower-casing BERT WordPiece, [CLS] text [SEP]."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab])
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return tokenizer.to_str()
+
+
+def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
+    """Paths of the three files that fairseq publishes -> the text that GPT2Tokenizer reads."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    os.environ["TIKTOKEN_CACHE_DIR"] = "" # it would keep copies by path, and read those instead of a mended file
+    ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
+    with open(dict_txt, encoding="utf-8") as f:
+        dictionary = [line.rpartition(" ")[0] for line in f if line.strip()]
+    tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
+    return json.dumps({"kind": "gpt2", "tokens": tokens, "dictionary": dictionary})
+
+
+TOKENIZER_FILES = {"bert": ["vocab.txt"], "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
+
+
+def load_tokenizer(name, path=None):
+    """The tokeniser of a text teacher, "bert" or "data2vec2_text", with .encode(texts, max_length) -> ids, padding_mask.
+    path: a folder that holds its files, or a file beside which they lie; None downloads them once."""
+    names = TOKENIZER_FILES[name]
+    if path is None:
+        folder, source = os.path.join(cache_folder(), name), PRETRAINED[name]["url"].rpartition("/")[0]
+        for n in names:
+            if not os.path.exists(os.path.join(folder, n)):
+                download(f"{source}/{n}", os.path.join(folder, n))
+    else:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if name == "bert" and not os.path.exists(os.path.join(folder, "vocab.txt")):
+            names = ["tokenizer.json"]
+    files = [os.path.join(folder, n) for n in names]
+    for file in files:
+        if not os.path.exists(file):
+            fail(f"no tokenizer of {name}: no {file}; {' and '.join(TOKENIZER_FILES[name])} must lie beside the weights")
+    try:
+        if name == "data2vec2_text":
+            return GPT2Tokenizer(gpt2_tokenizer(*files))
+        with open(files[0], encoding="utf-8") as f:
+            return Tokenizer(f.read() if names == ["tokenizer.json"] else
+                             bert_tokenizer({line.rstrip("\n"): i for i, line in enumerate(f)}))
+    except Exception as e: # tokenizers and tiktoken raise nothing more specific
+        fail(f"{', '.join(files)}: no tokenizer of {name} ({type(e).__name__}: {e}). Remove what is damaged and run again.")
+
+
+# -----------------------------------------------------------------------------
+# published teachers: read with torch alone, and without running a pickle
+
+# sha256: its first digits, where the publisher says them
+PRETRAINED = {
+    "data2vec2_image": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt", licence="CC BY-NC 4.0"),
+    "data2vec2_text": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/nlp_base.pt",
+                           licence="not stated for the weights; the code is MIT"),
+    "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/beitv2_base_patch16_224_pt1k.pth",
+                   licence="not stated for the weights; the code is MIT"),
+    "bert": dict(url="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/model.safetensors",
+                 licence="Apache-2.0"),
+    "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
+                     licence="not stated for the weights; torchvision is BSD-3-Clause"),
+}
+CONFIGS = { # what differs from the defaults of Encoder
+    "data2vec2_image": dict(modality="image", norm_first=False, embed_norm=True),
+    "data2vec2_text": dict(modality="text", norm_first=False, eps=1e-5, positions="learned", embed_norm=True,
+                           vocab_size=50265),
+    "beitv2": dict(modality="image", positions="none", layer_scale=0.1, key_bias=False, attn_bias="relative",
+                   final_norm=True),
+    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True, token_types=2),
+}
+BOTH = ("weight", "bias")
+BLOCK = [f"{layer}.{k}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for k in BOTH]
+BERT_LAYER = {"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+              "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "norm2": "output.LayerNorm"}
+
+
+def file_layout(name, config, keys):
+    """Where the published file holds our tensors: dict of our key -> their key, or several keys whose tensors follow one
+    another in ours; and a pattern of the keys that are nothing of ours (heads, decoders, averages)."""
+    L, modality = range(config["depth"]), config["modality"]
+    if name == "bert":
+        ours = {"token_embed.weight": "embeddings.word_embeddings.weight",
+                "pos_embed": "embeddings.position_embeddings.weight",
+                "type_embed.weight": "embeddings.token_type_embeddings.weight"}
+        for k in BOTH:
+            ours[f"embed_norm.{k}"] = f"embeddings.LayerNorm.{k}"
+            ours |= {f"blocks.{i}.{a}.{k}": f"encoder.layer.{i}.{b}.{k}" for i in L for a, b in BERT_LAYER.items()}
+            ours |= {f"blocks.{i}.attn.qkv.{k}": [f"encoder.layer.{i}.attention.self.{x}.{k}" for x in
+                                                  ("query", "key", "value")] for i in L}
+        if config["pooler"]:
+            ours |= {f"pooler_{k}": f"pooler.dense.{k}" for k in BOTH}
+        return ours, r"cls\..*|embeddings\.position_ids"
+    if name == "beitv2":
+        block = [k for k in BLOCK if k != "attn.qkv.bias"] + ["attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"]
+        ours = {k: k for k in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")}
+        ours |= {f"blocks.{i}.{k}": f"blocks.{i}.{k}" for i in L for k in block}
+        table = "relative_position_bias_table"
+        # fine-tuned files: a table in each block, and the mean of the patches is normed, not every token
+        ours[table] = f"rel_pos_bias.{table}" if config["final_norm"] else [f"blocks.{i}.attn.{table}" for i in L]
+        if config["final_norm"]:
+            ours |= {f"norm.{k}": f"norm.{k}" for k in BOTH}
+        return ours, r"mask_token|lm_head\..*|cls_pt_.*|fc_norm\..*|head\..*|.*\.relative_position_index"
+    m = f"modality_encoders.{modality.upper()}."
+    prenet = m + "context_encoder.blocks." # none in the released files; two, before ten others, in fairseq's own settings
+    first = len({k[len(prenet):].partition(".")[0] for k in keys if k.startswith(prenet)})
+    ours = {f"blocks.{i}.{k}": f"{prenet}{i}.{k}" if i < first else f"blocks.{i - first}.{k}" for i in L for k in BLOCK}
+    if modality == "image":
+        ours |= {"cls_token": m + "extra_tokens", "pos_embed": m + "fixed_positional_encoder.positions",
+                 **{f"patch_embed.proj.{k}": f"{m}local_encoder.proj.{k}" for k in BOTH},
+                 **{f"embed_norm.{k}": f"{m}context_encoder.norm.{k}" for k in BOTH}}
+    else:
+        ours |= {"token_embed.weight": m + "local_encoder.embed_tokens.weight",
+                 "pos_embed": m + "local_encoder.embed_positions.weight",
+                 **{f"embed_norm.{k}": f"{m}local_encoder.layernorm_embedding.{k}" for k in BOTH}}
+    return ours, rf"_ema.*|{re.escape(m)}decoder\..*|.*alibi_scale"
+
+
+def load_pretrained(name, path=None, depth=None, final_norm=False):
+    """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
+
+    name        data2vec2_image, data2vec2_text, beitv2 or bert; resnet50 gives torchvision's classifier, images to 1000
+                logits. Images are ImageNet-normalised, ids those of load_tokenizer(name)
+    path        the published file, or a folder that holds it; None downloads it once into cache_folder(). bert: any size,
+                if transformers' config.json lies beside it
+    depth       keep the first blocks only; a student starts from them
+    final_norm  beitv2: norm the last block's output, as in its pretraining
+
+    A file that is not that model, or holds tensors we do not know, ends the program with what is missing, unexpected or
+    mis-shaped."""
+    if name not in PRETRAINED:
+        fail(f"no teacher is called {name!r}{nearest(name, PRETRAINED)}. Teachers: {', '.join(PRETRAINED)}")
+    if name == "resnet50" and (depth is not None or final_norm):
+        fail("resnet50 is loaded whole: depth and final_norm are for the Transformers")
+    path = find_weights(name, path)
+    weights, ignored = read_weights(path), None
+    if name == "resnet50":
+        from torchvision.models import resnet50 # here, not above: only one preset needs it
+        model = resnet50()
+        ours, ignored = {k: k for k in model.state_dict() if "num_batches" not in k}, ".*num_batches_tracked"
+    else:
+        config = dict(CONFIGS[name])
+        if name == "bert":
+            weights = {k.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+                       .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in weights.items()}
+            config |= bert_config(path, weights)
+        elif name == "beitv2" and "blocks.0.attn.relative_position_bias_table" in weights:
+            config |= dict(attn_bias="relative_each", final_norm=False)
+        if final_norm and not config.get("final_norm"):
+            fail(f"final_norm: {path} ({name}) has no norm after its last block")
+        model = Encoder(**config)
+        if depth is not None and not 1 <= depth <= len(model.blocks):
+            fail(f"depth={depth}, but {name} has {len(model.blocks)} blocks")
+        ours, ignored = file_layout(name, model.config, weights)
+
+    missing, misshaped, bad, used, own = [], [], [], set(), model.state_dict()
+    for key, theirs in ours.items():
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        used.update(theirs)
+        missing += [k for k in theirs if k not in weights]
+        shape = (own[key].shape[0] // len(theirs), *own[key].shape[1:]) # of each part
+        parts = []
+        for k in theirs:
+            if k in weights:
+                x = weights[k]
+                if name == "data2vec2_text" and key == "pos_embed" and x.ndim == 2:
+                    x = x[2:] # fairseq's first token has position 2
+                if [s for s in x.shape if s > 1] == [s for s in shape if s > 1]:
+                    parts.append(x.float().reshape(shape))
+                else:
+                    misshaped.append(f"{k} {tuple(x.shape)}, not {shape}")
+                bad += [k] * (not x.isfinite().all())
+        if len(parts) == len(theirs):
+            own[key] = torch.cat(parts)
+    unexpected = [k for k in weights if k not in used and not re.fullmatch(ignored, k)]
+    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "with NaN or infinity": bad}
+    if any(wrong.values()):
+        other = looks_like(weights)
+        fail(f"{path} is not {name}" + (" as it was published:" if other == name else f"; it looks like {other}:") + list_wrong(wrong))
+    model.load_state_dict(own)
+    if name != "resnet50":
+        if not final_norm:
+            model.norm, model.config["final_norm"] = None, False
+        keep_blocks(model, range(len(model.blocks) if depth is None else depth))
+    return ready(model)
+
+
+def bert_config(path, weights):
+    """Sizes of a BERT from the config.json beside its weights; base without one."""
+    config, beside = {"pooler": any(k.startswith("pooler.") for k in weights)}, os.path.join(os.path.dirname(path), "config.json")
+    if os.path.exists(beside):
+        try:
+            with open(beside, encoding="utf-8") as f:
+                c = json.load(f)
+            if c.get("hidden_act", "gelu") != "gelu" or c.get("position_embedding_type", "absolute") != "absolute":
+                fail(f"{beside}: only exact GELU and absolute positions are supported")
+            config |= dict(embed_dim=c["hidden_size"], depth=c["num_hidden_layers"], num_heads=c["num_attention_heads"],
+                           mlp_ratio=c["intermediate_size"] / c["hidden_size"], eps=c["layer_norm_eps"],
+                           vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"], token_types=c["type_vocab_size"])
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            fail(f"{beside} is no configuration of a BERT ({type(e).__name__}: {e})")
+    return config
+
+
+def keep_blocks(encoder, which):
+    """Keeps only these blocks of an Encoder, in this order: range(6) cuts a student, range(0, 12, 2) every second block."""
+    which = list(which)
+    encoder.blocks = nn.ModuleList(encoder.blocks[i] for i in which)
+    encoder.config = {**encoder.config, "depth": len(which)}
+    if encoder.config["attn_bias"] == "relative_each":
+        table = encoder.relative_position_bias_table
+        encoder.relative_position_bias_table = nn.Parameter(table.detach()[which], table.requires_grad)
+
+
+def looks_like(keys):
+    marks = {"modality_encoders.IMAGE.": "data2vec2_image", "modality_encoders.TEXT.": "data2vec2_text",
+             "modality_encoders.AUDIO.": "data2vec 2.0 for speech", "blocks.0.attn.q_bias": "beitv2",
+             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50", "image_encoder.": "a student made here"}
+    found = [name for mark, name in marks.items() if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
+    return found[0] if found else f"no model known here (its first tensors: {', '.join(list(keys)[:3]) or 'none'})"
+
+
+def find_weights(name, path):
+    """The file to read: path, or the one that a folder path holds, or, path=None, the published one, downloaded."""
+    source = PRETRAINED[name]
+    published = source["url"].rpartition("/")[2]
+    if path is None:
+        path = os.path.join(cache_folder(), name, published)
+        if not os.path.exists(path):
+            print(f"{name}: fetching {source['url']}\nlicence of the weights: {source['licence']}", flush=True)
+            download(source["url"], path, source.get("sha256"))
+    if os.path.isdir(path):
+        names = [published, "model.safetensors", "pytorch_model.bin"]
+        found = [os.path.join(path, n) for n in names if os.path.isfile(os.path.join(path, n))]
+        if not found:
+            fail(f"{path} holds none of {', '.join(names)}: give the file of {name}")
+        path = found[0]
+    if not os.path.exists(path):
+        fail(f"no weights at {path}. Leave the path out to download {name} from {source['url']}")
+    return path
+
+
+def read_weights(path):
+    """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is run."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file # here, not above: one of five files needs it
+            weights = load_file(path)
+        else:
+            if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+                raise pickle.UnpicklingError("a TorchScript archive, which is a program")
+            try:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError: # it holds more than tensors and containers
+                weights = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
+    except Exception as e: # torch and pickle raise a dozen types for a file that is not theirs
+        fail(f"{path} cannot be read as weights ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). If it was cut short, "
+             f"remove it and fetch it again.")
+    for key in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict):
+        fail(f"{path} holds no weights, but {type(weights).__name__}")
+    return {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+
+
+class Inert:
+    """Stands for an object of a class that we do not run: takes any construction and any state, and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    append = extend = add = __setstate__
+
+    def __setitem__(self, key, value):
+        pass
+
+
+class InertPickle:
+    """What torch.load takes for the pickle module: tensors and plain containers are built, every other global of the file
+    becomes a subclass of Inert, whatever it was; what does not go with that, such as calling one's result, is refused."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            build = {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Size"): tuple,
+                     ("torch._utils", "_rebuild_tensor_v2"): lambda *a: torch._utils._rebuild_tensor(*a[:4]),
+                     ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data}.get((module, name))
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                build = getattr(torch, name)
+            return build or type("Inert", (Inert,), {})
+
+        def __setattr__(self, name, load): # so torch hands over its persistent_load
+            def storages_only(pid): # the other kind that torch knows, the source code of a class, can be made to write a file
+                if pid[0] not in ("storage", b"storage"):
+                    raise pickle.UnpicklingError(f"{pid[0]!r} in place of a storage")
+                return load(pid)
+            super().__setattr__(name, storages_only)
+
+    @staticmethod
+    def load(file, **kwargs):
+        return InertPickle.Unpickler(file, **kwargs).load()
+
+
+def cache_folder():
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distill")
+
+
+def download(url, path, sha256=None, tries=3):
+    """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file at the server
+    is still the same. The size is checked, and sha256 (its first digits are enough)."""
+    import requests # here, not above: nothing else in this file talks to a network
+    part, note = path + ".part", path + ".part.version"
+    for attempt in range(tries):
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            have, headers, known = 0, {"Accept-Encoding": "identity"}, ""
+            if os.path.exists(part) and os.path.exists(note):
+                with open(note) as f:
+                    known = f.read()
+            if known and os.path.getsize(part):
+                have = os.path.getsize(part)
+                headers |= {"Range": f"bytes={have}-", "If-Range": known}
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
+                version = r.headers.get("ETag", "W/") # what If-Range takes: a strong ETag or a date
+                version = r.headers.get("Last-Modified", "") if version.startswith("W/") else version
+                if have and (r.status_code == 416 or r.status_code == 206 and (version or known) != known):
+                    os.remove(note) # what we have is no part of the file there, though If-Range asked
+                    raise requests.ConnectionError("the file at the server was changed")
+                r.raise_for_status()
+                have = have if r.status_code == 206 else 0
+                total = have + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
+                if not have and os.path.exists(part):
+                    os.remove(part) # before the note names another version
+                with open(note, "w") as f:
+                    f.write(version)
+                with open(part, "ab" if have else "wb") as f, tqdm(desc=os.path.basename(path), total=total, initial=have,
+                                                                   unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                    for chunk in r.iter_content(1 << 16):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+            if total is not None and os.path.getsize(part) != total:
+                raise requests.ConnectionError(f"{os.path.getsize(part):,} of {total:,} bytes came")
+            break
+        except requests.RequestException as e:
+            lasting = e.response is not None and e.response.status_code in (401, 403, 404, 410)
+            if attempt == tries - 1 or lasting:
+                fail(f"cannot download {url}: {e}\nFetch it where there is a network and put it at {path}, or give its place "
+                     f"with the path flag (--help).")
+            time.sleep(2 ** attempt)
+        except OSError as e:
+            fail(f"cannot write {part}: {e.strerror or e}")
+    if sha256:
+        digest = hashlib.sha256()
+        with open(part, "rb") as f:
+            for chunk in iter(lambda: f.read(1 << 20), b""):
+                digest.update(chunk)
+        if not digest.hexdigest().startswith(sha256):
+            os.remove(part)
+            fail(f"{url} gave a file whose sha256 begins {digest.hexdigest()[:len(sha256)]} instead of {sha256}. Run again; if it "
+                 f"stays so, the file was changed where it is published.")
+    os.replace(part, path)
+    if os.path.exists(note):
+        os.remove(note)
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -444,7 +870,7 @@ def save_checkpoint(path, model, **rest):
 
 def read_checkpoint(path):
     """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         fail(f"no checkpoint at {path}. Train one with: python distill_multimodal.py --preset=tiny")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -464,12 +890,34 @@ def load_checkpoint(path):
     checkpoint = read_checkpoint(path)
     model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](**checkpoint["config"])
     load_weights(model, checkpoint["model"], path)
+    if checkpoint.get("tokenizer"):
+        model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
+    return ready(model)
+
+
+def ready(model):
+    """In eval mode and frozen; an Encoder also with encode_image or encode_text, img_size and max_length."""
     if isinstance(model, Encoder):
         setattr(model, f"encode_{model.config['modality']}", model.encode)
         model.img_size, model.max_length = model.config["img_size"], model.config["max_length"]
-    if checkpoint.get("tokenizer"):
-        model.tokenizer = Tokenizer(checkpoint["tokenizer"])
     return model.eval().requires_grad_(False)
+
+
+def load_encoder(which, modality, path=None, final_norm=False):
+    """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own checkpoint;
+    a text encoder has its .tokenizer."""
+    if which in PRETRAINED:
+        encoder = load_pretrained(which, path, final_norm=final_norm)
+        if modality == "text" and which in TOKENIZER_FILES:
+            encoder.tokenizer = load_tokenizer(which, path)
+    elif path is not None:
+        fail(f"a path is given for {which}, but only the published {', '.join(PRETRAINED)} are read from one")
+    else:
+        encoder = load_checkpoint(which)
+    if not isinstance(encoder, Encoder) or encoder.config["modality"] != modality:
+        names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
+        fail(f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py")
+    return encoder
 
 
 def load_weights(model, weights, path):
@@ -477,13 +925,17 @@ def load_weights(model, weights, path):
     own = model.state_dict()
     wrong = {"missing": [k for k in own if k not in weights],
              "unexpected": [k for k in weights if k not in own],
-             "mis-shaped": [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+             "mis-shaped": [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
                             for k in own if k in weights and weights[k].shape != own[k].shape]}
     if any(wrong.values()):
-        fail(f"{path} does not fit this model:" + "".join(
-            f"\n  {len(keys)} {what}: {', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''}"
-            for what, keys in wrong.items() if keys))
+        fail(f"{path} does not fit this model:" + list_wrong(wrong))
     model.load_state_dict(weights)
+
+
+def list_wrong(wrong):
+    """dict what -> keys, as lines that name the first few keys and their number."""
+    return "".join(f"\n  {len(keys)} {what}: {', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''}"
+                   for what, keys in wrong.items() if keys)
 
 
 def is_finished(path):
@@ -680,5 +1132,5 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def nearest(word, words, prefix=""):
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    close = sorted((w for w in words if word and w.startswith(word)), key=len) or difflib.get_close_matches(word, list(words), 1, 0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""

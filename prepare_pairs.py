@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from model import Parser, fail, normalize, save_atomic, write_json
+from model import Parser, bert_tokenizer, fail, normalize, save_atomic, write_json
 
 # -----------------------------------------------------------------------------
 # the packed-record format
@@ -288,7 +288,7 @@ def caption_list(entry):
 
 def train_wordpiece(captions, vocab_size):
     """A lower-casing BERT WordPiece tokeniser trained on these captions -> the text of its tokenizer.json."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -299,13 +299,7 @@ def train_wordpiece(captions, vocab_size):
     inside = sorted({"##" + c for caption in captions for c in tokenizer.normalizer.normalize_str(caption)})
     tokenizer.train_from_iterator(captions, trainers.WordPieceTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=specials + inside))
-    vocab = tokenizer.get_vocab()
-    trained = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")) # without the pieces as specials
-    trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    trained.decoder = decoders.WordPiece()
-    trained.add_special_tokens(specials)
-    trained.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    return trained.to_str()
+    return bert_tokenizer(tokenizer.get_vocab()) # without the pieces as specials
 
 
 def prepare_openmoji(args):

@@ -198,31 +198,36 @@ def bad(tiny_data, tmp_path, monkeypatch):
 COMMON = ["--data=toy", "--device=cpu", "--out_dir=new", "--batch_size=16", "--max_steps=2"]
 SHAPE = ["--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2"]
 EMA = ["--teacher=ema", "--depth=2", "--target_layers=2", *SHAPE]
-STUDENT = ["--teacher=teacher.pt", "--depth=1", "--text_depth=1", *SHAPE]
+STUDENT = ["--teacher=teacher.pt", "--image_init=teacher", "--text_init=random", "--depth=1", "--text_depth=1", *SHAPE]
 BOTH_LOOPS = [ # flags, what the message says
     ("--data_dir=half", "half is|toy is"), ("--data_dir=nowhere", "toy is not"), ("--data=", "data set "),
     ("--data=nothing", "data set nothing"), ("--data_dir=garbled", "is damaged"), ("--data_dir=short", "is damaged"),
     ("--data_dir=no_index", "train_captions.idx"), ("--data_dir=no_labels --unit=label", "has no labels.*--unit=image"),
-    ("--teacher=text.pt", "text.pt cannot be read"), ("--teacher=cut.pt", "cut.pt cannot be read"), ("--teacher=none.pt", "none.pt is no file"),
-    ("--teacher=.", " is no file"), ("--teacher=foreign.pt", "not a checkpoint of this repository"),
+    ("--teacher=text.pt", "text.pt cannot be read"), ("--teacher=cut.pt", "cut.pt cannot be read"), ("--teacher=none.pt", "none.pt is neither .*nor a file"),
+    ("--teacher=.", " is neither .*nor a file"), ("--teacher=foreign.pt", "not a checkpoint of this repository"),
     ("--teacher=student.pt", "is no image encoder"), ("--teacher=wrong_shape.pt", r"mis-shaped: cls_token \(1, 1, 7\)"),
-    ("--teacher=teacher.pt --depth=3", "--depth=3, but the teacher"), ("--batch_size=1000", "--batch_size=1000, but an epoch has"),
+    ("--teacher=teacher.pt --depth=3", "--depth=3, but (it|the teacher)"), ("--batch_size=1000", "--batch_size=1000, but an epoch has"),
     ("--micro_batch_size=5", "does not divide --batch_size=16"), ("--micro_batch_size=32", "does not divide"),
     ("--device=gpu", "--device=gpu is no device"), ("--device=meta", "is no device"), ("--resume", "there is no new/ckpt.pt.*--out_dir"),
     ("--out_dir=text.pt", "cannot be made"), ("--out_dir=", "cannot be made")]
-IMAGE = [("--patch_size=7", "--patch_size=7 must divide --img_size=32"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
+IMAGE = [("--init=random", "--init and --path are for"), ("--teacher=teacher.pt --depth=1 --path=text.pt", "only the published"),
+         ("--patch_size=7", "--patch_size=7 must divide --img_size=32"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
          ("--embed_dim=34", "must divide --embed_dim=34"), ("--mask_ratio=0.01", "hides none"), ("--target_layers=3", "--depth=2"),
          ("--objective=views --batch_size=1", "at least 2"), ("--objective=views --micro_batch_size=4", "takes no --micro_batch_size"),
          ("--teacher=teacher.pt --depth=1 --img_size=48", "--img_size.*only for --teacher=ema")]
 MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
-              ("--patch_size=16", "--patch_size=16, but the teacher has 8"), ("--embed_dim=64", "--embed_dim=64, but the teacher has 32"),
+              ("--patch_size=16", "--patch_size=16, but it has 8"), ("--embed_dim=64", "--embed_dim=64, but it has 32"),
               ("--embed_dim=64 --image_init=random", "32 wide, the student 64: add --head"),
               ("--img_size=48 --image_init=random", "--img_size=48, but the teacher reads 32"),
               ("--kd_loss=none", "nothing to learn"), ("--kd_weight=0", "nothing to learn"),
               ("--kd_loss=none --align_loss=ranking --align_weight=0", "nothing to learn"),
               ("--queue_size=8", "--queue_size=8 is for --kd_loss=contrastive"),
               ("--data_dir=no_tokenizer", "tokenizer.json is no tokenizer"), ("--data_dir=odd_tokenizer", "tokenizer.json is no tokenizer"),
-              ("--preset=tiny --teacher=none.pt", "none.pt is no file")]
+              ("--preset=tiny --teacher=none.pt", "none.pt is neither"), ("--text_init=brt", "--text_init=brt is neither"),
+              ("--image_init=none.pt", "--image_init=none.pt is neither"), ("--text_init=teacher.pt", "is no text encoder"),
+              ("--path=none.pt", "--path=none.pt is no file"), ("--text_path=none.pt", "--text_path=none.pt is no file"),
+              ("--path=text.pt", "only the published"), ("--teacher=bert --path=text.pt", "text.pt cannot be read"),
+              ("--teacher=beitv2 --path=teacher.pt", "is not beitv2")]
 WRONG = ([(distill_image, EMA, *case) for case in BOTH_LOOPS + IMAGE] +
          [(distill_multimodal, STUDENT, *case) for case in BOTH_LOOPS + MULTIMODAL])
 
@@ -248,7 +253,8 @@ def test_wrong_input(bad, module, base, words, said, monkeypatch):
 
 @pytest.mark.parametrize("words, said", [
     ("--ckpt=none.pt", "no checkpoint at none.pt"), ("--ckpt=text.pt", "cannot be read"), ("--ckpt=cut.pt", "cannot be read"),
-    ("--ckpt=teacher.pt", "does not embed both"), ("--split=dev", "no split 'dev', only train, val, test"),
+    ("--ckpt=teacher.pt", "does not embed both"), ("--image_encoder=teacher.pt", "go together"),
+    ("--image_encoder=teacher.pt --text_encoder=bert", "--ckpt is a model with both"), ("--split=dev", "no split 'dev', only train, val, test"),
     ("--data_dir=half", "is half-written"), ("--data=coco", "data set coco"), ("--device=gpu", "is no device")])
 def test_wrong_input_of_evaluate(bad, words, said):
     before = sorted(os.listdir())
@@ -279,7 +285,7 @@ def test_the_command_users_type_first(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(REPO, "distill_multimodal.py"), "--batch_size=256"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "data set coco is not in data/" in done.stderr and "teacher beitv2 is no file" in done.stderr
+    assert "data set coco is not in data/" in done.stderr and "--text_path" in done.stderr
     commands = commands_in(done.stderr)
     assert {line.split()[1] for line in commands} == {"prepare_pairs.py", "distill_image.py", "distill_multimodal.py"}
     parsed = [parse_command(line) for line in commands]
@@ -311,4 +317,4 @@ def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):
     assert [hasattr(args, "teacher") for args in started] == [False]
     with pytest.raises(SystemExit) as e: # nothing was made, and only the data are asked for
         distill_multimodal.what_is_missing(without)
-    assert "data set" in e.value.code and "is no file" not in e.value.code
+    assert "data set" in e.value.code and "is neither" not in e.value.code

@@ -34,7 +34,8 @@ SETTINGS = { # name -> (loop, knobs); "TEACHER" becomes the path of the toy teac
     "mask": ("image", dict(EMA, objective="mask")),
     "views": ("image", dict(EMA, objective="views")),
     "features": ("image", dict(TOY, teacher="TEACHER", depth=1)),
-    "mse": ("multimodal", dict(TOY, **SHAPE, teacher="TEACHER", depth=1, text_depth=1, kd_loss="mse")),
+    "mse": ("multimodal", dict(TOY, **SHAPE, teacher="TEACHER", image_init="teacher", text_init="random",
+                               depth=1, text_depth=1, kd_loss="mse")),
 }
 MULTIMODAL = SETTINGS["mse"][1]
 SETTINGS |= {
@@ -426,7 +427,8 @@ def test_default_presets_unshrunk(tiny_data, tmp_path, capsys):
                log_interval=1, eval_interval=2, save_interval=2, device="cpu", dtype="float32")
     for module, said in ((distill_image, "student 43.12M parameters, all trained; teacher 85.65M, frozen"),
                          (distill_multimodal, "teacher 85.65M, frozen")):
-        module.main(module.get_args(flags(dict(few, out_dir=tmp_path / module.__name__))))
+        start = dict(image_init="teacher", text_init="random") if module is distill_multimodal else {}
+        module.main(module.get_args(flags(dict(few, **start, out_dir=tmp_path / module.__name__))))
         assert said in capsys.readouterr().out
         assert [r["step"] for r in records(tmp_path / module.__name__)] == [1, 2, 2]
     student = load_checkpoint(tmp_path / "distill_multimodal" / "ckpt.pt")

@@ -61,6 +61,7 @@ def test_files_exist():
     """Scripts, documents and links in the README: in the repository, or made by a command (out/, data/)."""
     text = readme()
     files = set(re.findall(r"[\w./]*\w\.(?:py|txt|md|ini)\b", text)) | set(re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text))
+    files -= {"dict.txt", "vocab.txt"} # published with the weights
     missing = [f for f in files if not f.startswith(("out/", "data/")) and not os.path.exists(os.path.join(REPO, f))]
     assert len(files) >= 6 and not missing
     assert {"model.py", *MODULES} <= files # the map of files is complete
