@@ -34,7 +34,7 @@ PRESETS = {
     # OpenMoji, two CPU cores, a minute and a half: the teacher of `distill_multimodal.py --preset=tiny`.
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
-        patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.3, lr=1e-3,
+        patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5, lr=1e-3,
         max_steps=320, warmup_steps=40, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
         save_interval=50),
     # The same pictures: three of the tiny teacher's five blocks regress all five, as the preset above does at full size.

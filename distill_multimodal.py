@@ -41,15 +41,15 @@ PRESETS = {
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", image_init="teacher",
         text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2,
         max_length=24, rotate=15.0, color=0.2, head=True, token_types=True, kd_loss="contrastive",
-        align_loss="contrastive", cache_targets=True,
-        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=240, warmup_steps=30, weight_decay=0.05,
-        grad_clip=3.0, eval_interval=60, save_interval=60, log_interval=20),
+        align_loss="contrastive", word_weight=2.0, cache_targets=True,
+        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=250, warmup_steps=30, weight_decay=0.05,
+        grad_clip=3.0, eval_interval=125, save_interval=50, log_interval=20),
 }
 
 
 # what makes the model: cannot change on --resume
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth", "max_length",
-               "shared_norm_first", "head", "token_types", "image_init", "text_init"]
+               "shared_norm_first", "head", "token_types", "image_init", "text_init", "word_weight"]
 
 
 def get_args(argv=None):
@@ -104,6 +104,8 @@ def get_args(argv=None):
            "ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
     p.knob("align_weight", 1.0, "weight of the alignment loss")
     p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch", most=1)
+    p.knob("word_weight", 0.0, "weight of the word loss: each embedding predicts the tokens of its caption, which ties captions that "
+           "share a word; helps where pairs are few")
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
     p.section("optimisation")
     p.knob("batch_size", 256, "pairs per optimiser step", least=2)
@@ -166,9 +168,19 @@ def contrastive_kd_loss(student_out, target, group, queue, scale):
     return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
 
 
-def loss_terms(outputs, target, group, queue, log_scale, args):
+def word_targets(ids, padding_mask, vocab_size):
+    """What the word loss predicts, (B, vocab_size) float32: the distinct tokens of each caption, without CLS and SEP, all
+    equally likely."""
+    real = ~padding_mask # (B, T)
+    real[torch.arange(len(ids)), real.sum(1) - 1] = False # SEP
+    real[:, 0] = False # CLS
+    words = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add_(1, ids, real.float()).clamp(max=1)
+    return words / words.sum(1, keepdim=True).clamp(min=1)
+
+
+def loss_terms(outputs, target, group, queue, words, student, args):
     """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel returns,
-    for the whole batch."""
+    for the whole batch; words: from word_targets, None without word loss."""
     image_cls, text_cls, image_out, text_out = (x.float() for x in outputs)
     terms, total = {}, 0.0
     for name, out in (("kd_image", image_out), ("kd_text", text_out)):
@@ -182,8 +194,11 @@ def loss_terms(outputs, target, group, queue, log_scale, args):
     if args.align_loss != "none":
         image_emb, text_emb = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
         terms["align"] = (ranking_loss(image_emb, text_emb, args.margin) if args.align_loss == "ranking" else
-                          contrastive_loss(image_emb, text_emb, log_scale.exp(), args.label_smoothing))
+                          contrastive_loss(image_emb, text_emb, student.log_scale.exp(), args.label_smoothing))
         total = total + args.align_weight * terms["align"]
+    if words is not None: # Joulin et al. 2016, for the image and for the text
+        terms["words"] = (F.cross_entropy(student.words(image_cls), words) + F.cross_entropy(student.words(text_cls), words)) / 2
+        total = total + args.word_weight * terms["words"]
     return total, terms
 
 
@@ -314,7 +329,8 @@ def check(args):
              f"must divide --embed_dim={args.embed_dim}")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
-    if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight):
+    if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight) \
+            and not args.word_weight:
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
     if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
@@ -352,7 +368,7 @@ def build_student(args, sources, vocab_size, head_dim):
         weights[modality] = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
         configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items() if k != "modality"}
     student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth,
-                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim, args.max_length)
+                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim, args.max_length, bool(args.word_weight))
     for modality in weights:
         getattr(student, f"{modality}_encoder").load_state_dict(weights[modality])
     return student
@@ -489,7 +505,7 @@ def main(args):
                     targets.append(target_of(images))
             val_target = torch.cat(targets) if val_target is None else val_target
             _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], val_target,
-                                  torch.arange(len(val_images), device=device), None, student.log_scale, args)
+                                  torch.arange(len(val_images), device=device), None, None, student, args)
             record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
         student.train()
         if metrics["mean"] > best["mean"]:
@@ -516,6 +532,7 @@ def main(args):
             param_group["lr"] = lr
         chunks = [slice(i, i + micro) for i in range(0, B, micro)]
         target, group = None, group_of[index]
+        words = word_targets(ids, padding_mask, tokenizer.vocab_size) if args.word_weight else None
         if args.kd_loss != "none":
             target = (target_bank[index].float() if args.cache_targets else
                       torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
@@ -525,7 +542,7 @@ def main(args):
                 return student(images[c], ids[c], padding_mask[c])
 
         if len(chunks) == 1:
-            loss, terms = loss_terms(forward(chunks[0]), target, group, queue, student.log_scale, args)
+            loss, terms = loss_terms(forward(chunks[0]), target, group, queue, words, student, args)
             scaler.scale(loss).backward()
         else:
             # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs without
@@ -533,7 +550,7 @@ def main(args):
             with torch.no_grad():
                 parts = [forward(c) for c in chunks]
             outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 x (B, D)
-            loss, terms = loss_terms(outputs, target, group, queue, student.log_scale, args)
+            loss, terms = loss_terms(outputs, target, group, queue, words, student, args)
             scaler.scale(loss).backward()
             for c in chunks:
                 used = [(x, whole.grad[c]) for x, whole in zip(forward(c), outputs) if whole.grad is not None]

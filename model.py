@@ -348,9 +348,11 @@ class VisionLanguageModel(nn.Module):
     token_types   add a learned vector to what each encoder gives, one for text and one for images
     head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token itself
     max_length    text tokens it was trained with, if fewer than its text encoder takes
+    words         a linear classifier of the vocabulary on the CLS token, for the word loss
     """
 
-    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0, max_length=None):
+    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0, max_length=None,
+                 words=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_encoder = Encoder("image", **image)
@@ -361,10 +363,14 @@ class VisionLanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(D, **shared) for _ in range(shared_depth))
         self.token_type = nn.Parameter(torch.empty(2, D)) if token_types else None # row 0 text, row 1 image
         self.head = nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else nn.Identity()
+        self.words = nn.Linear(D, self.text_encoder.config["vocab_size"]) if words else None
         # its exponential multiplies the cosines of the contrastive loss; CLIP starts at 1 / 0.07
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         init_weights(self.blocks, D)
         init_weights(self.head, D)
+        if words: # all words are as likely at first
+            nn.init.zeros_(self.words.weight)
+            nn.init.zeros_(self.words.bias)
         if token_types:
             nn.init.normal_(self.token_type, std=0.02)
         self.img_size = self.image_encoder.config["img_size"]

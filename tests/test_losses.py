@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import distill_image
 import distill_multimodal
 from distill_image import feature_loss, masked_loss, random_patch_mask, views_loss
-from distill_multimodal import contrastive_kd_loss, contrastive_loss, loss_terms, ranking_loss
+from distill_multimodal import contrastive_kd_loss, contrastive_loss, loss_terms, ranking_loss, word_targets
 from model import Encoder, feature_target, save_checkpoint
 
 
@@ -148,7 +148,7 @@ def settings(**kwargs):
                                                 ("none", "contrastive")])
 def test_loss_terms(kd_loss, align_loss):
     image_cls, text_cls, image_out, text_out, target = (3 * unit(4, 6, seed=i) for i in range(5))
-    group, log_scale = torch.tensor([0, 1, 1, 2]), torch.tensor(1.5)
+    group = torch.tensor([0, 1, 1, 2])
     queue = (unit(3, 6, seed=6), torch.tensor([1, 5, 6]))
     kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24, "l1": lambda out: (out - target).abs().sum() / 24,
           "contrastive": lambda out: contrastive_kd_loss(out, target, group, queue, 14.3)}.get(kd_loss)
@@ -158,7 +158,8 @@ def test_loss_terms(kd_loss, align_loss):
     expected = {**({"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}),
                 **({"align": align()} if align else {})}
     args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4, label_smoothing=0.1)
-    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, log_scale, args)
+    student = SimpleNamespace(log_scale=torch.tensor(1.5), words=None)
+    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, None, student, args)
     assert list(terms) == list(expected)
     for name in terms:
         assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-5)
@@ -166,18 +167,36 @@ def test_loss_terms(kd_loss, align_loss):
     assert total.dtype == torch.float32
 
 
+def test_word_loss_by_hand():
+    """Captions of tokens (4, 5, 5) and of none: a half each for 4 and 5, nothing for the other; from the image, and from the
+    text, of a classifier that gives each of 6 words the same chance."""
+    ids = torch.tensor([[2, 4, 5, 5, 3, 0], [2, 3, 0, 0, 0, 0]])
+    words = word_targets(ids, torch.tensor([[False] * 5 + [True], [False] * 2 + [True] * 4]), 6)
+    assert words.tolist() == [[0, 0, 0, 0, 0.5, 0.5], [0] * 6]
+    args = settings(kd_loss="none", word_weight=3.0)
+    outputs = [unit(2, 8, seed=i) for i in range(4)]
+    student = SimpleNamespace(words=lambda x: torch.zeros(2, 6))
+    total, terms = loss_terms(outputs, None, None, None, words, student, args)
+    assert list(terms) == ["words"] and terms["words"].item() == pytest.approx(math.log(6) / 2)
+    assert total.item() == pytest.approx(3 * math.log(6) / 2)
+    student.words = lambda x: 10 * x[:, :6] # now image and text count half each
+    _, terms = loss_terms(outputs, None, None, None, words, student, args)
+    by_hand = [-(words * (10 * x[:, :6]).log_softmax(1)).sum() / 2 for x in outputs[:2]]
+    assert terms["words"].item() == pytest.approx(sum(by_hand).item() / 2, abs=1e-5)
+
+
 # -----------------------------------------------------------------------------
 # gradient caching, in the loop itself
 
 
 SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2", "--text_depth=1",
-         "--max_length=8", "--batch_size=12", "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2",
+         "--image_init=teacher", "--text_init=random", "--max_length=8", "--batch_size=12", "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2",
          "--head", "--token_types", "--dtype=float32", "--device=cpu", "--compile=False"]
 
 
 @pytest.mark.parametrize("flags", [
     ["--kd_loss=contrastive", "--align_loss=contrastive", "--queue_size=20", "--grad_clip=1"],
-    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image"],
+    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image", "--word_weight=1"],
     ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"]], ids=lambda flags: flags[0][2:])
 def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monkeypatch):
     torch.manual_seed(0)
