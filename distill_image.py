@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import evaluate
 from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks, load_encoder,
                    load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log,
                    use_compile)
@@ -31,6 +32,11 @@ PRESETS = {
     # Published: ImageNet 76.1 finetuned, 71.1 linear probe (final text; 75.0 / 56.2 in the draft). These are the
     # defaults of the knobs below.
     "data2vec2": dict(),
+    # The early student of the thesis: the teacher's embeddings, frozen, run once and feed both; five fresh post-norm blocks
+    # with 2-D ALiBi and a narrower MLP. Judged by kNN on CIFAR every 5,000 steps. Published: its seed's figures only.
+    "shared_encoder": dict(
+        out_dir="out/shared_encoder", init="random", share_embed=True, depth=5, mlp_ratio=3.0, attn_bias="alibi", grad_clip=2.0,
+        max_steps=30000, warmup_steps=3000, eval_interval=5000, knn="cifar10,cifar100"),
     # OpenMoji, two CPU cores, a minute and a half: the teacher of `distill_multimodal.py --preset=tiny`.
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
@@ -45,9 +51,10 @@ PRESETS = {
 
 
 # what makes the model: cannot change on --resume
-MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "objective"]
-# what is the checkpoint's business where the teacher is one
-EMA_KNOBS = [*MODEL_KNOBS[1:], "mask_ratio", "target_layers", "temperature", "ema_decay"]
+MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "objective", "mlp_ratio", "attn_bias", "share_embed"]
+# what only a teacher that exists before takes; what is its business where it is one
+TEACHER_KNOBS = ["path", "init", "mlp_ratio", "attn_bias", "share_embed", "target", "instance_norm", "criterion"]
+EMA_KNOBS = [*MODEL_KNOBS[1:6], "mask_ratio", "target_layers", "temperature", "ema_decay"]
 
 
 def get_args(argv=None):
@@ -57,6 +64,8 @@ def get_args(argv=None):
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("unit", "image", "what an epoch runs over once: every image, or every label (OpenMoji: family) with a random "
            "image of it; labels are used for nothing else", choices=["image", "label"])
+    p.knob("knn", "", "prepared sets with labels, comma between, whose nearest neighbours are looked up at every validation "
+           "(evaluate.py knn); labels are used for nothing else")
     p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture", most=1)
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
     p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners", most=180)
@@ -69,11 +78,20 @@ def get_args(argv=None):
     p.knob("init", "first", "where the student's blocks come from: the teacher's first, or every second and so on until the "
            "last (then too with all that comes before the blocks), or random", choices=["first", "alternate", "random"])
     p.knob("depth", 6, "blocks of the student", least=1)
+    p.knob("mlp_ratio", 0.0, "hidden width of the student's MLPs by EMBED_DIM, 0: as the teacher's; another takes --init=random")
+    p.knob("attn_bias", "teacher", "what the student adds to its attention: as the teacher, nothing, or ALiBi in two dimensions "
+           "(another than the teacher's takes --init=random)", choices=["teacher", "none", "alibi"])
+    p.knob("share_embed", False, "the student keeps the teacher's patch embedding, CLS token, positions and norm before the blocks, "
+           "frozen: they run once for both, and save their gradients")
     p.knob("img_size", 224, "teacher=ema: side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "teacher=ema: side of a patch in pixels", least=1)
     p.knob("embed_dim", 768, "teacher=ema: width of all blocks", least=4)
     p.knob("num_heads", 12, "teacher=ema: attention heads of all blocks", least=1)
     p.section("loss")
+    p.knob("target", "all", "what a teacher that exists before is regressed at: all tokens of the mean of all blocks (eq. 36-38); "
+           "its CLS token only; all tokens of the last block only", choices=["all", "cls", "last"])
+    p.knob("instance_norm", True, "norm each block's output over its tokens before the mean (eq. 36)")
+    p.knob("criterion", "mse", "distance: mean squared or mean absolute error over all elements", choices=["mse", "l1"])
     p.knob("objective", "mask", "teacher=ema: mask, data2vec's own: the student sees some patches masked and predicts the "
            "target there; views: two crops, turned and coloured differently, find each other among all of the batch "
            "(SimCLR); the average is what is kept", choices=["mask", "views"])
@@ -105,17 +123,25 @@ def get_args(argv=None):
     return p.parse(argv)
 
 
+EMBED = ("patch_embed.", "cls_token", "pos_embed", "embed_norm.") # tensors of an Encoder that stand before its blocks
+
 # -----------------------------------------------------------------------------
 # losses, all float32 scalars; images (n, 3, H, W) normalised, T = N + 1 tokens
 
 
-def feature_loss(student, teacher, images, autocast):
-    """Eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all elements."""
+def feature_loss(student, teacher, images, args, autocast):
+    """Eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all elements; or what
+    --target, --instance_norm and --criterion make of it."""
+    def target_of(layers):
+        x = feature_target(layers[-1:] if args.target == "last" else layers, None, args.instance_norm) # (n, T, D)
+        return x[:, :1] if args.target == "cls" else x
+
     with autocast:
         with torch.no_grad():
-            target = feature_target(teacher(images, return_layers=True))
-        layers = student(images, return_layers=True)
-    return F.mse_loss(feature_target(layers), target)
+            x = teacher.embed(images) if args.share_embed else images
+            target = target_of(teacher(x, return_layers=True, embedded=args.share_embed))
+        layers = student(x, return_layers=True, embedded=args.share_embed)
+    return {"mse": F.mse_loss, "l1": F.l1_loss}[args.criterion](target_of(layers), target)
 
 
 def masked_loss(student, heads, teacher, images, patch_mask, target_layers, autocast):
@@ -206,8 +232,11 @@ def check(args):
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     if args.micro_batch_size and args.teacher == "ema" and args.objective == "views":
         fail("--objective=views compares all images of a batch, so it takes no --micro_batch_size: lower --batch_size")
-    if args.teacher == "ema" and {"init", "path"} & set(args.given):
-        fail("--init and --path are for a teacher that exists before, not for --teacher=ema")
+    useless = [f"--{k}" for k in args.given if k in TEACHER_KNOBS]
+    if args.teacher == "ema" and useless:
+        fail(f"{', '.join(useless)}: for a teacher that exists before, not for --teacher=ema")
+    if args.init != "random" and (args.mlp_ratio or args.attn_bias != "teacher"):
+        fail(f"--mlp_ratio={args.mlp_ratio} --attn_bias={args.attn_bias} make blocks that are not the teacher's: add --init=random")
     useless = [f"--{k}" for k in args.given if k in EMA_KNOBS]
     if args.teacher != "ema" and useless:
         fail(f"{', '.join(useless)}: only for --teacher=ema; here {args.teacher} says it")
@@ -226,7 +255,9 @@ def check(args):
 def main(args):
     # -- set up
     check(args)
-    train, val = (Pairs(args.data_dir, args.data, split) for split in ("train", "val"))
+    train = Pairs(args.data_dir, args.data, "train")
+    val = Pairs(args.data_dir, args.data, "val" if "val" in train.meta["splits"] else "test")
+    knn_sets = [(name, evaluate.labelled_splits(name, args.data_dir, "--knn")) for name in args.knn.split(",") if name]
     device = pick_device(args.device)
     dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
     print_settings(args, device, dtype, compiled)
@@ -255,14 +286,21 @@ def main(args):
         if args.depth > L:
             fail(f"--depth={args.depth}, but the teacher {args.teacher} has {L} blocks")
         if args.init == "random":
-            student = Encoder(**{**teacher.config, "depth": args.depth})
+            bias = teacher.config["attn_bias"] if args.attn_bias == "teacher" else args.attn_bias
+            student = Encoder(**{**teacher.config, "depth": args.depth, "attn_bias": bias,
+                                 "mlp_ratio": args.mlp_ratio or teacher.config["mlp_ratio"]})
         else: # with the embeddings that stand before the blocks
             student = copy.deepcopy(teacher).train().requires_grad_(True)
             keep_blocks(student, range(0, L, L // args.depth if args.init == "alternate" else 1)[:args.depth])
+        if args.share_embed:
+            before = {k: v for k, v in teacher.state_dict().items() if k.startswith(EMBED)}
+            student.load_state_dict({**student.state_dict(), **before})
+            for name, p in student.named_parameters():
+                p.requires_grad_(not name.startswith(EMBED))
     student, teacher, heads = student.to(device), teacher.to(device), heads.to(device)
     size, patch_size = student.config["img_size"], student.config["patch_size"]
     num_params = sum(p.numel() for m in (student, heads) for p in m.parameters() if p.requires_grad)
-    print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher "
+    print(f"student {num_params / 1e6:.2f}M parameters trained; teacher "
           f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M, " +
           ("an average of the student" if self_distilled else "frozen"))
 
@@ -283,13 +321,13 @@ def main(args):
     def loss_of(*views, patch_mask):
         """The loss, a mean over the images given."""
         if not self_distilled:
-            return feature_loss(student, teacher, views[0], autocast)
+            return feature_loss(student, teacher, views[0], args, autocast)
         if args.objective == "views":
             return views_loss(student, heads, views, args.temperature, autocast)
         return masked_loss(student, heads, teacher, views[0], patch_mask, args.target_layers, autocast)
 
     # -- optimizer: no decay for biases, norms, positions, tokens
-    named = [*student.named_parameters(), *heads.named_parameters()]
+    named = [(n, p) for m in (student, heads) for n, p in m.named_parameters() if p.requires_grad]
     is_decayed = [p.ndim >= 2 and "pos_embed" not in n and "token" not in n for n, p in named]
     optimizer = torch.optim.AdamW(
         [{"params": [p for (_, p), d in zip(named, is_decayed) if d], "weight_decay": args.weight_decay},
@@ -344,6 +382,12 @@ def main(args):
         if loss < best["loss"]:
             best.update(loss=loss, step=step)
         log(f"validation at step {step}: loss {loss:.4f} (best {best['loss']:.4f} at {best['step']})", val_loss=loss)
+        for name, splits in knn_sets:
+            metrics = evaluate.evaluate_knn(teacher if self_distilled else student, splits["train"], list(splits.values())[-1],
+                                            micro, device, dtype, num_workers=args.num_workers)
+            log(f"nearest neighbours at step {step}: {name} top-1 {metrics['top1']:.2f}, top-3 {metrics['top3']:.2f}; the other "
+                f"way {metrics['reverse_top1']:.2f}, {metrics['reverse_top3']:.2f}",
+                **{f"knn_{name}_{k}": round(v, 3) for k, v in metrics.items()})
 
     # -- loop
     loader = iter(torch.utils.data.DataLoader(images, batch_sampler=batch_order(num_units, B, args.seed, step),

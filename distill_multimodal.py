@@ -71,7 +71,7 @@ def get_args(argv=None):
            "distill_image.py")
     p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
-    p.knob("target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
+    p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
            choices=["cls", "mean"])
     p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the first step, from the "
            "evaluation transform (the student still sees random crops); saves the teacher's pass in every step and gives "
@@ -388,7 +388,7 @@ def main(args):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data
-    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split) for split in ("train", "val"))
+    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split, needs_captions=True) for split in ("train", "val"))
     sources = {"image": None, "text": None} # where the student's encoders start from
     if args.text_init != "random":
         sources["text"] = load_encoder(args.text_init, "text", args.text_path)
@@ -425,7 +425,7 @@ def main(args):
             return None
         with autocast:
             x = teacher(images) # (n, T, D)
-        return (x[:, 0] if args.target == "cls" else x[:, 1:].mean(1)).float()
+        return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
 
     # -- student
     head_dim = teacher.config["embed_dim"] if args.head and args.kd_loss != "none" else 0

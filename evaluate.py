@@ -4,13 +4,22 @@ Measure a checkpoint and print a table. The metrics are pure functions, which th
     python evaluate.py retrieval                              # out/tiny/ckpt.pt on the OpenMoji test set
     python evaluate.py retrieval --ckpt=out/mine/ckpt.pt --data=coco --json=coco.json
     python evaluate.py retrieval --picture=retrieval.png      # what it finds, drawn as a grid
-    python evaluate.py retrieval --help
+    python evaluate.py knn --task=cifar10                     # nearest neighbours of an image encoder's features
+    python evaluate.py finetune --task=cifar10                # 15 epochs of finetuning
+    python evaluate.py finetune --task=cifar10 --linear_probe --augment=none    # minutes: features are extracted once
+    python evaluate.py finetune --help
 
-Shapes: N images, M captions, D embed_dim, Q queries, G gallery items, K the length of a result list.
+Shapes: N images, M captions, D embed_dim, C classes, Q queries, G gallery items, K the length of a result list.
 """
+import contextlib
+import functools
+import inspect
 import io
+import json
 import math
+import os
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -19,9 +28,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import (Parser, fail, load_checkpoint, load_encoder, nearest, normalize, pick_device, pick_dtype, save_atomic,
-                   write_json)
-from prepare_pairs import Pairs, decode, eval_image
+from model import (Parser, fail, git_sha, load_checkpoint, load_encoder, load_weights, nearest, normalize, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint, save_atomic, save_checkpoint,
+                   trim_log, use_compile, write_json)
+from prepare_pairs import Pairs, crop_box, decode, eval_image, to_tensor
 
 # -----------------------------------------------------------------------------
 # image-text retrieval: metrics
@@ -63,10 +73,11 @@ def gallery_order(size):
 
 def best_ranks(queries, query_owner, gallery, gallery_owner, chunk=256):
     """Rank (1 = best) of each query's best right answer, which is a gallery item of the same owner.
-    queries (Q, D), gallery (G, D): unit vectors; owners int64. Returns (Q,) int64. Memory: chunk x G."""
+    queries (Q, D), gallery (G, D): unit vectors; owners int64. Returns (Q,) int64, G + 1 where the gallery has no
+    right answer. Memory: chunk x G."""
     order = gallery_order(len(gallery)) # before the product: its rounding depends on the column
     gallery, gallery_owner = gallery[order], gallery_owner[order]
-    position = torch.arange(len(gallery))
+    position = torch.arange(len(gallery), device=gallery.device)
     ranks = []
     for q, owner in zip(queries.split(chunk), query_owner.split(chunk)):
         scores = q @ gallery.T # (chunk, G)
@@ -186,6 +197,18 @@ def retrieval_table(rows):
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in eval mode, and afterwards every part of it in the mode it had: a loop's frozen parts stay frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
     """Every image and every caption once, in order -> image_emb (N, D), text_emb (M, D), float32 on the CPU.
@@ -198,18 +221,15 @@ def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
         ids, padding_mask = model.tokenizer.encode(batch, model.max_length) # (B, T) each
         return model.encode_text(ids.to(device), padding_mask.to(device))
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     embs = []
-    for items, encode in (pairs.images, encode_images), (pairs.captions, encode_texts):
-        starts, out = range(0, len(items), batch_size), []
-        for i in tqdm(starts, desc="embedding", leave=False, disable=len(starts) < 20):
-            batch = [items[j] for j in range(i, min(i + batch_size, len(items)))]
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out.append(encode(batch).float().cpu()) # (B, D)
-        embs.append(torch.cat(out))
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        for items, encode in (pairs.images, encode_images), (pairs.captions, encode_texts):
+            starts, out = range(0, len(items), batch_size), []
+            for i in tqdm(starts, desc="embedding", leave=False, disable=len(starts) < 20):
+                batch = [items[j] for j in range(i, min(i + batch_size, len(items)))]
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    out.append(encode(batch).float().cpu()) # (B, D)
+            embs.append(torch.cat(out))
     return tuple(embs)
 
 
@@ -325,7 +345,239 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
 
 
 # -----------------------------------------------------------------------------
+# image features and their nearest neighbours
+
+
+class EvalImages(torch.utils.data.Dataset):
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return eval_image(self.images[i], self.size) # (3, H, W) uint8
+
+
+def pool_tokens(tokens, pool):
+    """An encoder's output (B, T, D) -> (B, D) float32: its CLS token, or, as the thesis does, the mean of all others."""
+    return tokens[:, 0].float() if pool == "cls" else tokens[:, 1:].float().mean(1)
+
+
+@torch.no_grad()
+def image_features(encoder, pairs, batch_size, device, dtype, pool="mean", num_workers=0):
+    """Every image of a split once, in order -> (N, D) float32 on the CPU. The encoder, already on device, runs in eval
+    mode under autocast to dtype and gets its old mode back."""
+    loader = torch.utils.data.DataLoader(EvalImages(pairs.images, encoder.config["img_size"]), batch_size,
+                                         num_workers=num_workers)
+    out = []
+    with evaluating(encoder), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for images in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20):
+            out.append(pool_tokens(encoder(normalize(images.to(device))), pool).cpu()) # (B, D)
+    return torch.cat(out)
+
+
+def knn_ranks(bank, bank_labels, queries, query_labels):
+    """Rank (1 = nearest) of each query's nearest bank item of its label, by cosine, len(bank) + 1 if there is none.
+    Arguments as in knn_accuracy. Returns (Q,) int64."""
+    sides = []
+    for name, emb, labels in ("queries", queries, query_labels), ("bank", bank, bank_labels):
+        emb, labels = torch.as_tensor(emb).detach(), torch.as_tensor(labels)
+        if emb.ndim != 2 or 0 in emb.shape or labels.shape != emb.shape[:1] or not emb.isfinite().all():
+            raise ValueError(f"{name} must be (n, D) finite numbers with n labels, but are {tuple(emb.shape)} with "
+                             f"{tuple(labels.shape)}")
+        sides += [F.normalize(emb.float(), dim=1), labels.to(emb.device)]
+    return best_ranks(*sides, chunk=max(1, 2 ** 25 // len(bank))) # 128 MB of scores, whatever the bank
+
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k):
+    """Share of queries, in percent, with their label among their k nearest neighbours in the bank: a hit if any of the k
+    has it, no vote; k beyond the bank means all of it.
+
+    bank (G, D), queries (Q, D): any float dtype, on one device, normalised here; labels (G,) and (Q,) integers. Equal
+    cosines rank in an order fixed once for all, as in retrieval_metrics."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, but is {k}")
+    ranks = knn_ranks(bank, bank_labels, queries, query_labels)
+    return (ranks <= min(k, len(bank))).double().mean().item() * 100
+
+
+def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
+                 pool="mean", num_workers=0):
+    """Two labelled splits -> top1 and top3, queries searched in the bank, and reverse_top1 and reverse_top3, the bank's
+    images searched among the queries; in percent."""
+    sides = [(image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers).to(device), pairs.labels)
+             for pairs in (bank_pairs, query_pairs)]
+    result = {}
+    for way, (bank, queries) in (("", sides), ("reverse_", sides[::-1])):
+        ranks = knn_ranks(*bank, *queries)
+        result |= {f"{way}top{k}": (ranks <= min(k, len(bank[0]))).double().mean().item() * 100 for k in (1, 3)}
+    return result
+
+
+# -----------------------------------------------------------------------------
+# image classification: finetuning and linear probe (seeds' tables 3-5 and 8)
+
+PUBLISHED_VISION = { # top-1 finetuned and of a linear probe: on ImageNet, CIFAR-10, CIFAR-100
+    "DistilData2Vec2": (76.1, 71.1, 97.7, 93.2, 87.2, 77.3),
+    "DistilData2Vec2, draft": (75.0, 56.2, 97.0, 68.4, 85.1, 46.2),
+    "S-SMKE image encoder": (75.5, 65.0, 97.6, 89.7, 85.2, 71.3),
+    "Data2Vec2": (84.5, None),
+    "BEiTv2": (85.0, 80.1, 98.8, 94.4, 91.1, 78.5), # ImageNet: 300 epochs of pretraining
+    "BEiTv2, 1600 epochs": (85.5, None),
+    "FLAVA": (None, 75.54),
+    "ResNet-101": (80.1, None)}
+PUBLISHED_TASKS = ["imagenet", "cifar10", "cifar100"]
+LAYER_DECAY = {"cifar10": 0.75, "cifar100": 0.75} # the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
+
+
+def vision_rows(task):
+    """name -> the two published numbers, for the models that have any on this task."""
+    i = 2 * PUBLISHED_TASKS.index(task) if task in PUBLISHED_TASKS else 6
+    return {name: row[i:i + 2] for name, row in PUBLISHED_VISION.items() if row[i:i + 2]}
+
+
+def vision_table(head, rows):
+    """head: over the names, then over the columns. rows: pairs of a name and as many numbers, None where there is none."""
+    width = max(len(name) for name, _ in [(head[0], ()), *rows])
+    lines = [f"{head[0]:{width}}" + "".join(f"{word:>16}" for word in head[1:])]
+    lines.append("-" * len(lines[0]))
+    for name, row in rows:
+        lines.append(f"{name:{width}}" + "".join("{:>16}".format("-" if x is None else f"{x:.2f}") for x in row))
+    return "\n".join(lines)
+
+
+@functools.cache
+def rand_augment_table():
+    """RandAugment's operations on the scale of timm's rand-m9-mstd0.5-inc1, where severity 1 always changes most: name ->
+    (its argument at severity s = 0 .. 1, sign = 1 or -1; the operation on a PIL image, given the argument)."""
+    import torchvision.transforms.functional as TF # here, not above: a second, and the loops import this file
+    moved = dict(interpolation=TF.InterpolationMode.BICUBIC, fill=[124, 116, 104]) # ImageNet's mean comes in at the edges
+
+    def affine(image, translate=(0.0, 0.0), slope=(0.0, 0.0)):
+        return TF.affine(image, 0, translate, 1, [math.degrees(math.atan(v)) for v in slope], center=[0, 0], **moved)
+
+    nothing, enhance = (lambda s, sign: None), (lambda s, sign: max(0.1, 1 + sign * 0.9 * s))
+    return {
+        "AutoContrast": (nothing, lambda image, _: TF.autocontrast(image)),
+        "Equalize": (nothing, lambda image, _: TF.equalize(image)),
+        "Invert": (nothing, lambda image, _: TF.invert(image)),
+        "Rotate": (lambda s, sign: sign * 30 * s, lambda image, degrees: TF.rotate(image, degrees, **moved)),
+        "Posterize": (lambda s, sign: 4 - int(4 * s), lambda image, bits: image.point( # 0 bits too, which Pillow refuses
+            [v & 256 - 2 ** (8 - bits) for v in range(256)] * 3)),
+        "Solarize": (lambda s, sign: 256 - int(256 * s), TF.solarize), # inverts what is brighter
+        "SolarizeAdd": (lambda s, sign: int(110 * s), lambda image, add: image.point(
+            [v + add if v < 128 else v for v in range(256)] * 3)),
+        "Color": (enhance, TF.adjust_saturation),
+        "Contrast": (enhance, TF.adjust_contrast),
+        "Brightness": (enhance, TF.adjust_brightness),
+        "Sharpness": (enhance, TF.adjust_sharpness),
+        "ShearX": (lambda s, sign: sign * 0.3 * s, lambda image, v: affine(image, slope=(v, 0.0))),
+        "ShearY": (lambda s, sign: sign * 0.3 * s, lambda image, v: affine(image, slope=(0.0, v))),
+        "TranslateX": (lambda s, sign: sign * 0.45 * s, lambda image, v: affine(image, (-v * image.width, 0.0))),
+        "TranslateY": (lambda s, sign: sign * 0.45 * s, lambda image, v: affine(image, (0.0, -v * image.height)))}
+
+
+def rand_augment(image, magnitude, rng):
+    """Two operations drawn with replacement, each applied with probability 1/2, at a magnitude ~ N(magnitude, 0.5) cut to
+    0 .. 10. image: PIL, RGB; rng: numpy Generator."""
+    table = rand_augment_table()
+    for name in rng.choice(list(table), 2):
+        if rng.random() < 0.5:
+            severity = min(max(rng.normal(magnitude, 0.5), 0.0), 10.0) / 10
+            argument, operation = table[name]
+            image = operation(image, argument(severity, int(rng.choice([-1, 1]))))
+    return image
+
+
+@contextlib.contextmanager
+def torch_seeded(rng):
+    """Inside, torch's own CPU randomness, all that torchvision's transforms know, follows from a numpy Generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+        yield
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Training images; the index is (epoch, position, image), which all randomness is a function of. Items: image
+    (3, H, W) float32, ImageNet-normalised, and its class 0 .. C-1."""
+
+    def __init__(self, images, targets, size, args):
+        self.images, self.targets, self.size, self.args = images, targets, size, args
+
+    def __getitem__(self, index):
+        epoch, position, i = index
+        if self.args.augment == "none":
+            return normalize(eval_image(self.images[i], self.size)[None])[0], self.targets[i]
+        from torchvision.transforms import v2 # here, not above: see rand_augment_table
+        rng = np.random.default_rng((self.args.seed, epoch, position))
+        image = decode(self.images[i])
+        image = image.resize((self.size, self.size), Image.BICUBIC, box=crop_box(*image.size, self.args.crop_min, rng))
+        if rng.random() < self.args.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = normalize(to_tensor(rand_augment(image, self.args.magnitude, rng))[None])[0]
+        with torch_seeded(rng): # the noise of erased boxes has the distribution of normalised pixels
+            return v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image), self.targets[i]
+
+
+def mix(images, targets, args, rng):
+    """With probability mix_prob mixup or, as often, cutmix of a whole batch, each image with its neighbour, and of its
+    targets. images (B, 3, H, W) float, targets (B, C) whose rows sum to 1 -> the same shapes."""
+    if rng.random() >= args.mix_prob:
+        return images, targets
+    from torchvision.transforms import v2 # here, not above: see rand_augment_table
+    mixer = v2.CutMix(alpha=args.cutmix) if rng.random() < 0.5 else v2.MixUp(alpha=args.mixup)
+    with torch_seeded(rng):
+        return mixer(images, targets)
+
+
+def soft_cross_entropy(logits, targets, smoothing):
+    """Minus sum of t log p over the classes, mean over the batch, float32; of each target the share `smoothing` is spread
+    evenly over all classes. logits, targets (B, C). (The thesis' code divides by C as well.)"""
+    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+
+def parameter_groups(encoder, head, args):
+    """AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l = 1 .. L, a block,
+    learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the head layer L + 1. No decay for
+    biases, norms, positions, tokens. Frozen parameters are left out."""
+    L, groups = encoder.config["depth"], {}
+    decay = args.layer_decay or LAYER_DECAY.get(args.task, 0.81)
+    for name, p in [*encoder.named_parameters(), *head.named_parameters("head")]:
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        if name.startswith(("head.", "norm.", "relative_position")): # the table serves all blocks: its rate in BEiT too
+            layer = L + 1
+        decayed = p.ndim > 1 and not any(word in name for word in ("pos_embed", "token", "relative_position"))
+        if p.requires_grad:
+            group = {"params": [], "layer": layer, "peak_lr": args.lr * decay ** (L + 1 - layer),
+                     "weight_decay": args.weight_decay * decayed}
+            groups.setdefault((layer, decayed), group)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
+
+def lr_share(step, warmup_steps, max_steps):
+    """The learning rate as a share of its peak: linear warm-up, then half a cosine to 0. step counts from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps))) / 2
+
+
+def epoch_batches(num_images, batch_size, seed, step):
+    """Yields for each step, from `step` on and for ever, its list of (epoch, position, image): each epoch in its own order,
+    without the rest that fills no batch."""
+    per_epoch = num_images // batch_size
+    while True:
+        epoch, first = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        for k in range(first, per_epoch):
+            yield [(epoch, position, int(order[position])) for position in range(k * batch_size, (k + 1) * batch_size)]
+            step += 1
+
+
+# -----------------------------------------------------------------------------
 # subcommands: each is a pair of functions, its flags and its work
+
+CKPT_HELP = "checkpoint of a distill script, with what is measured: an image encoder, and for retrieval a text encoder"
 
 
 def retrieval_flags(doc):
@@ -336,7 +588,7 @@ def retrieval_flags(doc):
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
     p.section("run")
-    p.knob("ckpt", "out/tiny/ckpt.pt", "checkpoint of a model with both encoders")
+    p.knob("ckpt", "out/tiny/ckpt.pt", CKPT_HELP)
     p.knob("image_encoder", None, "instead of CKPT: an image encoder that knows nothing of the text encoder, data2vec2_image, "
            "beitv2 or a checkpoint of distill_image.py", type=str)
     p.knob("text_encoder", None, "and a text encoder as wide: data2vec2_text or bert", type=str)
@@ -368,7 +620,7 @@ def retrieval(args):
     if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):
         fail(f"{args.ckpt} does not embed both images and text. Retrieval needs a checkpoint that "
              "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
-    pairs = Pairs(args.data_dir, args.data, args.split)
+    pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
     N, M = len(pairs.images), len(pairs.captions)
     print(f"{args.data} {args.split}: {N:,} images, {M:,} captions (all there are), images "
           f"{'squashed to a square' if args.squash else 'resized by the short side, centre crop'}")
@@ -397,7 +649,312 @@ def retrieval(args):
     return result
 
 
-COMMANDS = {"retrieval": (retrieval_flags, retrieval)}
+def image_flags(p):
+    """The flags of all subcommands that judge an image encoder by a labelled set."""
+    p.section("data and encoder")
+    p.knob("task", "cifar10", "name of the prepared images with labels: DATA_DIR/NAME, for instance imagenet or cifar100")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
+    p.knob("ckpt", "out/data2vec2/ckpt.pt", CKPT_HELP)
+    p.knob("encoder", None, "instead of CKPT: a published encoder, downloaded once", choices=["data2vec2_image", "beitv2"])
+    p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
+    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+
+
+def run_flags(p):
+    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
+           choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("json", None, "write the numbers to this file too", type=str)
+
+
+def image_encoder(args):
+    """The frozen Encoder that --ckpt or --encoder names: of a multimodal checkpoint its image encoder alone."""
+    if args.encoder:
+        if "ckpt" in args.given:
+            fail("--ckpt and --encoder each name an encoder: give one of them")
+        return load_encoder(args.encoder, "image", args.path)
+    if args.path:
+        fail("--path is the file of a published encoder: say which, --encoder=data2vec2_image or --encoder=beitv2")
+    model = load_checkpoint(args.ckpt)
+    encoder = getattr(model, "image_encoder", model)
+    if encoder.config["modality"] != "image":
+        fail(f"{args.ckpt} is a {encoder.config['modality']} encoder, and {args.command} needs one for images: a checkpoint "
+             f"of distill_image.py or distill_multimodal.py")
+    return encoder
+
+
+def labelled_splits(task, data_dir, asks):
+    """A set's splits by name: train and val, test or both. All have labels, and train has every label. asks: what needs
+    them, for the messages."""
+    there = Pairs(data_dir, task, "train").meta["splits"]
+    splits = {s: Pairs(data_dir, task, s) for s in ("train", "val", "test") if s in there}
+    if len(splits) == 1:
+        fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
+    for s, pairs in splits.items():
+        if pairs.labels is None:
+            fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it with a "
+                 f"set that has them: python prepare_imagenet.py --data=digits, then --task=digits")
+        unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist()
+        if unknown:
+            fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has ({len(unknown)} such "
+                 f"labels): their images can only be wrong")
+    return splits
+
+
+def knn_flags(doc):
+    p = Parser(doc)
+    image_flags(p)
+    p.section("run")
+    p.knob("pool", "mean", "an image's feature: the mean of its patch tokens, or its CLS token", choices=["mean", "cls"])
+    p.knob("batch_size", 256, "images at a time: memory and speed", least=1)
+    run_flags(p)
+    return p
+
+
+def knn(args):
+    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3 nearest,
+    held-out images searched in the training images and the other way round."""
+    device = pick_device(args.device)
+    encoder, splits = image_encoder(args).to(device), labelled_splits(args.task, args.data_dir, args.command)
+    train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
+    print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}; feature: "
+          f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
+    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, pick_dtype(args.dtype, device), args.pool,
+                           args.num_workers)
+    top1, top3, reverse_top1, reverse_top3 = metrics.values()
+    print(vision_table((args.encoder or args.ckpt, "top-1", "top-3"),
+                       [(f"train -> {name}", (top1, top3)), (f"{name} -> train", (reverse_top1, reverse_top3))]))
+    result = {"ckpt": args.encoder or args.ckpt, "task": args.task, "split": name, "pool": args.pool,
+              "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
+    if args.json:
+        write_json(args.json, result)
+        print(f"wrote {args.json}")
+    return result
+
+
+AUGMENT_KNOBS = ["crop_min", "flip", "magnitude", "erase", "mix_prob", "mixup", "cutmix"]
+
+
+def finetune_flags(doc):
+    p = Parser(doc)
+    image_flags(p)
+    p.knob("linear_probe", False, "freeze the encoder and train the head alone; with --augment=none its features are "
+           "extracted once, which makes 15 epochs hardly longer than one")
+    p.section("augmentation")
+    p.knob("augment", "default", "none: training images as in evaluation, short side to size and centre crop; default: all "
+           "that follows", choices=["default", "none"])
+    p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture", most=1)
+    p.knob("flip", 0.5, "probability of a mirror image", most=1)
+    p.knob("magnitude", 9.0, "of RandAugment's two operations, on timm's scale (m9-mstd0.5-inc1); 10 changes most", most=10)
+    p.knob("erase", 0.25, "probability of random erasing: a box of noise", most=1)
+    p.knob("mix_prob", 0.9, "share of batches that are mixed, half of them by mixup, half by cutmix", most=1)
+    p.knob("mixup", 0.8, "mixup draws its share of the other image from Beta(this, this): large values mix evenly", least=0.01)
+    p.knob("cutmix", 1.0, "cutmix draws the area of its box likewise", least=0.01)
+    p.section("optimisation")
+    p.knob("smoothing", 0.1, "share of each target that is spread evenly over all classes", most=1)
+    p.knob("batch_size", 256, "images per optimiser step", least=1)
+    p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
+    p.knob("epochs", 15, "passes over the training images", least=1)
+    p.knob("warmup_share", 0.1, "share of the steps in which the learning rate rises; a cosine to 0 follows", most=1)
+    p.knob("lr", 1e-3, "peak learning rate, used as it is: not scaled by the batch size")
+    p.knob("layer_decay", 0.0, "the head learns at LR, each layer below it at this share of the one above (eq. 40); 0: 0.75 "
+           "for cifar10 and cifar100, else 0.81", most=1)
+    p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, tokens")
+    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
+    p.section("run")
+    p.knob("out_dir", "out/finetune", "folder for ckpt.pt, best.pt (encoder and head of the best epoch) and log.jsonl")
+    p.knob("resume", False, "continue the run in OUT_DIR")
+    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("log_interval", 50, "steps between log lines", least=1)
+    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
+    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", type=str.lower,
+           choices=["auto", "true", "false"], nargs="?", const="true")
+    run_flags(p)
+    return p
+
+
+def finetune(args):
+    """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm -> Linear), or
+    trains the classifier alone, and measures how many held-out images it names right."""
+    # -- set up
+    useless = [f"--{k}" for k in args.given if args.augment == "none" and k in AUGMENT_KNOBS]
+    if useless:
+        fail(f"{', '.join(useless)}: only for --augment=default")
+    if args.linear_probe and "layer_decay" in args.given:
+        fail("--layer_decay: a linear probe trains the head alone, at --lr")
+    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
+        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    device = pick_device(args.device)
+    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # -- data: the best epoch is chosen on val, and where there is a test set too, that is used once, at the end
+    splits = labelled_splits(args.task, args.data_dir, args.command)
+    train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
+    classes = np.unique(train.labels)
+    targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
+    N, C, B, micro = len(train.images), len(classes), args.batch_size, args.micro_batch_size or args.batch_size
+    if B > N:
+        fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
+    per_epoch = N // B
+    max_steps = args.epochs * per_epoch
+    warmup_steps = round(args.warmup_share * max_steps)
+
+    # -- encoder, head, optimizer
+    encoder = image_encoder(args)
+    print_settings(args, device, dtype, compiled)
+    torch.manual_seed(args.seed)
+    head = torch.nn.Sequential(torch.nn.LayerNorm(encoder.config["embed_dim"], eps=1e-6),
+                               torch.nn.Linear(encoder.config["embed_dim"], C))
+    torch.nn.init.trunc_normal_(head[1].weight, std=0.02)
+    torch.nn.init.zeros_(head[1].bias)
+    encoder, head = encoder.to(device), head.to(device)
+    if not args.linear_probe:
+        encoder.train().requires_grad_(True)
+    groups = parameter_groups(encoder, head, args)
+    trained = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; {args.epochs} "
+          f"epochs of {per_epoch} steps, {warmup_steps} of warm-up; {B} = {B // micro} x {micro} images per step")
+    for layer in sorted({group["layer"] for group in groups}): # as seeds' table 3
+        own = [group for group in groups if group["layer"] == layer]
+        what = "embeddings" if layer == 0 else "head" if layer > encoder.config["depth"] else f"block {layer}"
+        print(f"layer {layer:>2}  learning rate {own[0]['peak_lr']:.1e}  {what}, "
+              f"{sum(p.numel() for group in own for p in group['params']) / 1e6:.2f}M parameters")
+
+    # -- resume
+    path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {"top1": -1.0, "top5": -1.0, "epoch": 0}
+    # what other scripts have as a flag follows from --epochs here, and is checked below
+    checkpoint = open_run(type(args)(**vars(args), max_steps=math.inf), ["task", "ckpt", "encoder", "linear_probe"])
+    if checkpoint:
+        if checkpoint["step"] >= max_steps:
+            fail(f"{path} has done {checkpoint['step']} steps already: --epochs={args.epochs}, {max_steps} steps, must be more")
+        load_weights(encoder, checkpoint["model"], path)
+        load_weights(head, checkpoint["head"], path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for param_group, group in zip(optimizer.param_groups, groups):
+            param_group |= {k: group[k] for k in ("peak_lr", "weight_decay")} # load_state_dict brought the old ones back
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+    if compiled: # in place: the weights keep their names
+        encoder.compile()
+
+    def save(name, **rest):
+        save_checkpoint(os.path.join(args.out_dir, name), encoder, head=head.state_dict(), classes=classes.tolist(), step=step,
+                        best=best, args=vars(args), code=git_sha(), torch=str(torch.__version__), **rest)
+
+    def log(text, **record):
+        print(text, flush=True)
+        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+
+    features_of = lambda pairs: image_features(encoder, pairs, micro, device, dtype, "mean", args.num_workers)
+    if args.linear_probe: # these never change
+        features_of = functools.cache(features_of)
+
+    @torch.no_grad()
+    def measure(split):
+        """Percent of the split's images whose class is the first, and among the first five."""
+        logits = head(features_of(splits[split]).to(device)) # (N, C)
+        right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
+        return {"top1": right[:, 0].double().mean().item() * 100, "top5": right.any(1).double().mean().item() * 100}
+
+    # -- loop
+    batches = epoch_batches(N, B, args.seed, step)
+    cached = args.linear_probe and args.augment == "none" # nothing random stands before the head
+    if cached:
+        features = features_of(train)
+        loader = ((features[i], targets["train"][i]) for i in (torch.tensor(batch)[:, 2] for batch in batches))
+    else:
+        images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
+        loader = iter(torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=args.num_workers,
+                                                  pin_memory=device.type == "cuda"))
+    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: loss, norm of steps not logged
+    while step < max_steps:
+        wait_start = time.time()
+        x, target = next(loader) # images (B, 3, H, W) or features (B, D), and classes (B,)
+        waited += time.time() - wait_start
+        share = lr_share(step, warmup_steps, max_steps)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = share * param_group["peak_lr"]
+        x, target = x.to(device, non_blocking=True), F.one_hot(target, C).float().to(device) # (B, C)
+        if args.augment == "default": # the whole batch: micro-batches change nothing
+            x, target = mix(x, target, args, np.random.default_rng((args.seed, step, 0, 1)))
+        total = 0.0
+        for start in range(0, B, micro):
+            c = slice(start, start + micro)
+            pooled = x[c]
+            if not cached:
+                with autocast, torch.set_grad_enabled(not args.linear_probe):
+                    pooled = pool_tokens(encoder(x[c]), "mean") # (micro, D)
+            loss = soft_cross_entropy(head(pooled), target[c], args.smoothing) * (micro / B)
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or float("inf"))
+        if scaler.is_enabled(): # it skips a step whose gradient overflowed
+            norm = norm.nan_to_num(0, 0, 0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
+        epoch_ends = step % per_epoch == 0
+        if epoch_ends or 0 in (step % args.log_interval, step % args.save_interval): # no measuring or saving after a bad step
+            table = torch.stack(rows).cpu() # (seen, 2)
+            if not table.isfinite().all():
+                k = (~table.isfinite()).any(1).int().argmax().item()
+                bad = [name for name, v in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(v)]
+                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if one was "
+                     f"saved, is in {args.out_dir}: continue from it with --resume and a lower --lr, or --dtype=float32.")
+        if step % args.log_interval == 0 or step == max_steps:
+            (mean, norm), seen = table.double().mean(0).tolist(), len(rows)
+            ms = 1000 * (time.time() - since) / seen
+            left = (max_steps - step) * (time.time() - loop_start) / (step - first_step)
+            log(f"step {step:>6}/{max_steps}  loss {mean:.4f}  norm {norm:.2f}  lr {share * args.lr:.2e}  {1000 * B / ms:.0f} "
+                f"images/s  {ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
+                f"{left / 60:.1f} min left", loss=mean, norm=norm, lr=share * args.lr, images_per_s=1000 * B / ms, ms=ms,
+                wait_ms=1000 * waited / seen, memory_gb=peak_memory(device), minutes_left=left / 60)
+            rows, waited, since = [], 0.0, time.time()
+        if epoch_ends:
+            paused, epoch, result = time.time(), step // per_epoch, measure(val)
+            if result["top1"] > best["top1"]:
+                best = {**result, "epoch": epoch}
+                save("best.pt")
+            log(f"epoch {epoch}/{args.epochs}: {val} top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f} (best top-1 "
+                f"{best['top1']:.2f} in epoch {best['epoch']})", epoch=epoch, **{f"{val}_{k}": v for k, v in result.items()})
+            since += time.time() - paused # ms counts training alone
+        if (epoch_ends or step % args.save_interval == 0) and step < max_steps:
+            save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    # -- end
+    save("ckpt.pt", finished=True, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    metrics = {k: best[k] for k in ("top1", "top5")}
+    if test != val:
+        kept = read_checkpoint(os.path.join(args.out_dir, "best.pt"))
+        encoder.load_state_dict(kept["model"])
+        head.load_state_dict(kept["head"])
+        metrics = measure(test)
+    name, published = args.encoder or args.ckpt, vision_rows(args.task)
+    rows = [(name, (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None))]
+    rows += [(f"{name}, published", row) for name, row in published.items()]
+    print(vision_table((args.task, "Finetune", "Linear Probe"), rows))
+    print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of {args.epochs}, the "
+          f"best on {val}; {(time.time() - loop_start) / 60:.1f} min, peak memory {peak_memory(device):.2f} GB; wrote "
+          f"{os.path.join(args.out_dir, 'best.pt')}")
+    result = {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe, "augment": args.augment,
+              "images": len(splits[test].images), "classes": C, "epochs": args.epochs, "epoch": best["epoch"],
+              "chosen_on": val, "seed": args.seed, "metrics": metrics, "published": published}
+    if args.json:
+        write_json(args.json, result)
+        print(f"wrote {args.json}")
+    return result
+
+
+COMMANDS = {"retrieval": (retrieval_flags, retrieval), "knn": (knn_flags, knn), "finetune": (finetune_flags, finetune)}
 
 
 def get_args(argv):
@@ -412,7 +969,7 @@ def get_args(argv):
               f"SUBCOMMAND one of: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     flags, work = COMMANDS[command]
-    parser = flags(work.__doc__)
+    parser = flags(inspect.getdoc(work)) # without the indentation
     parser.prog = f"evaluate.py {command}"
     args = parser.parse(argv[1:])
     args.command = command

@@ -275,10 +275,12 @@ class Encoder(nn.Module):
         return ~keys if bias is None else bias.masked_fill(keys, float("-inf"))
 
     def forward(self, x, padding_mask=None, return_layers=False, token_type_ids=None, patch_mask=None,
-                mask_token=None):
+                mask_token=None, embedded=False):
         """The last block's output (B, T, D), after the final norm if there is one; with return_layers the list
-        of every block's output, never normed after the block. Position 0 is the CLS token."""
-        x = self.embed(x, token_type_ids, patch_mask, mask_token)
+        of every block's output, never normed after the block. Position 0 is the CLS token. embedded: x is what embed()
+        gave, here or in another encoder."""
+        if not embedded:
+            x = self.embed(x, token_type_ids, patch_mask, mask_token)
         bias, layers = self.attention_bias(x.shape[1], padding_mask), []
         for i, block in enumerate(self.blocks):
             if i and self.config["attn_bias"] == "relative_each":
@@ -315,10 +317,10 @@ def init_weights(module, embed_dim):
 # feature target
 
 
-def feature_target(layers, padding_mask=None):
-    """What feature distillation regresses: instance norm of each layer over its tokens (eq. 36), mean over
-    layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps 1e-5 in both, as PyTorch and the
-    thesis' code have it (its text says 1e-8).
+def feature_target(layers, padding_mask=None, instance_norm=True):
+    """What feature distillation regresses: instance norm of each layer over its tokens (eq. 36, left out with
+    instance_norm=False), mean over layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps 1e-5 in
+    both, as PyTorch and the thesis' code have it (its text says 1e-8).
 
     layers: list of (B, T, D), any float dtype. Returns (B, T, D) float32. With padding_mask (B, T) the
     statistics are over real tokens only; what stands at padding positions means nothing, leave it out of the loss.
@@ -328,6 +330,9 @@ def feature_target(layers, padding_mask=None):
     total = 0
     for x in layers:
         x = x.float()
+        if not instance_norm:
+            total = total + x
+            continue
         mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
         x = x - mean
         var = (x.square() if real is None else x.square() * real).sum(1, keepdim=True) / count

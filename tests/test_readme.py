@@ -11,10 +11,11 @@ import shlex
 import distill_image
 import distill_multimodal
 import evaluate
+import prepare_imagenet
 import prepare_pairs
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, evaluate, prepare_pairs)}
+MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, evaluate, prepare_imagenet, prepare_pairs)}
 
 
 def readme():

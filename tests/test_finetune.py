@@ -1,0 +1,468 @@
+"""
+evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers, timm and plain formulas; then the
+whole subcommand on toy pictures, killed, resumed and given wrong input.
+
+    pytest tests/test_finetune.py
+    pytest tests/test_finetune.py -m slow      # a full-size encoder from a file in the published layout
+"""
+import json
+import math
+import os
+import random
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm.data.auto_augment
+import torch
+from PIL import Image
+
+import evaluate
+from model import Encoder, VisionLanguageModel, load_checkpoint, read_checkpoint, save_checkpoint
+from prepare_pairs import Pairs
+from test_loops import flags, records, same
+from test_pretrained import FULL, published
+
+SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
+# AutoContrast .. TranslateY: ours beside timm's increasing set
+TIMM = {n: n + {"Posterize": "Increasing", "Solarize": "Increasing", "Color": "Increasing", "Contrast": "Increasing",
+                "Brightness": "Increasing", "Sharpness": "Increasing", "TranslateX": "Rel", "TranslateY": "Rel"}.get(n, "")
+        for n in evaluate.rand_augment_table()}
+
+
+def picture(width=40, height=32, seed=0):
+    """A smooth random picture: an interpolated one differs little from a shifted one, and no two colours are equal."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
+
+
+# -----------------------------------------------------------------------------
+# learning rates
+
+
+def defaults(**changes):
+    return SimpleNamespace(**{**vars(evaluate.get_args(["finetune"])), **changes})
+
+
+def test_learning_rates_of_seeds_table_3():
+    encoder = Encoder("image", depth=6, embed_norm=True, **SHAPE)
+    head = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 5))
+    groups = evaluate.parameter_groups(encoder, head, defaults(task="imagenet"))
+    rates = {g["layer"]: g["peak_lr"] for g in groups}
+    assert [f"{rates[layer]:.1e}" for layer in range(8)] == [
+        "2.3e-04", "2.8e-04", "3.5e-04", "4.3e-04", "5.3e-04", "6.6e-04", "8.1e-04", "1.0e-03"]
+    names = {id(p): n for n, p in [*encoder.named_parameters(), *head.named_parameters("head")]}
+    by_name = {names[id(p)]: g for g in groups for p in g["params"]}
+    assert len(by_name) == len(names) == sum(len(g["params"]) for g in groups) # each once
+    layers = {"patch_embed.proj.weight": 0, "cls_token": 0, "embed_norm.weight": 0, "blocks.0.mlp.fc1.weight": 1,
+              "blocks.5.norm2.bias": 6, "head.0.weight": 7, "head.1.weight": 7}
+    assert {n: by_name[n]["layer"] for n in layers} == layers
+    decayed = {n for n, g in by_name.items() if g["weight_decay"]}
+    assert decayed == {n for n in by_name if n.endswith("weight") and "norm" not in n and n != "head.0.weight"}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
+
+
+def test_layer_decay_by_task():
+    encoder, head = Encoder("image", depth=1, **SHAPE), torch.nn.Linear(32, 2)
+    rate_0 = lambda **changes: evaluate.parameter_groups(encoder, head, defaults(**changes))[0]["peak_lr"]
+    assert rate_0(task="cifar10") == rate_0(task="cifar100") == pytest.approx(1e-3 * 0.75 ** 2)
+    assert rate_0(task="digits") == rate_0(task="imagenet") == pytest.approx(1e-3 * 0.81 ** 2)
+    assert rate_0(task="imagenet", layer_decay=0.5, lr=4.0) == pytest.approx(1.0)
+    encoder.requires_grad_(False) # the linear probe: nothing but the head
+    assert [g["peak_lr"] for g in evaluate.parameter_groups(encoder, head, defaults())] == [1e-3, 1e-3]
+
+
+def test_shared_position_table():
+    """BEiTv2's relative positions serve every block: the head's rate, as in BEiT's own finetuning, and no decay."""
+    encoder = Encoder("image", depth=2, positions="learned", attn_bias="relative", layer_scale=0.1, **SHAPE)
+    groups = evaluate.parameter_groups(encoder, torch.nn.Linear(32, 2), defaults())
+    of = lambda p: next(g for g in groups if any(q is p for q in g["params"]))
+    table = of(encoder.relative_position_bias_table)
+    assert (table["layer"], table["weight_decay"]) == (3, 0.0)
+    assert (of(encoder.pos_embed)["layer"], of(encoder.pos_embed)["weight_decay"]) == (0, 0.0)
+    assert (of(encoder.blocks[1].gamma_1)["layer"], of(encoder.blocks[1].gamma_1)["weight_decay"]) == (2, 0.0)
+
+
+def test_schedule():
+    shares = [evaluate.lr_share(step, 4, 20) for step in range(20)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and shares[12] == pytest.approx(0.5)
+    assert all(a > b > 0 for a, b in zip(shares[4:], shares[5:]))
+    assert evaluate.lr_share(0, 0, 1) == 1.0
+
+
+def test_epochs():
+    batches = evaluate.epoch_batches(10, 4, seed=3, step=0)
+    first = [next(batches) for _ in range(6)]
+    for epoch in range(3): # two batches each, all images different, two left out
+        seen = first[2 * epoch] + first[2 * epoch + 1]
+        assert [(e, p) for e, p, _ in seen] == [(epoch, p) for p in range(8)] and len({i for *_, i in seen}) == 8
+    assert first[0] != first[2]
+    for step in range(5): # a resumed run goes on where it stood
+        assert next(evaluate.epoch_batches(10, 4, seed=3, step=step)) == first[step]
+
+
+# -----------------------------------------------------------------------------
+# augmentation and loss
+
+
+def test_rand_augment_has_timms_operations():
+    timm_set = timm.data.auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1")
+    assert sorted(TIMM.values()) == sorted(op.name for op in timm_set.ops)
+    assert {(op.prob, op.magnitude, op.magnitude_std) for op in timm_set.ops} == {(0.5, 9, 0.5)}
+    assert timm_set.num_layers == 2
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("level", [0, 2.3, 5, 8.5, 9, 9.49, 10])
+def test_magnitudes_are_timms(name, level, monkeypatch):
+    argument, _ = evaluate.rand_augment_table()[name]
+    level_function = timm.data.auto_augment.LEVEL_TO_ARG[TIMM[name]]
+    for sign, draw in ((1, 0.1), (-1, 0.9)): # timm negates above 0.5
+        monkeypatch.setattr(random, "random", lambda: draw)
+        theirs = level_function(level, {}) if level_function else (None,)
+        assert argument(level / 10, sign) == (theirs[0] if theirs[0] is None else pytest.approx(theirs[0], rel=1e-12))
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("severity", [0.0, 0.5, 0.9])
+def test_operations_give_timms_pictures(name, severity):
+    """The same pixels; moved pictures to 2 grey levels, since torchvision writes the same map with other rounding."""
+    argument, operation = evaluate.rand_augment_table()[name]
+    for sign in 1, -1:
+        value = argument(severity, sign)
+        theirs = timm.data.auto_augment.NAME_TO_OP[TIMM[name]](
+            picture(), *([] if value is None else [value]), resample=Image.BICUBIC, fillcolor=(124, 116, 104))
+        ours = np.asarray(operation(picture(), value)).astype(int)
+        difference = np.abs(ours - np.asarray(theirs).astype(int))
+        assert ours.shape == (32, 40, 3) and (difference <= 2).mean() > 0.999, difference.max()
+
+
+def test_posterize_to_no_bits():
+    """Magnitude 10 keeps no bit, which Pillow's own function refuses: a black picture."""
+    argument, operation = evaluate.rand_augment_table()["Posterize"]
+    assert argument(1.0, 1) == 0 and not np.asarray(operation(picture(), 0)).any()
+
+
+def test_rand_augment_draws(monkeypatch):
+    """Of 4,000 operations half are applied, each about as often, with a magnitude of mean 9 and deviation 0.5, cut at 10."""
+    seen = []
+    table = {name: (lambda s, sign, name=name: seen.append((name, s, sign)), lambda image, _: image) for name in TIMM}
+    monkeypatch.setattr(evaluate, "rand_augment_table", lambda: table)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        evaluate.rand_augment(picture(), 9.0, rng)
+    levels = np.array([10 * s for _, s, _ in seen])
+    assert len(seen) == pytest.approx(2000, abs=120)
+    assert levels.mean() == pytest.approx(9, abs=0.05) and levels.std() == pytest.approx(0.5, abs=0.04)
+    assert levels.max() == 10
+    assert sum(sign for *_, sign in seen) == pytest.approx(0, abs=150)
+    for name in TIMM:
+        assert sum(n == name for n, *_ in seen) == pytest.approx(2000 / 15, abs=45)
+
+
+def test_training_images_are_functions_of_their_index(tiny_data):
+    pairs = Pairs(tiny_data, "toy", "train")
+    dataset = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults())
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = [dataset[0, p, p] for p in range(24)]
+    assert torch.equal(torch.get_rng_state(), state) # nobody else's randomness is touched
+    torch.rand(7)
+    for p, (image, label) in enumerate(first):
+        again = dataset[0, p, p]
+        assert torch.equal(again[0], image) and again[1] == label == pairs.labels[p]
+        assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+        assert not torch.equal(dataset[1, p, p][0], image)
+    plain = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults(augment="none"))
+    assert torch.equal(plain[0, 0, 5][0], evaluate.normalize(evaluate.eval_image(pairs.images[5], 32)[None])[0])
+
+
+def test_random_erasing(tiny_data, monkeypatch):
+    """A quarter of the images get one box of noise as wide as normalised pixels, 2 to 33 % of the area."""
+    monkeypatch.setattr(evaluate, "rand_augment", lambda image, *_: Image.new("RGB", image.size))
+    pairs = Pairs(tiny_data, "toy", "train")
+    dataset = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults())
+    black, noise = evaluate.normalize(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0], []
+    for p in range(400):
+        changed = (dataset[0, p, p % 48][0] != black)
+        if changed.any():
+            noise.append(dataset[0, p, p % 48][0][changed])
+            rows, columns = changed[0].nonzero().unbind(1)
+            assert changed[0].sum() == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+            assert 0.01 < changed[0].float().mean() < 0.36
+    assert len(noise) == pytest.approx(100, abs=30)
+    assert torch.cat(noise).mean().abs() < 0.03 and torch.cat(noise).std() == pytest.approx(1, abs=0.03)
+
+
+def test_mixed_targets():
+    images = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16).contiguous() # image i is all i
+    one_hot = torch.eye(8)
+    kinds = []
+    for seed in range(300):
+        mixed, targets = evaluate.mix(images, one_hot, defaults(), np.random.default_rng(seed))
+        again = evaluate.mix(images, one_hot, defaults(), np.random.default_rng(seed))
+        assert torch.equal(mixed, again[0]) and torch.equal(targets, again[1])
+        assert torch.allclose(targets.sum(1), torch.ones(8)) and (targets >= 0).all()
+        # each pixel is a mixture of two images, the mean of all pixels the mixture that the target names
+        assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(8.0), atol=1e-4)
+        kinds.append("none" if torch.equal(mixed, images) else "cutmix" if torch.equal(mixed, mixed.round()) else "mixup")
+    assert kinds.count("none") == pytest.approx(30, abs=20) # cutmix of an empty box among them
+    assert kinds.count("mixup") == pytest.approx(135, abs=35) and kinds.count("cutmix") == pytest.approx(135, abs=35)
+    off, _ = evaluate.mix(images, one_hot, defaults(mix_prob=0.0), np.random.default_rng(0))
+    assert off is images
+
+
+def test_soft_cross_entropy():
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.softmax(3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), 1)
+    smooth = 0.9 * targets + 0.1 / 5
+    assert torch.allclose(smooth.sum(1), torch.ones(6))
+    by_hand = -sum(smooth[b, c] * math.log(math.exp(logits[b, c]) / sum(math.exp(v) for v in logits[b]))
+                   for b in range(6) for c in range(5)) / 6 # not / 30, as in the thesis' code
+    assert evaluate.soft_cross_entropy(logits, targets, 0.1).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert evaluate.soft_cross_entropy(logits.half(), targets, 0.1).dtype == torch.float32
+    # even logits: log C, whatever the target
+    assert evaluate.soft_cross_entropy(torch.zeros(6, 5), targets, 0.1).item() == pytest.approx(math.log(5))
+
+
+# -----------------------------------------------------------------------------
+# the subcommand
+
+
+@pytest.fixture(scope="session")
+def colours(tiny_data, tmp_path_factory):
+    """The toy pictures, to be told apart by colour: six classes, numbered 10, 20 .. 60, that little training suffices for."""
+    data_dir = str(tmp_path_factory.mktemp("colours"))
+    shutil.copytree(os.path.join(tiny_data, "toy"), os.path.join(data_dir, "toy"))
+    for split in "train", "val", "test":
+        path = os.path.join(data_dir, "toy", f"{split}_labels.npy")
+        np.save(path, 10 + 10 * (np.load(path) // 4))
+    return data_dir
+
+
+@pytest.fixture
+def run(colours, tmp_path, monkeypatch):
+    """run(out, **flags) -> what the subcommand returns, after a run into that folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_checkpoint("encoder.pt", Encoder("image", depth=2, **SHAPE))
+
+    def run(out="run", **changes):
+        knobs = dict(task="toy", data_dir=colours, ckpt="encoder.pt", out_dir=out, device="cpu", dtype="float32", batch_size=16,
+                     epochs=4, lr=3e-3, log_interval=1)
+        return evaluate.main(["finetune", *flags({k: v for k, v in (knobs | changes).items() if v is not None})])
+    return run
+
+
+def stop_at(monkeypatch, step, run):
+    """run(), stopped at the start of this step, as if by a kill."""
+    lr_share = evaluate.lr_share
+
+    def stopping(now, *rest):
+        if now == step:
+            raise KeyboardInterrupt
+        return lr_share(now, *rest)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(evaluate, "lr_share", stopping)
+        run()
+
+
+def test_finetuning_learns(run, tmp_path, capsys):
+    result = run(augment="none", epochs=25, json="new/result.json")
+    said = capsys.readouterr().out
+    assert result["metrics"]["top1"] > 60 and result["metrics"]["top5"] >= result["metrics"]["top1"] # chance is 17 %
+    assert result["classes"] == 6 and result["split"] == "test" and result["chosen_on"] == "val"
+    assert json.loads((tmp_path / "new/result.json").read_text()) == result
+    log = records(tmp_path / "run")
+    steps, epochs = [r for r in log if "loss" in r], [r for r in log if "epoch" in r]
+    assert [r["step"] for r in steps] == list(range(1, 76)) and [r["epoch"] for r in epochs] == list(range(1, 26))
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"] and steps[-1]["lr"] < 0.01 * max(r["lr"] for r in steps)
+    # the best epoch is kept: the first of highest accuracy on val, and not the last
+    accuracies = [r["val_top1"] for r in epochs]
+    assert result["epoch"] == 1 + accuracies.index(max(accuracies))
+    lines = said.splitlines()
+    assert [line.split()[:5] for line in lines if line.startswith("layer")] == [
+        ["layer", str(k), "learning", "rate", f"{3e-3 * 0.81 ** (3 - k):.1e}"] for k in range(4)]
+    assert ["encoder.pt", f"{result['metrics']['top1']:.2f}", "-"] in [line.split() for line in lines]
+    assert "published" not in said # nobody published anything on this set
+
+
+def test_best_checkpoint_is_an_encoder(run, colours, monkeypatch):
+    """best.pt is of the best epoch, and an Encoder that other scripts read: with its head it gives the reported number.
+    The last epoch, which wrecks the weights, changes nothing."""
+    monkeypatch.setattr(evaluate, "lr_share", lambda step, *_: 1.0 if step < 60 else 1000.0)
+    result = run(augment="none", epochs=21)
+    assert result["epoch"] < 21 and result["metrics"]["top1"] > 50
+    kept = read_checkpoint("run/best.pt")
+    assert kept["best"]["epoch"] == result["epoch"] and kept["step"] == 3 * result["epoch"]
+    encoder = load_checkpoint("run/best.pt")
+    before, last = load_checkpoint("encoder.pt"), read_checkpoint("run/ckpt.pt")
+    assert not any(torch.equal(a, b) for a, b in zip(encoder.parameters(), before.parameters()) if a.ndim > 1)
+    assert last["finished"] and last["step"] == 63
+    pairs = Pairs(colours, "toy", "test")
+    features = evaluate.image_features(encoder, pairs, 5, torch.device("cpu"), torch.float32)
+    head = kept["head"]
+    x = torch.nn.functional.layer_norm(features, (32,), head["0.weight"], head["0.bias"], eps=1e-6)
+    found = np.array(kept["classes"])[(x @ head["1.weight"].T + head["1.bias"]).argmax(1)]
+    assert 100 * (found == pairs.labels).mean() == pytest.approx(result["metrics"]["top1"])
+
+
+def test_linear_probe(run, capsys):
+    """The encoder stays as it was, bit for bit; only the head's learning rate is printed."""
+    result = run(linear_probe=True, augment="none", epochs=6)
+    said = capsys.readouterr().out
+    before, kept = read_checkpoint("encoder.pt"), read_checkpoint("run/best.pt")
+    assert same(before["model"], kept["model"]) and result["linear_probe"]
+    assert [line.split()[:2] for line in said.splitlines() if line.startswith("layer")] == [["layer", "3"]]
+    assert ["encoder.pt", "-", f"{result['metrics']['top1']:.2f}"] in [line.split() for line in said.splitlines()]
+
+
+def test_cached_features_change_nothing(run, tmp_path, monkeypatch):
+    """--augment=none extracts the features once. Augmentation that does nothing goes through the encoder at each step,
+    and learns the same."""
+    calls = []
+    forward = Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda self, x, *rest: (calls.append(len(x)), forward(self, x, *rest))[1])
+    run("cached", linear_probe=True, augment="none")
+    assert sum(calls) == 48 + 12 + 12 # each picture once
+    calls.clear()
+    monkeypatch.setattr(evaluate, "rand_augment", lambda image, *_: image)
+    monkeypatch.setattr(evaluate, "crop_box", lambda width, height, *_: (0, 0, width, height))
+    run("plain", linear_probe=True, flip=0, erase=0, mix_prob=0)
+    assert sum(calls) == 4 * 48 + 12 + 12
+    a, b = (read_checkpoint(f"{out}/ckpt.pt") for out in ("cached", "plain"))
+    for k in a["head"]:
+        assert torch.allclose(a["head"][k], b["head"][k], atol=1e-5), k
+    assert a["best"] == b["best"]
+    losses = [[r["loss"] for r in records(tmp_path / out) if "loss" in r] for out in ("cached", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_micro_batches_change_nothing(run, tmp_path, probe):
+    for out, micro in ("whole", 0), ("parts", 4):
+        run(out, linear_probe=probe, micro_batch_size=micro, epochs=2)
+    losses = [[r["loss"] for r in records(tmp_path / out) if "loss" in r] for out in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("step, changes", [ # 5: amid an epoch, a step after a checkpoint; 9: at the end of the third epoch
+    (5, {}), (9, {}), (5, dict(num_workers=2)), (5, dict(linear_probe=True)), (9, dict(linear_probe=True, augment="none"))])
+def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
+    changes = dict(changes, save_interval=4)
+    run("whole", **changes)
+    stop_at(monkeypatch, step, lambda: run("killed", **changes))
+    assert not read_checkpoint("killed/ckpt.pt")["finished"]
+    with pytest.raises(SystemExit, match="holds an unfinished run .* --resume"):
+        run("killed", **changes)
+    run("killed", resume=True, **changes)
+    for file in "ckpt.pt", "best.pt": # bit for bit
+        whole, resumed = (read_checkpoint(f"{out}/{file}") for out in ("whole", "killed"))
+        for k in {*whole} - {"args"}:
+            assert same(whole[k], resumed[k]), (file, k)
+    whole, resumed = (records(tmp_path / out) for out in ("whole", "killed"))
+    assert [(r["step"], r.get("loss"), r.get("val_top1")) for r in whole] == [
+        (r["step"], r.get("loss"), r.get("val_top1")) for r in resumed]
+
+
+def test_resume_with_other_flags(run, monkeypatch):
+    stop_at(monkeypatch, 7, lambda: run())
+    shutil.copy("encoder.pt", "same.pt")
+    for changes, said in ((dict(ckpt="same.pt"), "--ckpt=encoder.pt, not --ckpt=same.pt"), (dict(epochs=2), "--epochs=2, 6 steps"),
+                          (dict(linear_probe=True), "--linear_probe=False, not --linear_probe=True")):
+        with pytest.raises(SystemExit, match=said):
+            run(resume=True, **changes)
+    save = torch.load("encoder.pt")
+    save_checkpoint("encoder.pt", Encoder("image", depth=3, **SHAPE)) # another encoder under the old name
+    with pytest.raises(SystemExit, match="run/ckpt.pt does not fit this model:\n.*missing: blocks.2"):
+        run(resume=True)
+    torch.save(save, "encoder.pt")
+    assert run(resume=True, weight_decay=0.5, epochs=5)["epochs"] == 5 # what may change is printed, and used
+    assert {g["weight_decay"] for g in read_checkpoint("run/ckpt.pt")["optimizer"]["param_groups"]} == {0.0, 0.5}
+
+
+def test_bad_step_keeps_the_last_good_checkpoint(run, monkeypatch):
+    loss, calls = evaluate.soft_cross_entropy, []
+
+    def nan_at_5(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) == 5 else 1)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="loss, norm not finite at step 5.* in run: .*--resume"):
+        m.setattr(evaluate, "soft_cross_entropy", nan_at_5)
+        run(log_interval=100)
+    kept = read_checkpoint("run/ckpt.pt")
+    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
+    assert run(resume=True)["epochs"] == 4
+
+
+def test_autocast(run, tmp_path):
+    run(dtype="bfloat16", epochs=2, grad_clip=0.01)
+    assert all(r["loss"] < 4 for r in records(tmp_path / "run") if "loss" in r)
+
+
+def test_image_encoder_of_a_multimodal_checkpoint(run):
+    torch.manual_seed(0)
+    model = VisionLanguageModel(dict(depth=1, **SHAPE), dict(embed_dim=32, num_heads=2, depth=1, vocab_size=50))
+    save_checkpoint("both.pt", model)
+    run(ckpt="both.pt", linear_probe=True, augment="none", epochs=1)
+    assert same(read_checkpoint("run/ckpt.pt")["model"], model.image_encoder.state_dict())
+
+
+def test_published_rows(capsys):
+    rows = evaluate.vision_rows("cifar10")
+    assert rows["DistilData2Vec2"] == (97.7, 93.2) and list(rows) == [
+        "DistilData2Vec2", "DistilData2Vec2, draft", "S-SMKE image encoder", "BEiTv2"]
+    assert evaluate.vision_rows("imagenet")["FLAVA"] == (None, 75.54) and len(evaluate.vision_rows("imagenet")) == 8
+    assert evaluate.vision_rows("cifar100")["BEiTv2"] == (91.1, 78.5) and evaluate.vision_rows("digits") == {}
+    lines = evaluate.vision_table(("imagenet", "Finetune", "Linear Probe"), evaluate.vision_rows("imagenet").items()).splitlines()
+    assert lines[0].split() == ["imagenet", "Finetune", "Linear", "Probe"] and len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["DistilData2Vec2", "76.10", "71.10"] and lines[8].split() == ["FLAVA", "-", "75.54"]
+
+
+WRONG_OF_BOTH = [ # flags, what the message says
+    (dict(ckpt="text.pt"), "text.pt is a text encoder.*distill_image.py"), (dict(ckpt="none.pt"), "no checkpoint at none.pt"),
+    (dict(encoder="beitv2"), "--ckpt and --encoder each"), (dict(path="x.pth"), "--path is the file of a published"),
+    (dict(ckpt=None, encoder="beitv2", path="none.pth"), "no weights at none.pth"), (dict(device="gpu"), "is no device"),
+    (dict(task="cifar10"), "data set cifar10"), (dict(data_dir="no_labels"), "has no labels in its split val"),
+    (dict(data_dir="strange"), r"no training image has the label 7, which test has \(2 such"),
+    (dict(data_dir="alone"), "neither a val nor a test split")]
+WRONG = [("knn", *case) for case in WRONG_OF_BOTH] + [("finetune", *case) for case in WRONG_OF_BOTH + [
+    (dict(batch_size=100), "--batch_size=100, but there are 48"), (dict(micro_batch_size=5), "does not divide --batch_size=16"),
+    (dict(augment="none", mixup=1.0, erase=0.1), "--erase, --mixup: only for --augment=default"),
+    (dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"), (dict(resume=True), "there is no run/ckpt.pt")]]
+
+
+@pytest.mark.parametrize("command, changes, said", WRONG)
+def test_wrong_input(run, colours, command, changes, said):
+    """Refused before anything is written."""
+    save_checkpoint("text.pt", Encoder("text", embed_dim=32, num_heads=2, depth=1, vocab_size=50))
+    for name in "no_labels", "strange", "alone":
+        shutil.copytree(colours, name)
+    os.remove("no_labels/toy/val_labels.npy")
+    np.save("strange/toy/test_labels.npy", np.r_[np.full(10, 20), 8, 7])
+    with open("alone/toy/meta.json") as f:
+        meta = json.load(f)
+    with open("alone/toy/meta.json", "w") as f:
+        json.dump(meta | {"splits": {"train": meta["splits"]["train"]}}, f)
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as e:
+        if command == "finetune":
+            run(**changes)
+        knobs = dict(task="toy", data_dir=colours, ckpt="encoder.pt", device="cpu") | changes
+        evaluate.main(["knn", *flags({k: v for k, v in knobs.items() if v is not None})])
+    assert str(e.value.code).startswith("error: ") and re.search(said, e.value.code, re.S), e.value.code
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data2vec2_image", "beitv2"])
+def test_full_size(run, name):
+    """86M parameters, 224 px, from a file in the published layout with random weights: three steps, and neighbours."""
+    torch.save({"model": published(name, **FULL)}, "teacher.pt")
+    same_flags = dict(ckpt=None, encoder=name, path="teacher.pt", dtype="auto")
+    assert run(**same_flags, epochs=1, micro_batch_size=4, lr=1e-5)["epoch"] == 1
+    assert load_checkpoint("run/best.pt").config["depth"] == 12
+    run("probe", **same_flags, epochs=1, linear_probe=True, augment="none")
+    shutil.rmtree("run")
