@@ -69,7 +69,7 @@ def get_args(argv=None):
     p.section("model")
     p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint of "
            "distill_image.py")
-    p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
+    p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
     p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
            choices=["cls", "mean"])
@@ -127,7 +127,7 @@ def get_args(argv=None):
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
            choices=["auto", "float32", "bfloat16", "float16"])
-    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", type=str.lower,
+    p.knob("compile", "auto", "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
            choices=["auto", "true", "false"], nargs="?", const="true")
     return p.parse(argv)
 
@@ -333,6 +333,8 @@ def check(args):
             and not args.word_weight:
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
+    if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
+        fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was stopped "
              f"continues by itself), or give the --out_dir to continue.")

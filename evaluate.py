@@ -225,7 +225,7 @@ def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
     with evaluating(model):
         for items, encode in (pairs.images, encode_images), (pairs.captions, encode_texts):
             starts, out = range(0, len(items), batch_size), []
-            for i in tqdm(starts, desc="embedding", leave=False, disable=len(starts) < 20):
+            for i in tqdm(starts, desc="embedding", leave=False, disable=len(starts) < 20 or not sys.stderr.isatty()):
                 batch = [items[j] for j in range(i, min(i + batch_size, len(items)))]
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     out.append(encode(batch).float().cpu()) # (B, D)
@@ -372,7 +372,7 @@ def image_features(encoder, pairs, batch_size, device, dtype, pool="mean", num_w
                                          num_workers=num_workers)
     out = []
     with evaluating(encoder), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for images in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20):
+        for images in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20 or not sys.stderr.isatty()):
             out.append(pool_tokens(encoder(normalize(images.to(device))), pool).cpu()) # (B, D)
     return torch.cat(out)
 
@@ -656,7 +656,7 @@ def image_flags(p):
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("ckpt", "out/data2vec2/ckpt.pt", CKPT_HELP)
     p.knob("encoder", None, "instead of CKPT: a published encoder, downloaded once", choices=["data2vec2_image", "beitv2"])
-    p.knob("path", None, "file of the teacher's published weights, for a machine without a network", type=str)
+    p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
 
 
@@ -693,7 +693,7 @@ def labelled_splits(task, data_dir, asks):
     for s, pairs in splits.items():
         if pairs.labels is None:
             fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it with a "
-                 f"set that has them: python prepare_imagenet.py --data=digits, then --task=digits")
+                 f"set that has them, digits: python prepare_imagenet.py --data=digits")
         unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist()
         if unknown:
             fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has ({len(unknown)} such "
@@ -767,7 +767,7 @@ def finetune_flags(doc):
     p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
     p.knob("log_interval", 50, "steps between log lines", least=1)
     p.knob("save_interval", 1000, "steps between checkpoints", least=1)
-    p.knob("compile", "auto", "torch.compile student and teacher; auto: on CUDA under Linux", type=str.lower,
+    p.knob("compile", "auto", "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
            choices=["auto", "true", "false"], nargs="?", const="true")
     run_flags(p)
     return p

@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=eps)
         self.attn = Attention(embed_dim, num_heads, key_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=eps)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.mlp = Mlp(embed_dim, round(embed_dim * mlp_ratio))
         scales = (None, None) if layer_scale is None else (
             nn.Parameter(torch.full((embed_dim,), float(layer_scale))) for _ in range(2))
         self.gamma_1, self.gamma_2 = scales
@@ -495,6 +495,7 @@ def load_tokenizer(name, path=None):
         folder, source = os.path.join(cache_folder(), name), PRETRAINED[name]["url"].rpartition("/")[0]
         for n in names:
             if not os.path.exists(os.path.join(folder, n)):
+                print(f"tokenizer of {name}: fetching {source}/{n}; licence: as of the weights, {PRETRAINED[name]['licence']}")
                 download(f"{source}/{n}", os.path.join(folder, n))
     else:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -603,7 +604,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
     path = find_weights(name, path)
     weights, ignored = read_weights(path), None
     if name == "resnet50":
-        from torchvision.models import resnet50 # here, not above: only one preset needs it
+        from torchvision.models import resnet50 # here, not above: it takes a second
         model = resnet50()
         ours, ignored = {k: k for k in model.state_dict() if "num_batches" not in k}, ".*num_batches_tracked"
     else:
@@ -615,7 +616,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
         elif name == "beitv2" and "blocks.0.attn.relative_position_bias_table" in weights:
             config |= dict(attn_bias="relative_each", final_norm=False)
         if final_norm and not config.get("final_norm"):
-            fail(f"final_norm: {path} ({name}) has no norm after its last block")
+            fail(f"{path} ({name}) has no norm after its last block: --final_norm=False")
         model = Encoder(**config)
         if depth is not None and not 1 <= depth <= len(model.blocks):
             fail(f"depth={depth}, but {name} has {len(model.blocks)} blocks")
@@ -683,7 +684,8 @@ def keep_blocks(encoder, which):
 def looks_like(keys):
     marks = {"modality_encoders.IMAGE.": "data2vec2_image", "modality_encoders.TEXT.": "data2vec2_text",
              "modality_encoders.AUDIO.": "data2vec 2.0 for speech", "blocks.0.attn.q_bias": "beitv2",
-             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50", "image_encoder.": "a student made here"}
+             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50", "image_encoder.": "a student made here",
+             "cls_token": "an encoder made here"}
     found = [name for mark, name in marks.items() if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
     return found[0] if found else f"no model known here (its first tensors: {', '.join(list(keys)[:3]) or 'none'})"
 
@@ -882,7 +884,8 @@ def save_checkpoint(path, model, **rest):
 def read_checkpoint(path):
     """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle."""
     if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}. Train one with: python distill_multimodal.py --preset=tiny")
+        fail(f"no checkpoint at {path}. Train one, an image encoder with: python distill_image.py --preset=tiny; image and text "
+             f"with: python distill_multimodal.py --preset=tiny")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
@@ -917,16 +920,18 @@ def ready(model):
 def load_encoder(which, modality, path=None, final_norm=False):
     """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own checkpoint;
     a text encoder has its .tokenizer."""
+    names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
+    if which in PRETRAINED and which not in names: # before it is downloaded
+        fail(f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py")
     if which in PRETRAINED:
         encoder = load_pretrained(which, path, final_norm=final_norm)
-        if modality == "text" and which in TOKENIZER_FILES:
+        if modality == "text":
             encoder.tokenizer = load_tokenizer(which, path)
     elif path is not None:
         fail(f"a path is given for {which}, but only the published {', '.join(PRETRAINED)} are read from one")
     else:
         encoder = load_checkpoint(which)
     if not isinstance(encoder, Encoder) or encoder.config["modality"] != modality:
-        names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
         fail(f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py")
     return encoder
 

@@ -55,7 +55,7 @@ def parse_command(line):
 
 
 def commands_in(text):
-    return re.findall(r"python \w+\.py(?: retrieval)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
+    return re.findall(r"python \w+\.py(?: retrieval| knn| finetune)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +233,8 @@ MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"), ("--num_heads=3"
               ("--preset=tiny --teacher=none.pt", "none.pt is neither"), ("--text_init=brt", "--text_init=brt is neither"),
               ("--image_init=none.pt", "--image_init=none.pt is neither"), ("--text_init=teacher.pt", "is no text encoder"),
               ("--path=none.pt", "--path=none.pt is no file"), ("--text_path=none.pt", "--text_path=none.pt is no file"),
-              ("--path=text.pt", "only the published"), ("--teacher=bert --path=text.pt", "text.pt cannot be read"),
+              ("--path=text.pt", "only the published"), ("--teacher=bert --path=text.pt", "bert is no image encoder"),
+              ("--teacher=beitv2 --path=text.pt", "text.pt cannot be read"), ("--teacher=new/ckpt.pt", "this run would write"),
               ("--teacher=beitv2 --path=teacher.pt", "is not beitv2")]
 WRONG = ([(distill_image, EMA, *case) for case in BOTH_LOOPS + IMAGE] +
          [(distill_multimodal, STUDENT, *case) for case in BOTH_LOOPS + MULTIMODAL])

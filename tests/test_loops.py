@@ -468,10 +468,12 @@ def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
     starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"], text_path=paths["data2vec2_text"])
     for module, more, said in (
             (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters trained; teacher 85.65M, frozen"),
-            (distill_multimodal, starts, "teacher 85.66M, frozen")):
-        module.main(module.get_args(flags(dict(few, **more, out_dir=tmp_path / module.__name__))))
+            (distill_image, dict(preset="shared_encoder", path=paths["data2vec2_image"], knn="toy"), "student 29.54M parameters trained"),
+            (distill_multimodal, starts, "all trained; teacher 85.6")):
+        out_dir = tmp_path / more.get("preset", module.__name__)
+        module.main(module.get_args(flags(dict(few, **more, out_dir=out_dir))))
         assert said in capsys.readouterr().out
-        assert [r["step"] for r in records(tmp_path / module.__name__)] == [1, 2, 2]
+        assert [r["step"] for r in records(out_dir) if "knn_toy_top1" not in r] == [1, 2, 2]
     student = load_checkpoint(tmp_path / "distill_multimodal" / "ckpt.pt")
     assert (len(student.image_encoder.blocks), len(student.text_encoder.blocks), len(student.blocks)) == (5, 5, 1)
     assert student.image_encoder.config["embed_dim"] == 768 and (student.img_size, student.max_length) == (224, 64)
