@@ -45,7 +45,7 @@ PRESETS = {
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
         patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5, lr=1e-3,
-        max_steps=320, warmup_steps=40, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
+        max_steps=160, warmup_steps=25, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
         save_interval=50),
     # The same pictures: the first three of the tiny teacher's five blocks regress all five, as data2vec2 does at full size.
     "tiny_half": dict(
