@@ -42,8 +42,8 @@ PRESETS = {
         text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2,
         max_length=24, rotate=15.0, color=0.2, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
         align_loss="contrastive", word_weight=2.0, cache_targets=True,
-        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=350, warmup_steps=30, weight_decay=0.05,
-        grad_clip=3.0, eval_interval=70, save_interval=70, log_interval=20),
+        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=320, warmup_steps=30, weight_decay=0.05,
+        grad_clip=3.0, eval_interval=80, save_interval=80, log_interval=20),
 }
 
 
