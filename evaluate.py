@@ -595,10 +595,7 @@ def retrieval_flags(doc):
     p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
     p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
     p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
-    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
-    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
-           choices=["auto", "float32", "bfloat16", "float16"])
-    p.knob("json", None, "write the numbers to this file too", type=str)
+    run_flags(p)
     p.knob("picture", None, "draw some queries and what was found for them, as a PNG", type=str)
     return p
 

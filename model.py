@@ -461,6 +461,9 @@ def make_tokenizer(text):
     return (GPT2Tokenizer if text.startswith('{"kind": "gpt2"') else Tokenizer)(text)
 
 
+BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
 def bert_tokenizer(vocab):
     """dict token -> id -> the text of a tokenizer.json: lower-casing BERT WordPiece, [CLS] text [SEP]."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -468,7 +471,7 @@ def bert_tokenizer(vocab):
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab])
+    tokenizer.add_special_tokens([t for t in BERT_SPECIALS if t in vocab])
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     return tokenizer.to_str()
 
@@ -602,7 +605,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
     if name == "resnet50" and (depth is not None or final_norm):
         fail("resnet50 is loaded whole: depth and final_norm are for the Transformers")
     path = find_weights(name, path)
-    weights, ignored = read_weights(path), None
+    weights = read_weights(path)
     if name == "resnet50":
         from torchvision.models import resnet50 # here, not above: it takes a second
         model = resnet50()
@@ -921,18 +924,19 @@ def load_encoder(which, modality, path=None, final_norm=False):
     """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own checkpoint;
     a text encoder has its .tokenizer."""
     names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
-    if which in PRETRAINED and which not in names: # before it is downloaded
-        fail(f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py")
-    if which in PRETRAINED:
+    if which in names:
         encoder = load_pretrained(which, path, final_norm=final_norm)
         if modality == "text":
             encoder.tokenizer = load_tokenizer(which, path)
-    elif path is not None:
+        return encoder
+    refused = f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py"
+    if which in PRETRAINED: # before it is downloaded
+        fail(refused)
+    if path is not None:
         fail(f"a path is given for {which}, but only the published {', '.join(PRETRAINED)} are read from one")
-    else:
-        encoder = load_checkpoint(which)
+    encoder = load_checkpoint(which)
     if not isinstance(encoder, Encoder) or encoder.config["modality"] != modality:
-        fail(f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py")
+        fail(refused)
     return encoder
 
 

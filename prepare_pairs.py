@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from model import Parser, bert_tokenizer, fail, normalize, save_atomic, write_json
+from model import BERT_SPECIALS, Parser, bert_tokenizer, fail, normalize, save_atomic, write_json
 
 # -----------------------------------------------------------------------------
 # the packed-record format
@@ -319,7 +319,6 @@ def train_wordpiece(captions, vocab_size):
     """A lower-casing BERT WordPiece tokeniser trained on these captions -> the text of its tokenizer.json."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -327,7 +326,7 @@ def train_wordpiece(captions, vocab_size):
     # breaks its ties; fed in order as special tokens they keep their numbers
     inside = sorted({"##" + c for caption in captions for c in tokenizer.normalizer.normalize_str(caption)})
     tokenizer.train_from_iterator(captions, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, show_progress=False, special_tokens=specials + inside))
+        vocab_size=vocab_size, show_progress=False, special_tokens=BERT_SPECIALS + inside))
     return bert_tokenizer(tokenizer.get_vocab()) # without the pieces as specials
 
 
