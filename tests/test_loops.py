@@ -204,6 +204,21 @@ def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
     assert (tmp_path / "run" / "retrieval.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name, seen", [("views", 5), ("kd", 9)])
+def test_hidden_patches_are_left_out(run, monkeypatch, name, seen):
+    """Of 16 patches the student's blocks get those that mask_ratio leaves, the teacher's and evaluation's all."""
+    seen_by, forward = {True: set(), False: set()}, Encoder.forward
+
+    def watching(encoder, *inputs, **more):
+        out = forward(encoder, *inputs, **more)
+        if encoder.config["modality"] == "image":
+            seen_by[encoder.training].add(out.shape[1])
+        return out
+    monkeypatch.setattr(Encoder, "forward", watching)
+    run(name, max_steps=2, mask_ratio=(16.5 - seen) / 16)
+    assert seen_by == {True: {seen + 1}, False: {17} if name == "kd" else set()}
+
+
 def test_queue_holds_the_latest_targets(run, monkeypatch):
     seen, loss = [], distill_multimodal.contrastive_kd_loss
 
@@ -463,25 +478,29 @@ def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
         shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), path), tmp_path / "data2vec2_text")
     (tmp_path / "data2vec2_text" / "dict.txt").write_text(
         "".join(f"{i} 1\n" for i in range(50257)) + "".join(f"madeupword{i:04} 0\n" for i in range(3)))
-    few = dict(data="toy", data_dir=tiny_data, batch_size=4, max_steps=2, warmup_steps=1, log_interval=1, eval_interval=2,
-               save_interval=2, device="cpu", dtype="float32")
+    few = dict(data="toy", data_dir=tiny_data, batch_size=4, max_steps=3, warmup_steps=1, log_interval=1, eval_interval=3,
+               save_interval=3, device="cpu", dtype="float32")
     starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"], text_path=paths["data2vec2_text"])
     for module, more, said in (
             (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters trained; teacher 85.65M, frozen"),
             (distill_image, dict(preset="shared_encoder", path=paths["data2vec2_image"], knn="toy"), "student 29.54M parameters trained"),
+            # the comparisons of the thesis
+            (distill_image, dict(path=paths["data2vec2_image"], init="alternate", target="cls"), "student 43.12M parameters trained"),
+            (distill_image, dict(path=paths["data2vec2_image"], init="random", target="last", instance_norm=False, criterion="l1"),
+             "student 43.12M parameters trained"),
             (distill_multimodal, starts, "all trained; teacher 85.6")):
-        out_dir = tmp_path / more.get("preset", module.__name__)
+        out_dir = tmp_path / more.get("preset", f"{module.__name__}_{more.get('init', '')}")
         module.main(module.get_args(flags(dict(few, **more, out_dir=out_dir))))
         assert said in capsys.readouterr().out
-        assert [r["step"] for r in records(out_dir) if "knn_toy_top1" not in r] == [1, 2, 2]
-    student = load_checkpoint(tmp_path / "distill_multimodal" / "ckpt.pt")
+        assert [r["step"] for r in records(out_dir) if "knn_toy_top1" not in r] == [1, 2, 3, 3]
+    student = load_checkpoint(tmp_path / "distill_multimodal_" / "ckpt.pt")
     assert (len(student.image_encoder.blocks), len(student.text_encoder.blocks), len(student.blocks)) == (5, 5, 1)
     assert student.image_encoder.config["embed_dim"] == 768 and (student.img_size, student.max_length) == (224, 64)
     for encoder, name in ((student.image_encoder, "data2vec2_image"), (student.text_encoder, "data2vec2_text")):
         start = load_pretrained(name, str(paths[name]), depth=5)
         named = dict(start.named_parameters())
         assert set(named) == {k for k, _ in encoder.named_parameters()}
-        for k, v in encoder.named_parameters(): # two steps away
+        for k, v in encoder.named_parameters(): # three steps away
             assert not torch.equal(v, named[k]) and (v - named[k]).abs().max() < 2.1e-3, k
         assert student.tokenizer.vocab_size == 50265
 

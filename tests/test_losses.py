@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 import distill_image
 import distill_multimodal
-from distill_image import feature_loss, masked_loss, random_patch_mask, views_loss
+from distill_image import feature_loss, masked_loss, views_loss
 from distill_multimodal import contrastive_kd_loss, contrastive_loss, loss_terms, ranking_loss, word_targets
-from model import Encoder, feature_target, save_checkpoint
+from model import Encoder, feature_target, random_patch_mask, save_checkpoint
 
 
 def unit(*shape, seed=0):
@@ -196,7 +196,7 @@ SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--
 
 @pytest.mark.parametrize("flags", [
     ["--kd_loss=contrastive", "--align_loss=contrastive", "--queue_size=20", "--grad_clip=1"],
-    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image", "--word_weight=1"],
+    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image", "--word_weight=1", "--mask_ratio=0.5"],
     ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"]], ids=lambda flags: flags[0][2:])
 def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monkeypatch):
     torch.manual_seed(0)
@@ -332,8 +332,9 @@ def test_random_patch_mask():
 
 def test_views_loss_equals_a_loop():
     student, heads, views, n = encoder(), image_heads(project=torch.nn.Linear(24, 8)), (images(), images(1)), 3
-    loss = views_loss(student, heads, views, 0.2, NO_AUTOCAST)
-    z = [F.normalize(heads.project(student(x)[:, 0]), dim=-1)[i] for x in views for i in range(n)]
+    kept = torch.tensor([[[0, 3], [1, 2]], [[4, 15], [5, 6]], [[7, 9], [8, 11]]]) # (images, views, K)
+    loss = views_loss(student, heads, views, kept, 0.2, NO_AUTOCAST)
+    z = [F.normalize(heads.project(student(x, kept=kept[:, v])[:, 0]), dim=-1)[i] for v, x in enumerate(views) for i in range(n)]
     expected = 0.0
     for i in range(2 * n):
         others = [j for j in range(2 * n) if j != i] # nobody finds itself

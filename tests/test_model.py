@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare_pairs
-from model import (Encoder, Tokenizer, VisionLanguageModel, alibi_bias, alibi_slopes, feature_target, load_checkpoint,
+from model import (Encoder, Tokenizer, VisionLanguageModel, alibi_bias, alibi_slopes, feature_target, kept_patches, load_checkpoint,
                    load_weights, relative_position_index, save_atomic, save_checkpoint, sincos_1d, sincos_2d)
 
 
@@ -252,6 +252,22 @@ def test_padding_changes_no_other_token(attn_bias, norm_first):
                 assert_close(a[i:i + 1, :n], b, 1e-5)
     # and without the mask it would have changed them
     assert (encoder(ids[:, :7])[1, :4] - whole[1][-1][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("attn_bias", ["none", "alibi", "relative", "relative_each"])
+@torch.no_grad()
+def test_patches_left_out_are_as_if_never_attended_to(attn_bias):
+    model = shake(Encoder("image", embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, attn_bias=attn_bias))
+    images, hidden = randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    hidden[0, [0, 5, 6]], hidden[1, [2, 3, 15]] = True, True
+    kept = kept_patches(hidden)
+    assert kept[1].tolist() == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    ours, x, tokens = model(images, kept=kept, return_layers=True), model.embed(images), F.pad(kept + 1, (1, 0))
+    for i, block in enumerate(model.blocks): # the slow way: all tokens, the hidden ones masked as padding is
+        bias = model.attention_bias(17, F.pad(hidden, (1, 0)), i * (attn_bias == "relative_each"))
+        x = block(x, bias)
+        assert_close(ours[i], x.gather(1, tokens[..., None].expand(-1, -1, 24)), 1e-5)
+    assert_close(model(images, kept=torch.arange(16).expand(2, -1)), model(images), 1e-5)
 
 
 def test_text_longer_than_max_length_is_an_error():
