@@ -7,20 +7,24 @@ Measure a checkpoint and print a table. The metrics are pure functions, which th
     python evaluate.py knn --task=cifar10                     # nearest neighbours of an image encoder's features
     python evaluate.py finetune --task=cifar10                # 15 epochs of finetuning
     python evaluate.py finetune --task=cifar10 --linear_probe --augment=none    # minutes: features are extracted once
+    python evaluate.py glue --ckpt=out/bert/ckpt.pt           # the nine tasks of GLUE; run again, it goes on
+    python evaluate.py glue --task=cola --text_encoder=bert
     python evaluate.py finetune --help
 
 Shapes: N images, M captions, D embed_dim, C classes, Q queries, G gallery items, K the length of a result list.
 """
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
@@ -28,9 +32,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import (Parser, fail, git_sha, load_checkpoint, load_encoder, load_weights, nearest, normalize, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint, save_atomic, save_checkpoint,
-                   trim_log, use_compile, write_json)
+from model import (GPT2Tokenizer, Parser, fail, git_sha, init_weights, load_checkpoint, load_encoder,
+                   load_weights, nearest, normalize, number, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, read_checkpoint, save_atomic, save_checkpoint, trim_log, use_compile,
+                   write_json)
 from prepare_pairs import Pairs, crop_box, decode, eval_image, to_tensor
 
 # -----------------------------------------------------------------------------
@@ -437,13 +442,15 @@ def vision_rows(task):
     return {name: row[i:i + 2] for name, row in PUBLISHED_VISION.items() if row[i:i + 2]}
 
 
-def vision_table(head, rows):
-    """head: over the names, then over the columns. rows: pairs of a name and as many numbers, None where there is none."""
+def vision_table(head, rows, column=16):
+    """head: over the names, then over the columns, which are `column` wide. rows: pairs of a name and as many
+    numbers, None where there is none."""
     width = max(len(name) for name, _ in [(head[0], ()), *rows])
-    lines = [f"{head[0]:{width}}" + "".join(f"{word:>16}" for word in head[1:])]
+    lines = [f"{head[0]:{width}}" + "".join(f"{word:>{column}}" for word in head[1:])]
     lines.append("-" * len(lines[0]))
     for name, row in rows:
-        lines.append(f"{name:{width}}" + "".join("{:>16}".format("-" if x is None else f"{x:.2f}") for x in row))
+        cells = ["-" if x is None else f"{x:.2f}" for x in row]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -555,29 +562,352 @@ def parameter_groups(encoder, head, args):
     return [groups[key] for key in sorted(groups)]
 
 
-def lr_share(step, warmup_steps, max_steps):
-    """The learning rate as a share of its peak: linear warm-up, then half a cosine to 0. step counts from 0."""
+# -----------------------------------------------------------------------------
+# training for some epochs, of which the best is kept: image finetuning and GLUE
+
+
+def lr_share(step, warmup_steps, max_steps, linear=False):
+    """Learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps))) / 2
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return 1 - done if linear else (1 + math.cos(math.pi * done)) / 2
 
 
-def epoch_batches(num_images, batch_size, seed, step):
-    """Yields for each step, from `step` on and for ever, its list of (epoch, position, image): each epoch in its own order,
-    without the rest that fills no batch."""
-    per_epoch = num_images // batch_size
+def epoch_batches(num_examples, batch_size, seed, step):
+    """Yields for each step, from `step` on and for ever, its list of (epoch, position, example): each epoch
+    in its own order, without the rest that fills no batch."""
+    per_epoch = num_examples // batch_size
     while True:
         epoch, first = divmod(step, per_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        order = np.random.default_rng((seed, epoch)).permutation(num_examples)
         for k in range(first, per_epoch):
-            yield [(epoch, position, int(order[position])) for position in range(k * batch_size, (k + 1) * batch_size)]
+            positions = range(k * batch_size, (k + 1) * batch_size)
+            yield [(epoch, position, int(order[position])) for position in positions]
             step += 1
+
+
+def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measure, unit, split, model_knobs,
+                 kept, device, dtype, linear=False):
+    """Trains for args.epochs -> the best epoch's measures and, as "epoch", its number. OUT_DIR/best.pt
+    holds its weights, ckpt.pt what a killed run resumes from.
+
+    optimizer            every group has its "peak_lr"
+    batches(step)        iterator over the batches from that step on, per_epoch an epoch, made of `unit`
+    losses(batch, step)  yields float32 scalars, one a micro-batch, that add up to the step's loss
+    measure()            dict of percents on `split`, after each epoch; the first decides
+    model_knobs, kept    flags that may not change on resume; what else goes into checkpoints"""
+    max_steps = args.epochs * per_epoch
+    warmup_steps = round(args.warmup_share * max_steps)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    print(f"{args.epochs} epochs of {per_epoch} steps, {warmup_steps} of warm-up; {split} says which is best")
+
+    # -- resume
+    path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {}
+    # what other scripts have as a flag follows from --epochs here, and is checked below
+    checkpoint = open_run(type(args)(**vars(args), max_steps=math.inf), model_knobs)
+    if checkpoint:
+        if checkpoint["step"] >= max_steps:
+            fail(f"{path} has done {checkpoint['step']} steps already: --epochs={args.epochs}, {max_steps} "
+                 f"steps, must be more")
+        load_weights(model, checkpoint["model"], path)
+        load_weights(head, checkpoint["head"], path)
+        now = [{k: group[k] for k in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, own in zip(optimizer.param_groups, now):
+            group |= own # load_state_dict brought the old ones back
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+
+    def save(name, **rest):
+        save_checkpoint(os.path.join(args.out_dir, name), model, head=head.state_dict(), step=step, best=best,
+                        args=vars(args), code=git_sha(), torch=str(torch.__version__), **kept, **rest)
+
+    def log(text, **record):
+        print(text, flush=True)
+        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+
+    # -- loop
+    loader, peak = batches(step), max(group["peak_lr"] for group in optimizer.param_groups)
+    rows, waited, first_step, loop_start = [], 0.0, step, time.time() # rows: loss, norm of steps not logged
+    since = loop_start
+    while step < max_steps:
+        wait_start = time.time()
+        batch = next(loader)
+        waited += time.time() - wait_start
+        share = lr_share(step, warmup_steps, max_steps, linear)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+        total = 0.0
+        for loss in losses(batch, step):
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or float("inf"))
+        if scaler.is_enabled(): # it skips a step whose gradient overflowed
+            norm = norm.nan_to_num(0, 0, 0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
+        epoch_ends = step % per_epoch == 0
+        logs, saves = step % args.log_interval == 0, epoch_ends or step % args.save_interval == 0
+        if logs or saves: # no measuring or saving after a bad step
+            table = torch.stack(rows).cpu() # (seen, 2)
+            if not table.isfinite().all():
+                k = (~table.isfinite()).any(1).int().argmax().item()
+                bad = [name for name, v in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(v)]
+                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good "
+                     f"checkpoint, if one was saved, is in {args.out_dir}: continue it (finetune: --resume) "
+                     f"with --dtype=float32, or start again with a lower --lr and another --out_dir.")
+        if logs or step == max_steps:
+            (mean, norm), seen, now = table.double().mean(0).tolist(), len(rows), time.time()
+            ms, wait_ms, memory = 1000 * (now - since) / seen, 1000 * waited / seen, peak_memory(device)
+            left = (max_steps - step) * (now - loop_start) / (step - first_step) / 60
+            log(f"step {step:>6}/{max_steps}  loss {mean:.4f}  norm {norm:.2f}  lr {share * peak:.2e}  "
+                f"{1000 * args.batch_size / ms:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  "
+                f"{memory:.2f} GB  {left:.1f} min left", loss=mean, norm=norm, lr=share * peak, ms=ms,
+                wait_ms=wait_ms, memory_gb=memory, minutes_left=left,
+                **{f"{unit}_per_s": 1000 * args.batch_size / ms})
+            rows, waited, since = [], 0.0, now
+        if epoch_ends:
+            paused, epoch, result = time.time(), step // per_epoch, measure()
+            first = next(iter(result))
+            if not best or result[first] > best[first]:
+                best = {**result, "epoch": epoch}
+                save("best.pt")
+            values = ", ".join(f"{k} {v:.2f}" for k, v in result.items())
+            log(f"epoch {epoch}/{args.epochs}: {split} {values} (best {first} {best[first]:.2f} in epoch "
+                f"{best['epoch']})", epoch=epoch, **{f"{split}_{k}": v for k, v in result.items()})
+            since += time.time() - paused # ms counts training alone
+        if saves and step < max_steps:
+            save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    save("ckpt.pt", finished=True, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    return best
+
+
+# -----------------------------------------------------------------------------
+# GLUE: nine tasks of sentences and pairs of sentences (seeds' table 6)
+
+# columns: of the raw files, texts then label; classes: as the label column spells them, in the hub's order,
+# None for a score from 0 to 5; metrics: the score, then what is beside it; the rest as in the thesis' code
+Task = namedtuple("Task", "title columns classes metrics batch_size epochs lr")
+PAIR, BINARY = ["sentence1", "sentence2", "label"], ["0", "1"]
+MNLI, ENTAILS = ["entailment", "neutral", "contradiction"], ["entailment", "not_entailment"]
+GLUE = { # in the order of seeds' table 6
+    "mnli": Task("MNLI", [*PAIR[:2], "gold_label"], MNLI, ["accuracy"], 64, 10, 2e-5),
+    "qnli": Task("QNLI", ["question", "sentence", "label"], ENTAILS, ["accuracy"], 32, 10, 2e-5),
+    "rte": Task("RTE", PAIR, ENTAILS, ["accuracy"], 16, 20, 2e-5),
+    "mrpc": Task("MRPC", ["#1 String", "#2 String", "Quality"], BINARY, ["f1", "accuracy"], 16, 20, 2e-5),
+    "qqp": Task("QQP", ["question1", "question2", "is_duplicate"], BINARY, ["f1", "accuracy"], 128, 10, 2e-5),
+    "stsb": Task("STS-B", [*PAIR[:2], "score"], None, ["spearman", "pearson"], 16, 20, 4e-5),
+    "cola": Task("CoLA", ["sentence", "label"], BINARY, ["matthews", "accuracy"], 16, 20, 1e-5),
+    "sst2": Task("SST-2", ["sentence", "label"], BINARY, ["accuracy"], 32, 10, 2e-5),
+    "wnli": Task("WNLI", PAIR, BINARY, ["accuracy"], 8, 20, 1e-5)} # 1 is entailment, unlike rte's
+HUB_TEXTS = {"mnli": ["premise", "hypothesis"], "mrpc": PAIR[:2]} # elsewhere named as in the raw files
+PUBLISHED_GLUE = { # in the order of GLUE
+    "ELMo": (68.6, 71.1, 53.4, 76.7, 86.2, 70.4, 44.1, 91.5, 56.3),
+    "BERT base": (86.7, 91.8, 69.3, 88.6, 89.6, 89.0, 56.3, 92.7, 53.5), # seeds' 92.7 on STS-B is a slip
+    "DistilBERT": (82.2, 89.2, 59.9, 87.5, 88.5, 86.9, 51.3, 91.3, 56.3),
+    "6-layer BERT of the thesis (!)": (81.2, 88.0, 67.64, 85.0, 86.5, 81.0, 55.1, 91.4, 56.4),
+    "S-SMKE text encoder (!)": (73.88, 78.71, 51.6, 79.9, 81.2, 57.5, 14.2, 83.5, 45.04),
+    "FLAVA": (80.3, 87.3, 57.8, 86.9, 87.2, 85.7, 50.7, 90.9),
+    "CLIP": (33.5, 50.5, 55.2, 65.0, 53.9, 16.0, 25.4, 88.2)}
+GLUE_NOTE = """Chosen on dev, as published rows. F1 for MRPC and QQP, Spearman for STS-B, Matthews for CoLA,
+else accuracy; -mm: MNLI mismatched. Score: mean of the row without WNLI and -mm; +WNLI: with WNLI.
+(!) F1, Spearman and Matthews averaged over batches; MRPC on its test set."""
+
+
+def correlation(x, y):
+    """Pearson's, of two binary variables Matthews'; 0 where one is constant and it is not defined."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
+
+
+def tied_ranks(x):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+METRICS = {
+    "accuracy": lambda p, y: (p == y).mean(), "f1": lambda p, y: 2 * (p * y).sum() / max(1, (p + y).sum()),
+    "spearman": lambda p, y: correlation(tied_ranks(p), tied_ranks(y)), "pearson": correlation,
+    "matthews": correlation}
+
+
+def glue_score(task, predictions, labels, metric=None):
+    """A task's own metric of all examples at once, times 100: F1 of class 1 for mrpc and qqp, Spearman for
+    stsb, Matthews for cola, else accuracy; 0 where undefined, as for constant predictions. metric: another.
+
+    predictions, labels: (n,) class numbers, for stsb any. ValueError for another task, shape or value."""
+    if task not in GLUE:
+        raise ValueError(f"no GLUE task is called {task!r}{nearest(str(task), GLUE)}")
+    (p, y), classes = (np.asarray(values, np.float64) for values in (predictions, labels)), GLUE[task].classes
+    if p.ndim != 1 or p.shape != y.shape or not p.size:
+        raise ValueError(f"needs a prediction for each label, not {p.shape} for {y.shape}")
+    if not (np.isin([p, y], range(len(classes))) if classes else np.isfinite([p, y])).all():
+        raise ValueError(f"{task} has predictions or labels that are no {'class' if classes else 'number'}")
+    return 100 * float(METRICS[metric or GLUE[task].metrics[0]](p, y))
+
+
+def glue_rows(path):
+    """Yields the rows of a file as cells of text; first the names of its columns, but for raw CoLA."""
+    if not path.endswith(".parquet"):
+        with open(path, encoding="utf-8-sig", newline="\n") as f: # no quotes; only a newline ends a row
+            yield from (line.rstrip("\r\n").split("\t") for line in f)
+        return
+    try:
+        import pyarrow.parquet # here, not above: optional
+    except ImportError:
+        fail(f"{path} takes pyarrow to read: pip install pyarrow")
+    table = pyarrow.parquet.read_table(path)
+    yield table.column_names
+    yield from zip(*(map(str, column.to_pylist()) for column in table.columns))
+
+
+def read_glue(task, glue_dir, limit=0):
+    """The first `limit` examples (0: all) of each split, train first: split -> (tuples of one or two texts,
+    labels (n,) int64, of stsb float32). What is missing or malformed ends the program with file and line."""
+    title, columns, classes = GLUE[task][:3]
+    splits = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
+    hub = [f"{split.replace('dev', 'validation')}-00000-of-00001.parquet" for split in splits]
+    layouts = [(title, [f"{split}.tsv" for split in splits]), (task, hub), # of the archives, of the hub,
+               (title, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"])] # of MRPC's publishers
+    layouts = [[os.path.join(glue_dir, folder, name) for name in names] for folder, names in layouts]
+    paths = max(layouts, key=lambda paths: sum(map(os.path.isfile, paths))) # the first of equals
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        fail(f"GLUE's {task}: no {', '.join(missing)}. Unpack the archives of gluebenchmark.com there, or "
+             f"fetch all as parquet: hf download nyu-mll/glue --repo-type=dataset --local-dir={glue_dir}")
+    examples, raw = {}, paths is not layouts[1]
+    if not raw:
+        columns = [*HUB_TEXTS.get(task, columns[:-1]), "label"]
+        classes = classes and [str(i) for i in range(len(classes))]
+    for split, path in zip(splits, paths):
+        texts, labels, torn, n, rows = [], [], [], 0, glue_rows(path)
+        try:
+            names = ["source", "label", "star", "sentence"] if raw and task == "cola" else next(rows, [])
+            absent = [column for column in columns if column not in names]
+            if absent:
+                fail(f"{path}: no column {', '.join(absent)} among {', '.join(names)}")
+            for n, row in enumerate(rows, 1 if raw and task == "cola" else 2):
+                if task == "qqp" and len(row) < len(names): # by a newline within a question
+                    torn.append(n)
+                    continue
+                if len(row) != len(names):
+                    fail(f"{path} line {n}: {len(row)} columns instead of {len(names)}")
+                *text, label = (row[names.index(column)] for column in columns)
+                if not (label in classes if classes else re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", label)):
+                    fail(f"{path} line {n}: label {label[:40]!r}, not "
+                         f"{' or '.join(classes or ['a score from 0 to 5'])}. Are its columns shifted?")
+                texts.append(tuple(text))
+                labels.append(classes.index(label) if classes else float(label))
+        except (ValueError, OSError) as e: # no UTF-8, no parquet
+            fail(f"{path} is damaged after line {n}: {e}")
+        print(f"{path}: {len(texts):,} examples" + f", {len(torn)} torn lines left out" * bool(torn))
+        if not texts or len(torn) > 0.001 * n:
+            fail(f"{path} holds {len(texts)} examples and {len(torn)} lines with too few columns {torn[:3]}")
+        labels = np.array(labels[:limit or None], np.int64 if classes else np.float32)
+        examples[split] = texts[:limit or None], labels
+    return examples
+
+
+def encode_examples(tokenizer, texts, max_length):
+    """Tuples of one or two texts -> ids, padding_mask and segments (1 for a second text), (B, T) each. BERT:
+    [CLS] a [SEP] b [SEP]; GPT-2's vocabulary, as RoBERTa: <s> a </s></s> b </s>. The longer is cut first."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        rows = []
+        for sides in zip(*(tokenizer.ids(side, sys.maxsize) for side in zip(*texts))): # <s> .. </s> each
+            while sum(map(len, sides)) > max_length:
+                del max(reversed(sides), key=len)[-2]
+            rows.append((sum(([2, *side[1:]] for side in sides[1:]), sides[0]), [0] * sum(map(len, sides))))
+    else:
+        tokenizer.tokenizer.enable_truncation(max_length) # longest first
+        encodings = tokenizer.tokenizer.encode_batch([text if len(text) > 1 else text[0] for text in texts])
+        rows = [(e.ids, e.type_ids) for e in encodings]
+    ids, segments = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows], True, value)
+                     for k, value in ((0, tokenizer.pad_id), (1, 0)))
+    return ids, torch.arange(ids.shape[1]) >= torch.tensor([len(row[0]) for row in rows])[:, None], segments
+
+
+def finetune_task(task, args, splits, model, kept, device, dtype):
+    """Trains the model (an Encoder, or a VisionLanguageModel's text encoder and shared blocks) and a new head
+    on one task, into args.out_dir; arguments and result as in train_epochs."""
+    (texts, labels), tower, B = splits["train"], getattr(model, "text_encoder", model), args.batch_size
+    classes, config, D = GLUE[task].classes, tower.config, tower.config["embed_dim"]
+    torch.manual_seed(args.seed)
+    head = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(), torch.nn.Dropout(args.dropout),
+                               torch.nn.Linear(D, len(classes or "1")))
+    init_weights(head, D)
+    if config["pooler"]: # BERT's own
+        head[0].load_state_dict({"weight": tower.pooler_weight, "bias": tower.pooler_bias})
+    model.train().to(device)
+    head.to(device)
+    if use_compile(args.compile, device):
+        tower.compile()
+    for name, p in model.named_parameters(): # not what only images pass, nor the heads of other losses
+        p.requires_grad_(tower is model or name.startswith(("text_encoder.", "blocks.", "token_type")))
+    trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    groups = [{"params": trained, "peak_lr": args.lr, "weight_decay": args.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
+    print(f"\n{task}: {sum(p.numel() for p in trained) / 1e6:.2f}M parameters, {B} examples a step, peak lr "
+          f"{args.lr:g}, {'pretrained' if config['pooler'] else 'new'} pooler")
+
+    encode = lambda texts: encode_examples(model.tokenizer, texts, args.max_length)
+
+    def logits(encoded):
+        ids, mask, segments = (x.to(device, non_blocking=True) for x in encoded)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            x = tower(ids, mask, token_type_ids=segments if config["token_types"] > 1 else None) # (B, T, D)
+            cls = x[:, 0] if tower is model else model.shared_cls(x, 0, mask) # (B, D)
+        return head(cls.float()) # (B, C)
+
+    def losses(batch, step):
+        torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
+        out, target = logits(batch[0]), batch[1].to(device)
+        yield F.cross_entropy(out, target) if classes else F.mse_loss(out[:, 0], target)
+
+    @torch.no_grad()
+    def measure():
+        result = {}
+        with evaluating(model), evaluating(head):
+            for split, (texts, labels) in [*splits.items()][1:]: # mnli: matched and mismatched
+                out = torch.cat([logits(encode(texts[i:i + B])).cpu() for i in range(0, len(texts), B)])
+                found = out.argmax(1) if classes else out[:, 0]
+                result |= {split.partition("_")[2] or metric: glue_score(task, found, labels, metric)
+                           for metric in GLUE[task].metrics}
+        return result
+
+    def batches(step):
+        for batch in epoch_batches(len(texts), B, args.seed, step):
+            index = [i for _, _, i in batch]
+            yield encode([texts[i] for i in index]), torch.from_numpy(labels[index])
+
+    return train_epochs(args, model, head, optimizer, len(texts) // B, batches, losses, measure, "examples",
+                        "dev", [], kept, device, dtype, linear=True)
+
+
+def glue_row(scores):
+    """dict task -> score, "mismatched" among them -> a row of the table, with the means of eight tasks and of
+    nine; None for what is missing."""
+    nine = [*map(scores.get, GLUE)]
+    means = [None if None in values else sum(values) / len(values) for values in (nine[:8], nine)]
+    return [nine[0], scores.get("mismatched"), *nine[1:], *means]
 
 
 # -----------------------------------------------------------------------------
 # subcommands: each is a pair of functions, its flags and its work
 
-CKPT_HELP = "checkpoint of a distill script, with what is measured: an image encoder, and for retrieval a text encoder"
+CKPT_HELP = "checkpoint of a distill script, with what is measured: image or text encoder, for retrieval both"
+TEXT_ENCODER_HELP = "instead of CKPT: a text encoder, data2vec2_text, bert or a checkpoint of distill_text.py"
 
 
 def retrieval_flags(doc):
@@ -589,9 +919,9 @@ def retrieval_flags(doc):
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
     p.section("run")
     p.knob("ckpt", "out/tiny/ckpt.pt", CKPT_HELP)
-    p.knob("image_encoder", None, "instead of CKPT: an image encoder that knows nothing of the text encoder, data2vec2_image, "
-           "beitv2 or a checkpoint of distill_image.py", type=str)
-    p.knob("text_encoder", None, "and a text encoder as wide: data2vec2_text or bert", type=str)
+    p.knob("image_encoder", None, "instead of CKPT: an image encoder that never met TEXT_ENCODER, as wide: "
+           "data2vec2_image, beitv2 or a checkpoint of distill_image.py", type=str)
+    p.knob("text_encoder", None, TEXT_ENCODER_HELP, type=str)
     p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
     p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
     p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
@@ -637,9 +967,6 @@ def retrieval(args):
     result = {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
               "captions": M, "metrics": metrics, "chance": chance, "published": published,
               "median_rank": {"i2t": i2t, "t2i": t2i, "among": size, "chance": (size + 1) / 2}}
-    if args.json:
-        write_json(args.json, result)
-        print(f"wrote {args.json}")
     if args.picture:
         draw_retrieval(pairs, image_emb, text_emb, args.picture)
         print(f"wrote {args.picture}")
@@ -657,6 +984,25 @@ def image_flags(p):
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
 
 
+def train_flags(p, epochs, lr, out_dir, compiled):
+    """The flags of train_epochs. Defaults are None where they depend on the task."""
+    p.knob("epochs", epochs, "passes over the training data", type=number(int, 1, math.inf))
+    p.knob("warmup_share", 0.1, "share of the steps in which the learning rate rises; then it falls to 0, in "
+           "finetune along a cosine, in glue along a line", most=1)
+    p.knob("lr", lr, "peak learning rate, used as it is: not scaled by the batch size",
+           type=number(float, 0, math.inf))
+    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
+    p.section("run")
+    p.knob("out_dir", out_dir, "folder for ckpt.pt, best.pt (encoder and head of the best epoch) and "
+           "log.jsonl; in glue a folder of folders, one a task, where best.pt becomes ckpt.pt in the end")
+    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("log_interval", 50, "steps between log lines", least=1)
+    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
+    p.knob("compile", compiled, "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
+           choices=["auto", "true", "false"], nargs="?", const="true")
+    run_flags(p)
+
+
 def run_flags(p):
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
@@ -664,20 +1010,22 @@ def run_flags(p):
     p.knob("json", None, "write the numbers to this file too", type=str)
 
 
-def image_encoder(args):
-    """The frozen Encoder that --ckpt or --encoder names: of a multimodal checkpoint its image encoder alone."""
-    if args.encoder:
+def one_encoder(args, modality):
+    """The frozen Encoder that --ckpt or, by its name, --encoder or --text_encoder gives. Of a multimodal
+    checkpoint the image encoder alone, but for text the whole model: its shared blocks read on."""
+    flag = "encoder" if modality == "image" else "text_encoder"
+    if getattr(args, flag):
         if "ckpt" in args.given:
-            fail("--ckpt and --encoder each name an encoder: give one of them")
-        return load_encoder(args.encoder, "image", args.path)
+            fail(f"--ckpt and --{flag} each name an encoder: give one of them")
+        return load_encoder(getattr(args, flag), modality, args.path)
     if args.path:
-        fail("--path is the file of a published encoder: say which, --encoder=data2vec2_image or --encoder=beitv2")
+        fail(f"--path is the file of a published encoder: say which, with --{flag} (see --help)")
     model = load_checkpoint(args.ckpt)
-    encoder = getattr(model, "image_encoder", model)
-    if encoder.config["modality"] != "image":
-        fail(f"{args.ckpt} is a {encoder.config['modality']} encoder, and {args.command} needs one for images: a checkpoint "
-             f"of distill_image.py or distill_multimodal.py")
-    return encoder
+    encoder = getattr(model, f"{modality}_encoder", model)
+    if encoder.config["modality"] != modality:
+        fail(f"{args.ckpt} is {'a text' if modality == 'image' else 'an image'} encoder, and {args.command} "
+             f"needs one for {modality}: a checkpoint of distill_{modality}.py or distill_multimodal.py")
+    return encoder if modality == "image" else model
 
 
 def labelled_splits(task, data_dir, asks):
@@ -712,7 +1060,8 @@ def knn(args):
     """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3 nearest,
     held-out images searched in the training images and the other way round."""
     device = pick_device(args.device)
-    encoder, splits = image_encoder(args).to(device), labelled_splits(args.task, args.data_dir, args.command)
+    encoder = one_encoder(args, "image").to(device)
+    splits = labelled_splits(args.task, args.data_dir, args.command)
     train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
     print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}; feature: "
           f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
@@ -721,12 +1070,8 @@ def knn(args):
     top1, top3, reverse_top1, reverse_top3 = metrics.values()
     print(vision_table((args.encoder or args.ckpt, "top-1", "top-3"),
                        [(f"train -> {name}", (top1, top3)), (f"{name} -> train", (reverse_top1, reverse_top3))]))
-    result = {"ckpt": args.encoder or args.ckpt, "task": args.task, "split": name, "pool": args.pool,
-              "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
-    if args.json:
-        write_json(args.json, result)
-        print(f"wrote {args.json}")
-    return result
+    return {"ckpt": args.encoder or args.ckpt, "task": args.task, "split": name, "pool": args.pool,
+            "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
 
 
 AUGMENT_KNOBS = ["crop_min", "flip", "magnitude", "erase", "mix_prob", "mixup", "cutmix"]
@@ -751,22 +1096,11 @@ def finetune_flags(doc):
     p.knob("smoothing", 0.1, "share of each target that is spread evenly over all classes", most=1)
     p.knob("batch_size", 256, "images per optimiser step", least=1)
     p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
-    p.knob("epochs", 15, "passes over the training images", least=1)
-    p.knob("warmup_share", 0.1, "share of the steps in which the learning rate rises; a cosine to 0 follows", most=1)
-    p.knob("lr", 1e-3, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("layer_decay", 0.0, "the head learns at LR, each layer below it at this share of the one above (eq. 40); 0: 0.75 "
            "for cifar10 and cifar100, else 0.81", most=1)
     p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, tokens")
-    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
-    p.section("run")
-    p.knob("out_dir", "out/finetune", "folder for ckpt.pt, best.pt (encoder and head of the best epoch) and log.jsonl")
+    train_flags(p, 15, 1e-3, "out/finetune", "auto")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
-    p.knob("log_interval", 50, "steps between log lines", least=1)
-    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
-    p.knob("compile", "auto", "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
-           choices=["auto", "true", "false"], nargs="?", const="true")
-    run_flags(p)
     return p
 
 
@@ -782,7 +1116,7 @@ def finetune(args):
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     device = pick_device(args.device)
-    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    dtype = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data: the best epoch is chosen on val, and where there is a test set too, that is used once, at the end
@@ -794,12 +1128,10 @@ def finetune(args):
     if B > N:
         fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
     per_epoch = N // B
-    max_steps = args.epochs * per_epoch
-    warmup_steps = round(args.warmup_share * max_steps)
 
     # -- encoder, head, optimizer
-    encoder = image_encoder(args)
-    print_settings(args, device, dtype, compiled)
+    encoder = one_encoder(args, "image")
+    print_settings(args, device, dtype, use_compile(args.compile, device))
     torch.manual_seed(args.seed)
     head = torch.nn.Sequential(torch.nn.LayerNorm(encoder.config["embed_dim"], eps=1e-6),
                                torch.nn.Linear(encoder.config["embed_dim"], C))
@@ -808,48 +1140,22 @@ def finetune(args):
     encoder, head = encoder.to(device), head.to(device)
     if not args.linear_probe:
         encoder.train().requires_grad_(True)
+    if use_compile(args.compile, device): # in place: the weights keep their names
+        encoder.compile()
     groups = parameter_groups(encoder, head, args)
-    trained = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; {args.epochs} "
-          f"epochs of {per_epoch} steps, {warmup_steps} of warm-up; {B} = {B // micro} x {micro} images per step")
+    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
+          f"{B} = {B // micro} x {micro} images per step")
     for layer in sorted({group["layer"] for group in groups}): # as seeds' table 3
         own = [group for group in groups if group["layer"] == layer]
         what = "embeddings" if layer == 0 else "head" if layer > encoder.config["depth"] else f"block {layer}"
         print(f"layer {layer:>2}  learning rate {own[0]['peak_lr']:.1e}  {what}, "
               f"{sum(p.numel() for group in own for p in group['params']) / 1e6:.2f}M parameters")
 
-    # -- resume
-    path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {"top1": -1.0, "top5": -1.0, "epoch": 0}
-    # what other scripts have as a flag follows from --epochs here, and is checked below
-    checkpoint = open_run(type(args)(**vars(args), max_steps=math.inf), ["task", "ckpt", "encoder", "linear_probe"])
-    if checkpoint:
-        if checkpoint["step"] >= max_steps:
-            fail(f"{path} has done {checkpoint['step']} steps already: --epochs={args.epochs}, {max_steps} steps, must be more")
-        load_weights(encoder, checkpoint["model"], path)
-        load_weights(head, checkpoint["head"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for param_group, group in zip(optimizer.param_groups, groups):
-            param_group |= {k: group[k] for k in ("peak_lr", "weight_decay")} # load_state_dict brought the old ones back
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
-    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
-    if compiled: # in place: the weights keep their names
-        encoder.compile()
-
-    def save(name, **rest):
-        save_checkpoint(os.path.join(args.out_dir, name), encoder, head=head.state_dict(), classes=classes.tolist(), step=step,
-                        best=best, args=vars(args), code=git_sha(), torch=str(torch.__version__), **rest)
-
-    def log(text, **record):
-        print(text, flush=True)
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
-
     features_of = lambda pairs: image_features(encoder, pairs, micro, device, dtype, "mean", args.num_workers)
     if args.linear_probe: # these never change
         features_of = functools.cache(features_of)
+    cached = args.linear_probe and args.augment == "none" # nothing random stands before the head
 
     @torch.no_grad()
     def measure(split):
@@ -858,77 +1164,33 @@ def finetune(args):
         right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
         return {"top1": right[:, 0].double().mean().item() * 100, "top5": right.any(1).double().mean().item() * 100}
 
-    # -- loop
-    batches = epoch_batches(N, B, args.seed, step)
-    cached = args.linear_probe and args.augment == "none" # nothing random stands before the head
-    if cached:
-        features = features_of(train)
-        loader = ((features[i], targets["train"][i]) for i in (torch.tensor(batch)[:, 2] for batch in batches))
-    else:
+    def batches(step):
+        """From this step on: images (B, 3, H, W) or features (B, D), and classes (B,)."""
+        order = epoch_batches(N, B, args.seed, step)
+        if cached:
+            features = features_of(train)
+            order = (torch.tensor(batch)[:, 2] for batch in order)
+            return ((features[i], targets["train"][i]) for i in order)
         images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
-        loader = iter(torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=args.num_workers,
-                                                  pin_memory=device.type == "cuda"))
-    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: loss, norm of steps not logged
-    while step < max_steps:
-        wait_start = time.time()
-        x, target = next(loader) # images (B, 3, H, W) or features (B, D), and classes (B,)
-        waited += time.time() - wait_start
-        share = lr_share(step, warmup_steps, max_steps)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = share * param_group["peak_lr"]
-        x, target = x.to(device, non_blocking=True), F.one_hot(target, C).float().to(device) # (B, C)
+        return iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
+                                                pin_memory=device.type == "cuda"))
+
+    def losses(batch, step):
+        x, target = batch[0].to(device, non_blocking=True), F.one_hot(batch[1], C).float().to(device) # (B, C)
         if args.augment == "default": # the whole batch: micro-batches change nothing
             x, target = mix(x, target, args, np.random.default_rng((args.seed, step, 0, 1)))
-        total = 0.0
         for start in range(0, B, micro):
             c = slice(start, start + micro)
             pooled = x[c]
             if not cached:
                 with autocast, torch.set_grad_enabled(not args.linear_probe):
                     pooled = pool_tokens(encoder(x[c]), "mean") # (micro, D)
-            loss = soft_cross_entropy(head(pooled), target[c], args.smoothing) * (micro / B)
-            scaler.scale(loss).backward()
-            total = total + loss.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or float("inf"))
-        if scaler.is_enabled(): # it skips a step whose gradient overflowed
-            norm = norm.nan_to_num(0, 0, 0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            yield soft_cross_entropy(head(pooled), target[c], args.smoothing) * (micro / B)
 
-        rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
-        epoch_ends = step % per_epoch == 0
-        if epoch_ends or 0 in (step % args.log_interval, step % args.save_interval): # no measuring or saving after a bad step
-            table = torch.stack(rows).cpu() # (seen, 2)
-            if not table.isfinite().all():
-                k = (~table.isfinite()).any(1).int().argmax().item()
-                bad = [name for name, v in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(v)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if one was "
-                     f"saved, is in {args.out_dir}: continue from it with --resume and a lower --lr, or --dtype=float32.")
-        if step % args.log_interval == 0 or step == max_steps:
-            (mean, norm), seen = table.double().mean(0).tolist(), len(rows)
-            ms = 1000 * (time.time() - since) / seen
-            left = (max_steps - step) * (time.time() - loop_start) / (step - first_step)
-            log(f"step {step:>6}/{max_steps}  loss {mean:.4f}  norm {norm:.2f}  lr {share * args.lr:.2e}  {1000 * B / ms:.0f} "
-                f"images/s  {ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
-                f"{left / 60:.1f} min left", loss=mean, norm=norm, lr=share * args.lr, images_per_s=1000 * B / ms, ms=ms,
-                wait_ms=1000 * waited / seen, memory_gb=peak_memory(device), minutes_left=left / 60)
-            rows, waited, since = [], 0.0, time.time()
-        if epoch_ends:
-            paused, epoch, result = time.time(), step // per_epoch, measure(val)
-            if result["top1"] > best["top1"]:
-                best = {**result, "epoch": epoch}
-                save("best.pt")
-            log(f"epoch {epoch}/{args.epochs}: {val} top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f} (best top-1 "
-                f"{best['top1']:.2f} in epoch {best['epoch']})", epoch=epoch, **{f"{val}_{k}": v for k, v in result.items()})
-            since += time.time() - paused # ms counts training alone
-        if (epoch_ends or step % args.save_interval == 0) and step < max_steps:
-            save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-
-    # -- end
-    save("ckpt.pt", finished=True, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    start = time.time()
+    best = train_epochs(args, encoder, head, optimizer, per_epoch, batches, losses, lambda: measure(val),
+                        "images", val, ["task", "ckpt", "encoder", "linear_probe"],
+                        {"classes": classes.tolist()}, device, dtype)
     metrics = {k: best[k] for k in ("top1", "top5")}
     if test != val:
         kept = read_checkpoint(os.path.join(args.out_dir, "best.pt"))
@@ -940,18 +1202,98 @@ def finetune(args):
     rows += [(f"{name}, published", row) for name, row in published.items()]
     print(vision_table((args.task, "Finetune", "Linear Probe"), rows))
     print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of {args.epochs}, the "
-          f"best on {val}; {(time.time() - loop_start) / 60:.1f} min, peak memory {peak_memory(device):.2f} GB; wrote "
-          f"{os.path.join(args.out_dir, 'best.pt')}")
-    result = {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe, "augment": args.augment,
-              "images": len(splits[test].images), "classes": C, "epochs": args.epochs, "epoch": best["epoch"],
-              "chosen_on": val, "seed": args.seed, "metrics": metrics, "published": published}
-    if args.json:
-        write_json(args.json, result)
-        print(f"wrote {args.json}")
-    return result
+          f"best on {val}; {(time.time() - start) / 60:.1f} min, peak memory {peak_memory(device):.2f} GB; "
+          f"wrote {os.path.join(args.out_dir, 'best.pt')}")
+    return {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe,
+            "augment": args.augment, "images": len(splits[test].images), "classes": C, "epochs": args.epochs,
+            "epoch": best["epoch"],
+            "chosen_on": val, "seed": args.seed, "metrics": metrics, "published": published}
 
 
-COMMANDS = {"retrieval": (retrieval_flags, retrieval), "knn": (knn_flags, knn), "finetune": (finetune_flags, finetune)}
+def glue_flags(doc):
+    own = [f"{t:>6}{x.batch_size:>6} per step,{x.epochs:>3} epochs, lr {x.lr:g}" for t, x in GLUE.items()]
+    p = Parser("\n".join([doc, "", "Where --batch_size, --epochs or --lr is None:", *own]))
+    p.section("data and encoder")
+    p.knob("task", "all", "one of the nine tasks, or all in turn", choices=["all", *GLUE])
+    p.knob("glue_dir", "data/glue", "folder of the tasks' folders, as the official archives unpack "
+           "(CoLA/train.tsv) or as the hub has them (cola/train-00000-of-00001.parquet)")
+    p.knob("ckpt", "out/bert/ckpt.pt", CKPT_HELP)
+    p.knob("text_encoder", None, TEXT_ENCODER_HELP, type=str)
+    p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
+    p.knob("max_length", 256, "tokens of a text or pair, special ones included; longer ones are cut", least=8)
+    p.knob("limit", 0, "examples of each split, for a trial; 0: all")
+    p.section("optimisation")
+    p.knob("batch_size", None, "examples per optimiser step", type=number(int, 1, math.inf))
+    p.knob("dropout", 0.1, "share of what the pooler gives that is dropped in training", most=0.99)
+    p.knob("weight_decay", 0.1, "AdamW, on everything")
+    train_flags(p, None, None, "out/glue", "false") # batches have many lengths, and each is compiled anew
+    return p
+
+
+def glue(args):
+    """Finetunes a text encoder on GLUE's tasks, each from the same weights (CLS token, of a multimodal
+    checkpoint after its shared blocks -> pooler, tanh, dropout -> linear), and prints the dev scores. The
+    same command again skips finished tasks and continues an unfinished one."""
+    # -- all that can be wrong, with any task, before the first is trained
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    print_settings(args, device, dtype, use_compile(args.compile, device))
+    tasks = [*GLUE] if args.task == "all" else [args.task]
+    splits = {task: read_glue(task, args.glue_dir, args.limit) for task in tasks}
+    model, name = one_encoder(args, "text"), args.text_encoder or args.ckpt
+    if not hasattr(model, "tokenizer"):
+        fail(f"{name} has no tokenizer: give a checkpoint of distill_text.py or distill_multimodal.py")
+    positions = getattr(model, "text_encoder", model).config["max_length"]
+    if args.max_length > positions:
+        fail(f"--max_length={args.max_length}, but {name} has {positions} positions: give at most that")
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in start.values())).hexdigest()
+    free = {"task", "glue_dir", "out_dir", "json", "device", "dtype", "compile", "log_interval",
+            "save_interval", "resume", "given"} # may differ in a continued task; all else makes its number
+    runs, results = {}, {}
+    for task in tasks:
+        own = {"out_dir": os.path.join(args.out_dir, task), "resume": False}
+        for k in "batch_size", "epochs", "lr":
+            own[k] = getattr(GLUE[task] if getattr(args, k) is None else args, k)
+        runs[task] = run = type(args)(**{**vars(args), **own})
+        path, N = os.path.join(run.out_dir, "ckpt.pt"), len(splits[task]["train"][0])
+        if run.batch_size > N:
+            fail(f"{task}: --batch_size={run.batch_size}, but there are {N} training examples: too few")
+        if os.path.exists(path):
+            old = read_checkpoint(path)
+            changed = [f"--{k}={v}, not --{k}={getattr(run, k)}" for k, v in old["args"].items()
+                       if k not in free and v != getattr(run, k)]
+            if changed or old["weights"] != digest:
+                why = "; ".join(changed) or f"other weights than {name} has now"
+                fail(f"{path} was made with {why}. Use the same, or another --out_dir.")
+            run.resume = not old.get("finished", True)
+            if not run.resume:
+                results[task] = old["best"]
+
+    # -- each in turn
+    kept = {"weights": digest, "tokenizer": model.tokenizer.text}
+    for task, run in runs.items():
+        if task not in results:
+            model.load_state_dict(start)
+            results[task] = finetune_task(task, run, splits[task], model, kept, device, dtype)
+        if os.path.exists(best := os.path.join(run.out_dir, "best.pt")): # nothing is left to resume
+            os.replace(best, os.path.join(run.out_dir, "ckpt.pt"))
+        found = ", ".join(f"{k} {v:.2f}" for k, v in results[task].items() if k != "epoch")
+        print(f"{task}: {found} on dev in epoch {results[task]['epoch']} of {run.epochs}: {run.out_dir}")
+
+    scores = {task: next(iter(metrics.values())) for task, metrics in results.items()}
+    row = glue_row(scores | {"mismatched": results.get("mnli", {}).get("mismatched")})
+    published = {name: dict(zip(GLUE, values)) for name, values in PUBLISHED_GLUE.items()}
+    mnli, *titles = [task.title for task in GLUE.values()]
+    print(vision_table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], [(name, row)] +
+                       [(f"{name}, published", glue_row(values)) for name, values in published.items()], 8))
+    print(GLUE_NOTE)
+    return {"ckpt": name, "split": "dev", "chosen_on": "dev", "seed": args.seed, "limit": args.limit,
+            "tasks": results, "score": row[-2], "score_with_wnli": row[-1], "published": published}
+
+
+COMMANDS = {"retrieval": (retrieval_flags, retrieval), "knn": (knn_flags, knn),
+            "finetune": (finetune_flags, finetune), "glue": (glue_flags, glue)}
 
 
 def get_args(argv):
@@ -975,7 +1317,11 @@ def get_args(argv):
 
 def main(argv=None):
     args = get_args(sys.argv[1:] if argv is None else argv)
-    return COMMANDS[args.command][1](args)
+    result = COMMANDS[args.command][1](args)
+    if args.json:
+        write_json(args.json, result)
+        print(f"wrote {args.json}")
+    return result
 
 
 if __name__ == "__main__":

@@ -17,16 +17,20 @@ import torch
 
 import distill_image
 import distill_multimodal
+import distill_text
 import evaluate
 import prepare_imagenet
+import prepare_owt
 import prepare_pairs
 from model import Encoder, VisionLanguageModel, save_checkpoint
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LOOPS = [distill_image, distill_multimodal]
+LOOPS = [distill_image, distill_multimodal, distill_text]
 SCRIPTS = { # name -> get_args; evaluate.py has a set of flags for each subcommand
     "distill_image.py": distill_image.get_args, "distill_multimodal.py": distill_multimodal.get_args,
+    "distill_text.py": distill_text.get_args,
     "prepare_pairs.py": prepare_pairs.get_args, "prepare_imagenet.py": prepare_imagenet.get_args,
+    "prepare_owt.py": prepare_owt.get_args,
     **{f"evaluate.py {c}": lambda argv, c=c: evaluate.get_args([c, *argv]) for c in evaluate.COMMANDS}}
 PRESETS = [(module, preset) for module in LOOPS for preset in module.PRESETS]
 NOT_KNOBS = {"preset", "given", "command"}
@@ -50,12 +54,12 @@ def parse_command(line):
     """Checks one printed command: the script exists and takes these flags."""
     python, script, *words = shlex.split(line)
     assert python == "python" and os.path.exists(os.path.join(REPO, script)), line
-    module = {f"{m.__name__}.py": m for m in (*LOOPS, evaluate, prepare_pairs, prepare_imagenet)}[script]
+    module = {f"{m.__name__}.py": m for m in (*LOOPS, evaluate, prepare_pairs, prepare_imagenet, prepare_owt)}[script]
     return module.get_args(words)
 
 
 def commands_in(text):
-    return re.findall(r"python \w+\.py(?: retrieval| knn| finetune)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
+    return re.findall(r"python \w+\.py(?: retrieval| knn| finetune| glue)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
 
 
 # -----------------------------------------------------------------------------
@@ -101,7 +105,10 @@ def test_equal_knobs_mean_the_same(capsys):
     """A knob of two scripts has one type, and one help text or one that starts from the same words."""
     own = {"data", "data_dir", "unit", "crop_min", "img_size", "patch_size", "embed_dim", "num_heads", "teacher", "depth",
            "batch_size", "micro_batch_size", "weight_decay", "out_dir", # images or pairs, one encoder or two
-           "num_workers"} # of a loop or of a preparation
+           "num_workers", "limit", "source", # of a loop, a preparation or a trial
+           "task", # of images or of GLUE
+           "mask_ratio", # predicted, or left out
+           "attn_bias", "target", "max_length"} # of images or of text
     texts = {name: help_of(name, capsys) for name in SCRIPTS}
     seen = set()
     for a in SCRIPTS:
@@ -136,9 +143,11 @@ def test_every_knob_is_read(name):
 def test_malformed_flags(name, word, said, capsys):
     flag = word.lstrip("-").partition("=")[0]
     if flag in ("device", "dtype", "batch_size", "bach_size", "batch") and "batch_size" not in knobs(name):
-        own = "quality" if name == "prepare_imagenet.py" else "size"
+        own = {"prepare_imagenet.py": "quality", "prepare_owt.py": "train_chunks"}.get(name, "size")
         word, said = {"--batch_size=": (f"--{own}=", said), "--batch_size=0": (f"--{own}=0", said)}.get(
             word, (f"--{own[:-1]}=3", f"--{own}"))
+    if "data_dir" not in knobs(name): # GLUE's folder has a flag of its own
+        word, said = word.replace("dat_dir", "gluedir").replace("data_dir", "glue_dir"), said.replace("data_dir", "glue_dir")
     with pytest.raises(SystemExit) as e:
         SCRIPTS[name]([word])
     err = capsys.readouterr().err
@@ -156,6 +165,8 @@ def test_malformed_flags(name, word, said, capsys):
     ("--log_interval=0", "at least 1"), ("--eval_interval=0", "at least 1"), ("--save_interval=0", "at least 1"),
     ("--warmup_steps=-1", "at least 0"), ("--weight_decay=-1", "at least 0"), ("--micro_batch_size=-4", "at least 0")])
 def test_malformed_values(module, word, said, capsys):
+    if not hasattr(module.get_args([]), word[2:].partition("=")[0]): # a knob of the other loops
+        said = "unknown flag"
     with pytest.raises(SystemExit) as e:
         module.get_args([word])
     err = capsys.readouterr().err
