@@ -1,0 +1,460 @@
+"""
+Prepares text as token ids: OpenWebText, Python's documentation, your own. Owns the format and its reader.
+
+    python prepare_owt.py                                # downloads 27 of OpenWebText's 80 files, 8 GB
+    python prepare_owt.py --source=DIR --tokenizer=gpt2  # from files you have, for data2vec 2.0
+    python prepare_owt.py --source=DIR --limit=1000      # a trial: the first documents of each split
+    python prepare_owt.py --data=pydoc                   # seconds, no download: English out of pydoc_data
+
+DIR, or a folder in it, holds one of (the first that is there is taken, and printed):
+
+    urlsf_subset00.tar ..           OpenWebText as first published, 21 tars of .xz, each a tar of documents
+    urlsf_subset00-1_data.xz ..     the same, with the outer tars or openwebtext.tar.xz unpacked
+    train-00000-of-00080.parquet .. as published today; or any parquet files with a column "text"
+    *.jsonl, *.txt                  a document a line, {"text": ..}; a document a file (a line, if the file is
+                                    above 4 MB or is itself the --source)
+
+data/owt_bert/ (owt_gpt2, pydoc_minilm ..) then holds train.bin and val.bin, ids of the model's vocabulary as
+uint16, little-endian, after each document its end token ([SEP] or </s>), and, written last, meta.json. Of 21
+equal shares of the documents 6 are for training and the 7th for validation, as in the thesis. Null bytes and
+empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat.
+"""
+import glob
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import platform
+import re
+import shutil
+import sys
+import tarfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
+from prepare_imagenet import end_with_parent, folder_files, readable
+
+CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
+URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
+PIECE = 1 << 22 # bytes of a text file that one process takes at a time
+FLUSH_SECONDS = 5 # the most work that a kill costs
+TEACHERS = {"bert": "bert", "gpt2": "data2vec2_text", "minilm": "minilm"} # --tokenizer -> its model
+LICENCES = {"owt": "OpenWebText: CC0 for the packaging, not for the texts; texts of your own: as they say",
+            "pydoc": "Python's documentation: PSF License Agreement"}
+
+# -----------------------------------------------------------------------------
+# the reader
+
+
+def vocabulary(tokenizer):
+    """(description, sha256, end token). The hash is of the tokens in the order of their ids, not of
+    tokenizer.json, which the versions of the tokenizers package write differently."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        stored = json.loads(tokenizer.text)
+        kind, tokens, end_id = "GPT-2 BPE", stored["tokens"] + stored["dictionary"], 2
+    else:
+        ids = tokenizer.tokenizer.get_vocab()
+        kind, tokens, end_id = "WordPiece", sorted(ids, key=ids.get), ids["[SEP]"]
+    sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+    return f"{kind} of {tokenizer.vocab_size:,} tokens (sha256 {sha256[:8]})", sha256, end_id
+
+
+class Tokens:
+    """One split of a prepared text: len(tokens) ids, tokens[a:b] -> (b - a,) int64; .meta, .end_id. Ends the
+    program, naming the command to run, if the set is missing, not whole or of another vocabulary."""
+
+    def __init__(self, data_dir, name, split, tokenizer):
+        folder, (data, _, kind) = os.path.join(data_dir, name), name.partition("_")
+        again = "Made here are owt_bert, owt_gpt2, pydoc_minilm and so on: python prepare_owt.py --help"
+        if data in LICENCES and kind in TEACHERS:
+            again = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            what = "is half-written" if os.path.isdir(folder) else "is not there"
+            fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
+        try:
+            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+                self.meta = json.load(f)
+            if split not in self.meta["splits"]:
+                fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
+            made_with, sha256, self.end_id = (self.meta[k] for k in ("vocabulary", "vocab_sha256", "end_id"))
+            self.path = os.path.join(folder, split + ".bin")
+            self.length = self.meta["splits"][split]["tokens"]
+            if (size := os.path.getsize(self.path)) != 2 * self.length:
+                raise ValueError(f"{self.path} has {size:,} bytes, not {2 * self.length:,}")
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            fail(f"data set {name} is damaged: {type(e).__name__}: {e}. Remove {folder} first. {again}")
+        own, own_sha256, _ = vocabulary(tokenizer)
+        if own_sha256 != sha256:
+            fail(f"data set {name} was made with {made_with}, but the model reads {own}. Take one made for "
+                 f"it, as from: python prepare_owt.py --tokenizer={'gpt2' if own[0] == 'G' else 'bert'}")
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, where):
+        start, stop, step = where.indices(self.length)
+        assert step == 1, where
+        # no memory map: resident memory stays flat; opened each time: nothing for workers to share
+        return np.fromfile(self.path, "<u2", max(stop - start, 0), offset=2 * start).astype(np.int64)
+
+
+# -----------------------------------------------------------------------------
+# where text comes from: a split is a list of pieces, each of them work for one process
+
+
+class Piece(NamedTuple):
+    kind: str # xz, parquet, lines, file or pydoc
+    path: str
+    start: int # its bytes in the file; parquet: its row group
+    end: int
+    nbytes: int # of ids that it gives, about
+    count: int = 1 # documents in it; those from first to last are wanted (xz: all, however many)
+    first: int = 0
+    last: int = None
+
+
+def documents(piece):
+    """All documents of a piece, as bytes."""
+    if piece.kind == "pydoc":
+        yield from pydoc_documents(piece.path)
+    elif piece.kind == "parquet":
+        import pyarrow.parquet
+        with pyarrow.parquet.ParquetFile(piece.path) as file:
+            for batch in file.iter_batches(256, row_groups=[piece.start], columns=["text"]):
+                # as bytes, since pyarrow refuses what is not UTF-8
+                yield from (raw or b"" for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist())
+    else:
+        with open(piece.path, "rb") as f:
+            f.seek(piece.start)
+            data = f.read(piece.end - piece.start)
+        if piece.kind == "xz": # read as the tar that it is: headers and padding are no text
+            with tarfile.open(fileobj=lzma.open(io.BytesIO(data)), mode="r|") as tar:
+                yield from (tar.extractfile(member).read() for member in tar if member.isreg())
+        elif piece.kind == "lines":
+            jsonl = piece.path.lower().endswith(".jsonl")
+            for line in io.BytesIO(data):
+                if jsonl and line.strip():
+                    line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
+                yield line
+        else:
+            yield data
+
+
+def share(pieces, low, high, part=0, parts=1):
+    """Of pieces, the part-th of so many equal parts of a corpus, the documents in its 21sts low to high."""
+    count, before = sum(p.count for p in pieces), 0
+    first, last = (min(max(-(-count * (edge * parts - CHUNKS * part) // CHUNKS), 0), count)
+                   for edge in (low, high))
+    for p in pieces:
+        a, b = max(first - before, 0), min(last - before, p.count)
+        if a < b:
+            yield p._replace(first=a, last=b, nbytes=p.nbytes * (b - a) // p.count)
+        before += p.count
+
+
+def chunk_pieces(path):
+    """The .xz files in an outer tar, by where they lie in it; or the one that path is."""
+    found = [(0, os.path.getsize(path))]
+    if path.endswith(".tar"):
+        with readable(path), tarfile.open(path, "r:") as tar:
+            found = [(m.offset_data, m.size) for m in tar if m.isreg() and m.name.endswith(".xz")]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512): # tarfile takes any end for the end
+                raise tarfile.ReadError("it ends in the middle")
+    return [Piece("xz", path, start, start + size, size * 14 // 10) for start, size in found]
+
+
+def find_chunks(files, args, splits):
+    chunks, name = {}, "urlsf_subset{:02}" + (".tar" if files[0].endswith(".tar") else "-*_data.xz")
+    numbers = {f: [int(n) for n in re.findall(r"\d+", os.path.basename(f))] for f in files} # 10 comes after 9
+    for f in sorted(files, key=numbers.get):
+        chunks.setdefault(numbers[f][0], []).append(f)
+    if missing := [name.format(c) for edges in splits.values() for c in range(*edges) if c not in chunks]:
+        fail(f"{args.source} lacks {', '.join(missing)}. Fetch them, or lower --train_chunks, --val_chunks")
+    return f"{len(chunks)} of {CHUNKS} chunks, {name.format(min(chunks))} and on", {
+        split: [p for c in range(*edges) for f in chunks[c] for p in chunk_pieces(f)]
+        for split, edges in splits.items()}
+
+
+def find_parquet(files, args, splits):
+    """Of files named -of-00080 only those are needed, or else downloaded, that hold the shares asked for."""
+    try:
+        from pyarrow import parquet
+    except ImportError as e:
+        fail(f"{e}, which reads parquet. Run: pip install pyarrow")
+    there, total, found = dict(enumerate(files)), len(files) or 80, {}
+    if numbers := [m for f in files if (m := re.search(r"train-(\d+)-of-(\d+)\.parquet$", f))]:
+        there, total = {int(m[1]): m.string for m in numbers}, int(numbers[0][2])
+    for split, (low, high) in splits.items():
+        found[split] = []
+        for i in range(low * total // CHUNKS, -(-high * total // CHUNKS)):
+            name = f"train-{i:05}-of-{total:05}.parquet"
+            path = there.get(i, os.path.join(cache_folder(), "openwebtext", name))
+            if args.source and i not in there:
+                fail(f"{args.source} lacks {name}. Fetch it, or lower --train_chunks, --val_chunks")
+            if not os.path.exists(path):
+                print(f"fetching {URL}{name}, 0.3 GB or so; --source=DIR takes files you have", flush=True)
+                download(URL + name, path)
+            try:
+                with parquet.ParquetFile(path) as file:
+                    rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+                    file.schema_arrow.field("text")
+            except (ValueError, KeyError, OSError) as e: # pyarrow's own are among them
+                fail(f"{path} cannot be read, or has no column \"text\": {e}. Half a download?")
+            each = os.path.getsize(path) * 0.8 / max(sum(rows), 1)
+            pieces = [Piece("parquet", path, g, g + 1, int(n * each), n) for g, n in enumerate(rows)]
+            found[split] += share(pieces, low, high, i, total)
+            if 0 < args.limit <= sum(p.last - p.first for p in found[split]):
+                break # the rest is not needed, nor downloaded
+    return f"{total} parquet files, {len(there) or 'none'} of them before", found
+
+
+def find_texts(files, args, splits):
+    pieces = []
+    for path in files:
+        with readable(path), open(path, "rb") as f:
+            size = os.path.getsize(path)
+            if path.lower().endswith(".txt") and path != args.source and size <= PIECE:
+                pieces.append(Piece("file", path, 0, size, size // 2))
+                continue
+            start = end = count = 0
+            for line in f:
+                end, count = end + len(line), count + 1
+                if end - start >= PIECE or end == size:
+                    pieces.append(Piece("lines", path, start, end, (end - start) // 2, count))
+                    start, count = end, 0
+    return f"{len(files):,} .jsonl or .txt files", {s: list(share(pieces, *e)) for s, e in splits.items()}
+
+
+def find(args):
+    """What was found, in words, and {split: its pieces}."""
+    middle = args.train_chunks
+    splits = {"train": (0, middle), "val": (middle, middle + args.val_chunks)}
+    if args.data == "pydoc":
+        pieces = {split: [Piece("pydoc", split, 0, 0, 200_000)] for split in splits}
+        return f"pydoc_data of Python {platform.python_version()}", pieces
+    if not args.source:
+        return find_parquet([], args, splits)
+    files = list(folder_files(args.source)) if os.path.isdir(args.source) else [args.source]
+    for pattern, layout in ((r"urlsf_subset\d+\.tar", find_chunks),
+                            (r"urlsf_subset\d+-\d+_data\.xz", find_chunks), (r".*\.parquet", find_parquet),
+                            (r"(?i:.*\.(jsonl|txt))", find_texts)):
+        if found := [f for f in files if re.fullmatch(pattern, os.path.basename(f))]:
+            return layout(found, args, splits)
+    fail(f"--source={args.source} holds no text in a layout that --help lists (openwebtext.tar.xz has to be "
+         f"unpacked). There is: {', '.join(map(os.path.basename, files[:9])) or 'nothing'}")
+
+
+def pydoc_documents(split):
+    """Python's documentation, a document a topic, without markup and code. A seventh of the topics, by their
+    hash, is val. Topics repeat one another: each paragraph is taken once, and none of val's is in train."""
+    from pydoc_data.topics import topics
+    held_out = {t for t in topics if hashlib.sha256(t.encode()).digest()[0] % 7 == 0}
+    seen = {""}
+    for topic in sorted(topics, key=lambda t: (t not in held_out, t)):
+        lines = []
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            paragraph = re.sub(r"(?m)^\s*[*=~^-]{3,}$|^\s*\* ", " ", paragraph) # rulers under titles, bullets
+            line = " ".join(re.sub(r"\*\*?(\w[^*\n]*)\*\*?", r"\1", paragraph).split())
+            if line not in seen and not re.search(r">>>|::=|^\+-", line): # sessions, grammar, tables
+                lines.append(line)
+            seen.add(line)
+        if (topic in held_out) == (split == "val"):
+            yield "\n".join(lines).encode()
+
+
+# -----------------------------------------------------------------------------
+# from bytes to ids, and into the file
+
+CLEANED = ("empty", "null_bytes", "invalid_utf8") # documents that were so
+EMPTY_LINES = re.compile(r"\n\s*\n")
+# a long text in parts, cut before a single blank, where both tokenisers give the ids of the whole: memory
+# stays flat, and tiktoken does not meet the million blanks in a row on which it gives up
+PARTS = re.compile(r"(?s).{262144}.{0,262144}?(?=(?<=\S)[ \n]\S)|.{1,262144}")
+
+
+class Encode(torch.utils.data.Dataset):
+    """Piece -> ids of its documents as bytes; tokens and characters of each; counts of what was cleaned; what
+    is wrong or "". A Dataset, since a DataLoader whose "indices" are pieces does the rest, in order."""
+
+    def __init__(self, tokenizer):
+        self.end_id, self.table = vocabulary(tokenizer)[2], None
+        if isinstance(tokenizer, GPT2Tokenizer):
+            self.engine, self.table = tokenizer.bpe, np.full(tokenizer.bpe.n_vocab, 3, "<u2") # 3: <unk>
+            self.table[list(tokenizer.from_gpt2)] = list(tokenizer.from_gpt2.values())
+        else:
+            self.engine = tokenizer.tokenizer
+            self.engine.no_truncation()
+            self.engine.encode_special_tokens = True # a document that says [SEP] does not end there
+
+    def ids(self, text):
+        if self.table is not None:
+            return self.table[self.engine.encode_to_numpy(text, disallowed_special=())]
+        # one by one: what the package keeps of a whole batch besides its ids outgrows the processor's cache
+        return np.array(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, "<u2")
+
+    def __getitem__(self, piece):
+        parts, sizes, end = [], [], np.array([self.end_id], "<u2")
+        cleaned = dict.fromkeys(CLEANED, 0)
+        try:
+            for raw in itertools.islice(documents(piece), piece.first, piece.last):
+                text = raw.replace(b"\0", b"").decode("utf-8", "replace")
+                cleaned["null_bytes"] += b"\0" in raw
+                if "\ufffd" in text: # by this decoding, or before it
+                    cleaned["invalid_utf8"] += text.count("\ufffd") > raw.count(b"\xef\xbf\xbd")
+                text = EMPTY_LINES.sub("\n", text).strip()
+                cleaned["empty"] += not text
+                if text:
+                    ids = [self.ids(part) for part in PARTS.findall(text)]
+                    parts += [*ids, end]
+                    sizes.append((sum(map(len, ids)) + 1, len(text)))
+        except Exception as e: # lzma, tarfile and pyarrow raise a dozen types for files that are cut short
+            return b"", [], cleaned, f"{type(e).__name__}: {e}"
+        return b"".join(part.tobytes() for part in parts), sizes, cleaned, ""
+
+
+def start_worker(worker):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" # there is a process for each core already
+    end_with_parent(worker)
+
+
+def write_split(path, pieces, encode, args, counts, save):
+    """Appends to path what is missing by counts, an entry of meta.json; save() keeps counts for later."""
+    todo, before, start = pieces[counts["pieces"]:], counts["tokens"], time.time()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = torch.utils.data.DataLoader(encode, sampler=todo, batch_size=None, worker_init_fn=start_worker,
+                                         num_workers=min(args.num_workers or cores, len(todo)))
+    if os.path.exists(path.removesuffix(".tmp")): # whole, but then the run was killed
+        os.replace(path.removesuffix(".tmp"), path)
+    with open(path, "ab") as file, tqdm(
+            desc=os.path.basename(path), total=sum(p.nbytes for p in pieces), unit="B", unit_scale=True,
+            initial=sum(p.nbytes for p in pieces[:counts["pieces"]]),
+            mininterval=0.5 if sys.stderr.isatty() else 60) as bar: # in a log, a line a minute
+        flushed = start
+        if file.tell() < 2 * counts["tokens"]:
+            fail(f"{path} has lost its end. Remove {os.path.dirname(path)} to start again.")
+        file.truncate(2 * counts["tokens"])
+        for piece, (ids, sizes, cleaned, problem) in zip(todo, loader):
+            if problem:
+                fail(f"{piece.path} cannot be read, or not to its end: {problem}. Half a download? Put the "
+                     f"whole one there and give the same command again.")
+            if args.limit:
+                sizes = sizes[:args.limit - counts["documents"]]
+            more = {"tokens": sum(n for n, _ in sizes), "characters": sum(n for _, n in sizes)}
+            file.write(ids[:2 * more["tokens"]])
+            for k, n in {**cleaned, **more, "pieces": 1, "documents": len(sizes)}.items():
+                counts[k] += n
+            rate = (counts["tokens"] - before) / (time.time() - start)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            bar.update(piece.nbytes)
+            full = counts["documents"] == args.limit > 0
+            if time.time() - flushed > FLUSH_SECONDS or full or counts["pieces"] == len(pieces):
+                file.flush()
+                os.fsync(file.fileno())
+                save()
+                flushed = time.time()
+            if full:
+                break
+
+
+# -----------------------------------------------------------------------------
+
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    p.knob("data", "owt", "owt: OpenWebText or the texts in --source; pydoc: English that Python carries",
+           choices=list(LICENCES))
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA_TOKENIZER")
+    p.knob("tokenizer", None, "whose ids: bert (if owt), gpt2 (BPE as data2vec 2.0 reads it) or minilm (if "
+           "pydoc: BERT's vocabulary out of a package)", choices=list(TEACHERS))
+    p.knob("tokenizer_path", None, "folder with vocab.txt, or encoder.json, vocab.bpe and dict.txt; without "
+           "they are downloaded", type=str)
+    p.knob("source", None, "folder or file with the texts, in a layout above; it is only read. Without "
+           f"it, what is needed comes from {URL}, an address not opened when this was written", type=str)
+    p.knob("train_chunks", 6, "21sts of the documents for training, from the start", least=1, most=CHUNKS - 1)
+    p.knob("val_chunks", 1, "21sts of the documents for validation, right after", least=1, most=CHUNKS - 1)
+    p.knob("limit", 0, "documents of each split at most, for a trial; 0: all")
+    p.knob("num_workers", 0, "processes that read, clean and encode; 0: one a core. The result is the same")
+    return p.parse(argv)
+
+
+def main(args):
+    kind = args.tokenizer or {"owt": "bert", "pydoc": "minilm"}[args.data]
+    name = f"{args.data}_{kind}"
+    folder = os.path.join(args.data_dir, name)
+    done, begun = os.path.join(folder, "meta.json"), os.path.join(folder, "begun.json")
+    if args.data == "pydoc" and (unread := {"source", "train_chunks", "val_chunks"} & set(args.given)):
+        fail(f"--{', --'.join(sorted(unread))}: for --data=owt, not for pydoc")
+    if args.train_chunks + args.val_chunks > CHUNKS:
+        fail(f"--train_chunks={args.train_chunks} and --val_chunks={args.val_chunks}: {CHUNKS} is all")
+    if args.source and not os.path.exists(args.source):
+        fail(f"--source={args.source} is not there. Give the folder with the files; --help says which.")
+    tokenizer = load_tokenizer(TEACHERS[kind], args.tokenizer_path)
+    words, sha256, end_id = vocabulary(tokenizer)
+    options = {"vocabulary": words, "source": os.path.realpath(args.source) if args.source else None,
+               **{k: getattr(args, k) for k in ("train_chunks", "val_chunks", "limit")}}
+    meta = {"data": args.data, "made_by": "prepare_owt.py", "license": LICENCES[args.data], "tokenizer": kind,
+            "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
+            "splits": {}}
+    for path in (begun, done):
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                meta = json.load(f)
+            if other := [k for k in options if meta.get(k) != options[k]]:
+                fail(f"{folder} was prepared with {', '.join(f'{k} {meta.get(k)}' for k in other)}, not "
+                     f"{', '.join(str(options[k]) for k in other)}. Remove it, or give another --data_dir.")
+    if os.path.exists(done):
+        print(f"{folder} is already prepared; remove it to do it again")
+    else:
+        layout, found = find(args)
+        print(f"found {layout}")
+        for split, pieces in found.items():
+            counts = dict.fromkeys(("pieces", "documents", "tokens", "characters", *CLEANED), 0)
+            if meta["splits"].setdefault(split, {"of": len(pieces), **counts})["of"] != len(pieces):
+                fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
+        need = sum(min(sum(p.nbytes for p in f), args.limit * 2500 or sys.maxsize) for f in found.values())
+        need -= 2 * sum(c["tokens"] for c in meta["splits"].values())
+        free = shutil.disk_usage(folder).free
+        print(f"{folder} needs about {max(need, 0) / 1e9:.2f} GB more, {free / 1e9:.2f} are free")
+        if need > free:
+            fail("the disk has no room for it. Give another --data_dir, or lower --train_chunks")
+        meta["layout"], encode = layout, Encode(tokenizer)
+        try:
+            for split in ("val", "train"): # the small one first: what is wrong shows early
+                counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
+                write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
+                if not counts["documents"]:
+                    fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more to "
+                         f"--source, or more shares of it: --{split}_chunks")
+        except KeyboardInterrupt:
+            fail("stopped. Give the same command again to go on.")
+        except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
+            fail(f"{folder}: {e}. Give the same command again to go on.")
+        for split in found:
+            os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
+        write_json(done, meta)
+        for path in glob.glob(glob.escape(begun) + "*"): # also what a kill left of writing it
+            os.remove(path)
+        print(f"wrote {folder}; licence: {meta['license']}")
+    columns = ("documents", "tokens", "characters", *CLEANED)
+    print(f"{'split':6}" + "".join(f"{k:>15}" for k in columns) + f"{'GB':>8}")
+    for split, c in meta["splits"].items():
+        print(f"{split:6}" + "".join(f"{c[k]:>15,}" for k in columns) + f"{2 * c['tokens'] / 1e9:>8.3f}")
+    print(f"training examples of 192 tokens: {meta['splits']['train']['tokens'] // 192:,} (published: 13M "
+          f"of more than 2.5 billion tokens, about 6 GB)")
+    print(f"next: python distill_text.py --data={name} --data_dir={args.data_dir}")
+
+
+if __name__ == "__main__":
+    main(get_args())
