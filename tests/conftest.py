@@ -1,7 +1,8 @@
 """
-What several test files share: the repository on sys.path, one torch thread, and two prepared data sets.
+What several test files share: the repository on sys.path, one torch thread, and three prepared data sets.
 
     tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed format
+    text_data   DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
     openmoji    DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
 """
 import io
@@ -15,7 +16,8 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import prepare_pairs
-from model import save_atomic, write_json
+from model import Encoder, Tokenizer, save_atomic, save_checkpoint, write_json
+from prepare_owt import vocabulary
 from prepare_pairs import RecordWriter
 
 torch.set_num_threads(1)
@@ -74,6 +76,36 @@ def write_toy(data_dir):
 def tiny_data(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("tiny_data"))
     write_toy(data_dir)
+    return data_dir
+
+
+def write_toy_text(data_dir):
+    """data_dir/toy_text: lines such as "a red circle and a blue cross ." in documents of one to five, ids as
+    prepare_owt.py leaves them; data_dir/teacher.pt: four random blocks, 32 wide, and their tokeniser."""
+    rng, folder = np.random.default_rng(0), os.path.join(data_dir, "toy_text")
+    names = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
+    lines = [" and ".join(rng.choice(names, rng.integers(2, 5))) + " ." for _ in range(600)]
+    tokenizer = Tokenizer(prepare_pairs.train_wordpiece(lines, 200))
+    name, sha256, end_id = vocabulary(tokenizer)
+    stream = []
+    for line in lines:
+        stream += tokenizer.ids([line], 100)[0][1:-1] + [end_id] * (rng.random() < 0.3)
+    splits = {"train": stream[:3005], "val": stream[3005:3605]}
+    for split, ids in splits.items():
+        save_atomic(os.path.join(folder, f"{split}.bin"), lambda f: f.write(np.array(ids, "<u2").tobytes()))
+    write_json(os.path.join(folder, "meta.json"), {
+        "splits": {split: {"tokens": len(ids)} for split, ids in splits.items()}, "end_id": end_id,
+        "vocabulary": name, "vocab_sha256": sha256})
+    torch.manual_seed(0)
+    teacher = Encoder("text", 32, 4, 2, norm_first=False, positions="learned", embed_norm=True, token_types=2,
+                      vocab_size=tokenizer.vocab_size, max_length=32, pooler=True)
+    save_checkpoint(os.path.join(data_dir, "teacher.pt"), teacher, tokenizer=tokenizer.text)
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("text_data"))
+    write_toy_text(data_dir)
     return data_dir
 
 
