@@ -1,12 +1,13 @@
 """
-Distils a vision-language student: an image encoder, a text encoder and shared blocks on top learn, from image-text
-pairs, to predict an image teacher's CLS token from the image and from its caption, and to agree with each other.
+Distils a vision-language student: an image encoder, a text encoder and shared blocks on top learn, from
+image-text pairs, to predict an image teacher's CLS token from the image and from its caption, and to agree
+with each other.
 
     python distill_multimodal.py --preset=tiny          # no download, no GPU: data and teacher are made first
     python distill_multimodal.py --batch_size=256       # the thesis' MM-D2V2 with BEiTv2 as teacher, on COCO
 
-Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume continues a
-run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
+Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume
+continues a run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import copy
 import json
@@ -22,34 +23,36 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha, is_finished, keep_blocks, kept_patches, load_encoder,
-                   load_weights, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask,
-                   save_checkpoint, trim_log, use_compile)
+from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha,
+                   is_finished, keep_blocks, kept_patches, load_encoder, load_weights, normalize, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
+                   trim_log, use_compile)
 from prepare_pairs import Pairs, augment, decode, eval_image, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
 
 PRESETS = {
-    # MM-D2V2 with BEiTv2 as teacher, the best early system of the thesis: 5 modality-specific blocks and 1 shared block
-    # regress its CLS token from image and text, MSE + MSE, no alignment loss. Published: COCO R@1 31.7 (image to text) / 12.4 (text to image).
-    # These are the defaults of the knobs below.
+    # MM-D2V2 with BEiTv2 as teacher, the best early system of the thesis: 5 modality-specific blocks and 1
+    # shared block regress its CLS token from image and text, MSE + MSE, no alignment loss. Published: COCO
+    # R@1 31.7 (image to text) / 12.4 (text to image). These are the defaults of the knobs below.
     "mmd2v2_beit": dict(),
-    # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was tuned on
-    # families of the training split (README, "How the tiny preset was tuned").
+    # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was
+    # tuned on families of the training split (README, "How the tiny preset was tuned").
     "tiny": dict(
-        data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt", image_init="teacher",
-        text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=4, text_depth=2,
-        max_length=24, rotate=15.0, color=0.2, mask_ratio=0.5, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
-        align_loss="contrastive", word_weight=2.0, cache_targets=True,
-        label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=450, warmup_steps=30, weight_decay=0.05,
-        grad_clip=3.0, eval_interval=80, save_interval=80, log_interval=20),
+        data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt",
+        image_init="teacher", text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3,
+        depth=4, text_depth=2, max_length=24, rotate=15.0, color=0.2, mask_ratio=0.5, head=True,
+        token_types=True, kd_loss="contrastive", kd_weight=0.5, align_loss="contrastive", word_weight=2.0,
+        cache_targets=True, label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=450, warmup_steps=30,
+        weight_decay=0.05, grad_clip=3.0, eval_interval=80, save_interval=80, log_interval=20),
 }
 
 
 # what makes the model: cannot change on --resume
-MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth", "max_length",
-               "shared_norm_first", "head", "token_types", "image_init", "text_init", "word_weight"]
+MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth",
+               "max_length", "shared_norm_first", "head", "token_types", "image_init", "text_init",
+               "word_weight"]
 
 
 def get_args(argv=None):
@@ -57,33 +60,40 @@ def get_args(argv=None):
     p.section("data")
     p.knob("data", "coco", "name of the prepared pairs: DATA_DIR/NAME")
     p.knob("data_dir", "data", "folder of all prepared data sets")
-    p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random caption; every "
-           "label (OpenMoji: family), with a random image of it", choices=["caption", "image", "label"])
+    p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random "
+           "caption; every label (OpenMoji: family), with a random image of it",
+           choices=["caption", "image", "label"])
     p.knob("max_length", 64, "text tokens with CLS and SEP, at most; longer captions are cut", least=3)
-    p.knob("crop_min", 0.6, "smallest area of the random crop, as a share of the picture; near 1 keeps what the caption "
-           "speaks of, less makes the images more varied", most=1)
+    p.knob("crop_min", 0.6, "smallest area of the random crop, as a share of the picture; near 1 keeps what "
+           "the caption speaks of, less makes the images more varied", most=1)
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
-    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners", most=180)
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners",
+           most=180)
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
-    p.knob("mask_ratio", 0.0, "share of each image's patches hidden from the student in training: left out, which saves their time "
-           "for more steps or a larger batch (FLIP, Li et al. 2023); teacher and evaluation see all", most=0.99)
+    p.knob("mask_ratio", 0.0, "share of each image's patches hidden from the student in training: left out, "
+           "which saves their time for more steps or a larger batch (FLIP, Li et al. 2023); "
+           "teacher and evaluation see all", most=0.99)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
-    p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint of "
-           "distill_image.py")
+    p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint "
+           "of distill_image.py")
     p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
-    p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of its patch tokens",
-           choices=["cls", "mean"])
-    p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the first step, from the "
-           "evaluation transform (the student still sees random crops); saves the teacher's pass in every step and gives "
-           "image and caption a target without noise, but costs one pass over the set")
-    p.knob("image_init", "data2vec2_image", "image encoder: embeddings and first DEPTH blocks of the teacher, of "
-           "data2vec2_image, of beitv2, of a checkpoint of distill_image.py; or random")
-    p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
-    p.knob("text_init", "data2vec2_text", "text encoder: embeddings and first TEXT_DEPTH blocks of data2vec2_text or bert, whose "
-           "tokenizer is taken too; or random, with the data set's tokenizer")
-    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
+    p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of "
+           "its patch tokens", choices=["cls", "mean"])
+    p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the "
+           "first step, from the evaluation transform (the student still sees random crops); saves the "
+           "teacher's pass in every step and gives image and caption a target without noise, but costs one "
+           "pass over the set")
+    p.knob("image_init", "data2vec2_image", "image encoder: embeddings and first DEPTH blocks of the "
+           "teacher, of data2vec2_image, of beitv2, of a checkpoint of distill_image.py; or random")
+    p.knob("image_path", None, "file of the image encoder's published weights, for a machine "
+           "without a network", type=str)
+    p.knob("text_init", "data2vec2_text", "text encoder: embeddings and first TEXT_DEPTH blocks of "
+           "data2vec2_text, bert or minilm, whose tokenizer is taken too; "
+           "or random, with the data set's tokenizer")
+    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it",
+           type=str)
     p.knob("img_size", 224, "side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "side of a patch in pixels", least=1)
     p.knob("embed_dim", 768, "width of all blocks", least=4)
@@ -91,28 +101,31 @@ def get_args(argv=None):
     p.knob("depth", 5, "modality-specific blocks of the image encoder", least=1)
     p.knob("text_depth", 5, "modality-specific blocks of the text encoder", least=1)
     p.knob("shared_depth", 1, "blocks on top that both modalities pass through")
-    p.knob("shared_norm_first", False, "pre-norm shared blocks (S-SMKE) instead of post-norm ones (MM-D2V2), whose output, "
-           "the embedding, comes out of a LayerNorm")
-    p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the CLS token itself")
+    p.knob("shared_norm_first", False, "pre-norm shared blocks (S-SMKE) instead of post-norm ones (MM-D2V2), "
+           "whose output, the embedding, comes out of a LayerNorm")
+    p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the "
+           "CLS token itself")
     p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
     p.section("loss")
-    p.knob("kd_loss", "mse", "distance to the teacher's target, for image and for text: mse and l1 on the features; "
-           "contrastive: find the own target among those of the batch and the queue; none",
+    p.knob("kd_loss", "mse", "distance to the teacher's target, for image and for text: mse and l1 on the "
+           "features; contrastive: find the own target among those of the batch and the queue; none",
            choices=["mse", "l1", "contrastive", "none"])
     p.knob("kd_weight", 1.0, "weight of the sum of the image and the text term")
-    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)", least=0.001)
+    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)",
+           least=0.001)
     p.knob("queue_size", 0, "contrastive kd_loss: targets of earlier batches kept as further negatives")
-    p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned temperature, or "
-           "ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
+    p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned "
+           "temperature, or ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
     p.knob("align_weight", 1.0, "weight of the alignment loss")
-    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch", most=1)
-    p.knob("word_weight", 0.0, "weight of the word loss: each embedding predicts the tokens of its caption, which ties captions that "
-           "share a word; helps where pairs are few")
+    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch",
+           most=1)
+    p.knob("word_weight", 0.0, "weight of the word loss: each embedding predicts the tokens of its caption, "
+           "which ties captions that share a word; helps where pairs are few")
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
     p.section("optimisation")
     p.knob("batch_size", 256, "pairs per optimiser step", least=2)
-    p.knob("micro_batch_size", 0, "pairs per forward pass, 0: all; the result is the same (gradient caching), memory "
-           "falls, one forward pass more is paid")
+    p.knob("micro_batch_size", 0, "pairs per forward pass, 0: all; the result is the same (gradient "
+           "caching), memory falls, one forward pass more is paid")
     p.knob("max_steps", 40000, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
@@ -127,8 +140,8 @@ def get_args(argv=None):
     p.knob("eval_interval", 1000, "steps between validations", least=1)
     p.knob("save_interval", 1000, "steps between checkpoints", least=1)
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
-    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
-           choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, "
+           "else float16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
     p.knob("compile", "auto", "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
            choices=["auto", "true", "false"], nargs="?", const="true")
     return p.parse(argv)
@@ -139,8 +152,9 @@ def get_args(argv=None):
 
 
 def contrastive_loss(image, text, logit_scale, label_smoothing=0.0):
-    """Eq. 27: mean of the cross-entropies of image to text and text to image, each a mean over the batch; the other
-    pairs of the batch are the negatives. image, text (B, D), L2-normalised; logit_scale multiplies the cosines."""
+    """Eq. 27: mean of the cross-entropies of image to text and text to image, each a mean over the batch; the
+    other pairs of the batch are the negatives. image, text (B, D), L2-normalised; logit_scale multiplies the
+    cosines."""
     logits = logit_scale * image.float() @ text.float().T # (B, B)
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own, label_smoothing=label_smoothing)
@@ -148,18 +162,20 @@ def contrastive_loss(image, text, logit_scale, label_smoothing=0.0):
 
 
 def ranking_loss(image, text, margin):
-    """Eq. 30, one direction, the plain sum over i and j != i of max(0, margin - cos(x_i, y_i) + cos(x_i, y_j)).
-    image, text (B, D), L2-normalised. 0 for B = 1."""
+    """Eq. 30, one direction, the plain sum over i and j != i of max(0, margin - cos(x_i, y_i) +
+    cos(x_i, y_j)). image, text (B, D), L2-normalised. 0 for B = 1."""
     cosine = image.float() @ text.float().T # (B, B)
     violation = (margin - cosine.diagonal()[:, None] + cosine).clamp(min=0)
     return violation.sum() - violation.diagonal().sum()
 
 
 def contrastive_kd_loss(student_out, target, group, queue, scale):
-    """Cross-entropy of finding one's own target among those of the batch and of the queue, mean over the batch.
+    """Cross-entropy of finding one's own target among those of the batch and of the queue, mean over the
+    batch.
 
-    student_out, target (B, D), any norm; group (B,): samples of one group (the same image) are never each other's
-    negatives; queue: (targets (Q, D) normalised, groups (Q,)) or None; scale multiplies the cosines."""
+    student_out, target (B, D), any norm; group (B,): samples of one group (the same image) are never each
+    other's negatives; queue: (targets (Q, D) normalised, groups (Q,)) or None; scale multiplies the
+    cosines."""
     bank, bank_group = F.normalize(target.float(), dim=-1), group
     if queue is not None:
         bank, bank_group = torch.cat([bank, queue[0]]), torch.cat([group, queue[1]]) # (B + Q, D), (B + Q,)
@@ -171,18 +187,19 @@ def contrastive_kd_loss(student_out, target, group, queue, scale):
 
 
 def word_targets(ids, padding_mask, vocab_size):
-    """What the word loss predicts, (B, vocab_size) float32: the distinct tokens of each caption, without CLS and SEP, all
-    equally likely."""
+    """What the word loss predicts, (B, vocab_size) float32: the distinct tokens of each caption, without CLS
+    and SEP, all equally likely."""
     real = ~padding_mask # (B, T)
     real[torch.arange(len(ids)), real.sum(1) - 1] = False # SEP
     real[:, 0] = False # CLS
-    words = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add_(1, ids, real.float()).clamp(max=1)
+    words = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add_(
+        1, ids, real.float()).clamp(max=1)
     return words / words.sum(1, keepdim=True).clamp(min=1)
 
 
 def loss_terms(outputs, target, group, queue, words, student, args):
-    """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel returns,
-    for the whole batch; words: from word_targets, None without word loss."""
+    """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel
+    returns, for the whole batch; words: from word_targets, None without word loss."""
     image_cls, text_cls, image_out, text_out = (x.float() for x in outputs)
     terms, total = {}, 0.0
     for name, out in (("kd_image", image_out), ("kd_text", text_out)):
@@ -196,16 +213,19 @@ def loss_terms(outputs, target, group, queue, words, student, args):
     if args.align_loss != "none":
         image_emb, text_emb = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
         terms["align"] = (ranking_loss(image_emb, text_emb, args.margin) if args.align_loss == "ranking" else
-                          contrastive_loss(image_emb, text_emb, student.log_scale.exp(), args.label_smoothing))
+                          contrastive_loss(image_emb, text_emb, student.log_scale.exp(),
+                                           args.label_smoothing))
         total = total + args.align_weight * terms["align"]
     if words is not None: # Joulin et al. 2016, for the image and for the text
-        terms["words"] = (F.cross_entropy(student.words(image_cls), words) + F.cross_entropy(student.words(text_cls), words)) / 2
+        terms["words"] = (F.cross_entropy(student.words(image_cls), words) +
+                          F.cross_entropy(student.words(text_cls), words)) / 2
         total = total + args.word_weight * terms["words"]
     return total, terms
 
 
 # -----------------------------------------------------------------------------
-# batches: everything random is a function of (seed, epoch, position), so a resumed run sees what it would have seen
+# batches: everything random is a function of (seed, epoch, position), so a resumed run sees what it would
+# have seen
 
 
 class TrainPairs(torch.utils.data.Dataset):
@@ -218,8 +238,8 @@ class TrainPairs(torch.utils.data.Dataset):
         self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=caption or --unit=image.")
-        # group: what is never its own negative in the distillation loss; a label (OpenMoji: family) if there is one, since
-        # its pictures differ in details only, else the image
+        # group: what is never its own negative in the distillation loss; a label (OpenMoji: family) if there
+        # is one, since its pictures differ in details only, else the image
         self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
         order = np.argsort(self.group, kind="stable")
         self.images_of = np.split(order, np.flatnonzero(np.diff(self.group[order])) + 1)
@@ -241,7 +261,8 @@ class TrainPairs(torch.utils.data.Dataset):
     def collate(self, samples):
         """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,)."""
         images, captions, index = zip(*samples)
-        return torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length), torch.tensor(index)
+        return (torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length),
+                torch.tensor(index))
 
 
 def batch_order(num_units, batch_size, seed, step):
@@ -258,7 +279,8 @@ def batch_order(num_units, batch_size, seed, step):
 
 
 def validation_batch(pairs, tokenizer, args):
-    """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids, mask."""
+    """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids,
+    mask."""
     _, first = np.unique(pairs.text_to_image, return_index=True)
     images = torch.stack([eval_image(pairs.images[i], args.img_size) for i in range(len(pairs.images))])
     return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
@@ -288,14 +310,17 @@ def what_is_missing(args):
     problems = []
     if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
         problems.append(f"data set {args.data} is not in {args.data_dir}/")
-    asked = [("teacher", args.teacher)] * needs_teacher(args) + [(k, getattr(args, k)) for k in ("image_init", "text_init")]
+    asked = ([("teacher", args.teacher)] * needs_teacher(args) +
+             [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
-                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED) and not os.path.isfile(name)]
+                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED)
+                 and not os.path.isfile(name)]
     problems += [f"--{k}={getattr(args, k)} is no file" for k in ("path", "image_path", "text_path")
                  if getattr(args, k) and not os.path.exists(getattr(args, k))]
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
-             "This version prepares OpenMoji; COCO, which the default preset needs, comes with its own command later.\n"
+             "This version prepares OpenMoji; COCO, which the default preset needs, comes with its own "
+             "command later.\n"
              f"Published weights are downloaded when first needed, to {cache_folder()}, or read from\n"
              "--path, --image_path and --text_path.\n"
              "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
@@ -313,9 +338,10 @@ def prepare_tiny(args):
         commands.append(["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"])
     folder, name = os.path.split(args.teacher)
     if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
-        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder or '.'}",
-                         f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
-                         f"--img_size={args.img_size}", f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
+        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}",
+                         f"--out_dir={folder or '.'}", f"--seed={args.seed}", f"--device={args.device}",
+                         f"--dtype={args.dtype}", f"--img_size={args.img_size}",
+                         f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
                          f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"])
     here = os.path.dirname(os.path.abspath(__file__))
     for script, *flags in commands:
@@ -328,19 +354,19 @@ def prepare_tiny(args):
 def check(args):
     """What the flags cannot say by themselves, before time is spent."""
     if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
-        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; --num_heads={args.num_heads} and 4 "
-             f"must divide --embed_dim={args.embed_dim}")
+        fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; "
+             f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
-    if (args.kd_loss == "none" or not args.kd_weight) and (args.align_loss == "none" or not args.align_weight) \
-            and not args.word_weight:
+    if (args.kd_loss == "none" or not args.kd_weight) \
+            and (args.align_loss == "none" or not args.align_weight) and not args.word_weight:
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was stopped "
-             f"continues by itself), or give the --out_dir to continue.")
+        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was "
+             f"stopped continues by itself), or give the --out_dir to continue.")
     if "cache_targets" in args.given and args.cache_targets and args.kd_loss == "none":
         fail("--cache_targets, but --kd_loss=none has no targets: leave one of them out")
     if args.queue_size and args.kd_loss != "contrastive":
@@ -348,7 +374,8 @@ def check(args):
 
 
 def build_student(args, sources, vocab_size, head_dim):
-    """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts from, or None."""
+    """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts
+    from, or None."""
     configs, weights = {}, {}
     for modality, flag, depth, more in (
             ("image", "depth", args.depth, dict(img_size=args.img_size, patch_size=args.patch_size)),
@@ -367,13 +394,15 @@ def build_student(args, sources, vocab_size, head_dim):
         if modality == "text" and args.max_length > has["max_length"]:
             wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
         if wrong:
-            fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these flags or use "
-                 f"--{modality}_init=random.")
+            fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these "
+                 f"flags or use --{modality}_init=random.")
         keep_blocks(encoder, range(depth))
         weights[modality] = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
-        configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items() if k != "modality"}
+        configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items()
+                             if k != "modality"}
     student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth,
-                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim, args.max_length, bool(args.word_weight))
+                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim,
+                                  args.max_length, bool(args.word_weight))
     for modality in weights:
         getattr(student, f"{modality}_encoder").load_state_dict(weights[modality])
     return student
@@ -393,7 +422,8 @@ def main(args):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data
-    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split, needs_captions=True) for split in ("train", "val"))
+    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split, needs_captions=True)
+                              for split in ("train", "val"))
     sources = {"image": None, "text": None} # where the student's encoders start from
     if args.text_init != "random":
         sources["text"] = load_encoder(args.text_init, "text", args.text_path)
@@ -404,20 +434,23 @@ def main(args):
             with open(path, encoding="utf-8") as f:
                 tokenizer = Tokenizer(f.read())
         except Exception as e: # tokenizers raises nothing more specific
-            fail(f"{path} is no tokenizer ({e}). Put one there, or take a published one with --text_init=bert; of a set that "
-                 f"prepare_pairs.py makes, remove the folder and prepare it again")
+            fail(f"{path} is no tokenizer ({e}). Put one there, or take a published one with "
+                 f"--text_init=bert; of a set that prepare_pairs.py makes, remove the folder and "
+                 f"prepare it again")
     pairs = TrainPairs(train_pairs, tokenizer, args)
     B, micro = args.batch_size, args.micro_batch_size or args.batch_size
     if B > pairs.num_units:
-        fail(f"--batch_size={B}, but an epoch has {pairs.num_units} units (--unit={args.unit}). Use at most that many.")
+        fail(f"--batch_size={B}, but an epoch has {pairs.num_units} units (--unit={args.unit}). "
+             f"Use at most that many.")
     print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
-          f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} per epoch "
-          f"(one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
+          f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} "
+          f"per epoch (one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
 
     # -- teacher: frozen, whatever the student becomes
     teacher = None
     if needs_teacher(args):
-        teacher = load_encoder(args.teacher, "image", args.path, args.final_norm and args.teacher == "beitv2").to(device)
+        teacher = load_encoder(args.teacher, "image", args.path,
+                               args.final_norm and args.teacher == "beitv2").to(device)
     if args.image_init == "teacher":
         sources["image"] = teacher
     elif args.image_init != "random":
@@ -451,7 +484,8 @@ def main(args):
     rest = [p for p in student.parameters() if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
+                                  lr=args.lr, betas=(0.9, 0.98), eps=1e-6,
+                                  fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     queue, best, step = None, {"mean": -1.0, "step": 0}, 0
 
@@ -475,8 +509,9 @@ def main(args):
 
     def save(finished=False):
         save_checkpoint(path, student, tokenizer=tokenizer.text, step=step, best=best,
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), queue=queue, finished=finished,
-                        args=vars(args), teacher=args.teacher, code=git_sha(), torch=str(torch.__version__))
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), queue=queue,
+                        finished=finished, args=vars(args), teacher=args.teacher, code=git_sha(),
+                        torch=str(torch.__version__))
 
     def log(text, **record):
         print(text, flush=True)
@@ -485,7 +520,8 @@ def main(args):
 
     group_of = torch.from_numpy(pairs.group).to(device)
     if args.cache_targets and args.kd_loss != "none": # half precision: 1.5 kB per image at 768 wide
-        parts = [range(i, min(i + micro, len(train_pairs.images))) for i in range(0, len(train_pairs.images), micro)]
+        parts = [range(i, min(i + micro, len(train_pairs.images)))
+                 for i in range(0, len(train_pairs.images), micro)]
         target_bank = torch.cat([target_of(normalize(torch.stack(
             [eval_image(train_pairs.images[i], args.img_size) for i in part]).to(device))).half()
             for part in tqdm(parts, desc="teacher's targets", disable=not sys.stderr.isatty())]) # (images, D)
@@ -517,14 +553,16 @@ def main(args):
             best.update(mean=metrics["mean"], step=step)
         kd = "".join(f", {k[4:]} {v:.4f}" for k, v in record.items() if k.startswith("val_kd"))
         log(f"validation at step {step}: R@10 image to text {metrics['i2t_r10']:.1f}, text to image "
-            f"{metrics['t2i_r10']:.1f}, mean recall {metrics['mean']:.1f} (best {best['mean']:.1f} at {best['step']}){kd}",
-            **record)
+            f"{metrics['t2i_r10']:.1f}, mean recall {metrics['mean']:.1f} (best {best['mean']:.1f} at "
+            f"{best['step']}){kd}", **record)
 
     # -- loop
-    loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=batch_order(pairs.num_units, B, args.seed, step),
+    loader = iter(torch.utils.data.DataLoader(pairs,
+                                              batch_sampler=batch_order(pairs.num_units, B, args.seed, step),
                                               collate_fn=pairs.collate, num_workers=args.num_workers,
                                               pin_memory=device.type == "cuda"))
-    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: terms of steps not logged
+    # rows: terms of steps not logged
+    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
@@ -534,7 +572,8 @@ def main(args):
         generator, kept = torch.Generator().manual_seed(args.seed * 2 ** 32 + step), None
         images = augment(images, generator, args.flip, args.rotate, args.color)
         if args.mask_ratio:
-            kept = kept_patches(random_patch_mask(B, (args.img_size // args.patch_size) ** 2, args.mask_ratio, generator)).to(device)
+            kept = kept_patches(random_patch_mask(B, (args.img_size // args.patch_size) ** 2, args.mask_ratio,
+                                                  generator)).to(device)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
@@ -553,8 +592,9 @@ def main(args):
             loss, terms = loss_terms(forward(chunks[0]), target, group, queue, words, student, args)
             scaler.scale(loss).backward()
         else:
-            # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs without
-            # graph, the gradient of the loss with respect to them, then each micro-batch again, with graph
+            # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs
+            # without graph, the gradient of the loss with respect to them, then each micro-batch again, with
+            # graph
             with torch.no_grad():
                 parts = [forward(c) for c in chunks]
             outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 x (B, D)
@@ -574,28 +614,33 @@ def main(args):
             student.log_scale.clamp_(0, math.log(100)) # as CLIP
         if args.queue_size:
             new = F.normalize(target, dim=-1)[:args.queue_size], group[:args.queue_size]
-            queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size] for x, old in zip(new, queue))
+            queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size]
+                                                    for x, old in zip(new, queue))
         step += 1
 
         terms = {"loss": loss, **terms, "norm": norm}
-        rows.append(torch.stack([x.detach().float() for x in terms.values()])) # stays on the device: no waiting for it
-        due = [step % n == 0 or step == args.max_steps for n in (args.log_interval, args.eval_interval, args.save_interval)]
+        # stays on the device: no waiting for it
+        rows.append(torch.stack([x.detach().float() for x in terms.values()]))
+        due = [step % n == 0 or step == args.max_steps
+               for n in (args.log_interval, args.eval_interval, args.save_interval)]
         if any(due): # nothing is measured or saved after a bad step
             table = torch.stack(rows).cpu() # (seen, terms)
             if not table.isfinite().all():
                 k = (~table.isfinite()).any(1).int().argmax().item()
                 bad = [name for name, x in zip(terms, table[k].tolist()) if not math.isfinite(x)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if one was "
-                     f"saved, is in {args.out_dir}: continue from it with --resume and a lower --lr, or --dtype=float32.")
+                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good "
+                     f"checkpoint, if one was saved, is in {args.out_dir}: continue from it with --resume "
+                     f"and a lower --lr, or --dtype=float32.")
         if due[0]:
             means, seen = dict(zip(terms, table.double().mean(0).tolist())), len(rows)
             ms = 1000 * (time.time() - since) / seen
             left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
             log(f"step {step:>6}/{args.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) +
-                f"  scale {student.log_scale.exp().item():.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  {ms:.0f} ms "
-                f"({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  {left / 60:.1f} min left",
-                **means, scale=student.log_scale.exp().item(), lr=lr, pairs_per_s=1000 * B / ms, ms=ms,
-                wait_ms=1000 * waited / seen, memory_gb=peak_memory(device), minutes_left=left / 60)
+                f"  scale {student.log_scale.exp().item():.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  "
+                f"{ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
+                f"{left / 60:.1f} min left", **means, scale=student.log_scale.exp().item(), lr=lr,
+                pairs_per_s=1000 * B / ms, ms=ms, wait_ms=1000 * waited / seen, memory_gb=peak_memory(device),
+                minutes_left=left / 60)
             rows, waited, since = [], 0.0, time.time()
         if due[1]:
             paused = time.time()
@@ -610,14 +655,17 @@ def main(args):
           f"{peak_memory(device):.2f} GB, validation mean recall "
           f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")
     if os.path.exists(os.path.join(args.data_dir, args.data, "test_images.idx")):
-        command = ["retrieval", f"--ckpt={path}", f"--data={args.data}", f"--data_dir={args.data_dir}", f"--device={device}",
-                   f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
+        command = ["retrieval", f"--ckpt={path}", f"--data={args.data}", f"--data_dir={args.data_dir}",
+                   f"--device={device}", f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json",
+                   f"--picture={args.out_dir}/retrieval.png"]
         print("$ python evaluate.py", *command)
         evaluate.main(command)
     print(f"{(time.time() - started) / 60:.1f} minutes in all")
     if args.kd_loss != "none":
-        new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0, out_dir=f"{args.out_dir}_clip")
-        same = [f"--{k}={getattr(args, k)}" for k in args.given if k not in (*new, "cache_targets", "preset", "resume")]
+        new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0,
+                   out_dir=f"{args.out_dir}_clip")
+        same = [f"--{k}={getattr(args, k)}"
+                for k in args.given if k not in (*new, "cache_targets", "preset", "resume")]
         print("next, the same without the teacher:\n  python distill_multimodal.py "
               + " ".join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 

@@ -203,6 +203,11 @@ def check(args):
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
+    if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out to start, or give the "
+             f"--out_dir to continue.")
+    if args.agreement == 1:
+        fail("--agreement=1: a sentence alone has no neighbours; give more, or 0 for none")
     if args.init != "random" and args.attn_bias != "teacher":
         fail(f"--attn_bias={args.attn_bias} makes blocks that are not the teacher's: add --init=random")
 

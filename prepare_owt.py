@@ -17,7 +17,8 @@ DIR, or a folder in it, holds one of (the first that is there is taken, and prin
 data/owt_bert/ (owt_gpt2, pydoc_minilm ..) then holds train.bin and val.bin, ids of the model's vocabulary as
 uint16, little-endian, after each document its end token ([SEP] or </s>), and, written last, meta.json. Of 21
 equal shares of the documents 6 are for training and the 7th for validation, as in the thesis. Null bytes and
-empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat.
+empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat, but
+for a folder of .txt files: 0.3 GB for a million of them.
 """
 import glob
 import hashlib
@@ -141,7 +142,10 @@ def documents(piece):
             jsonl = piece.path.lower().endswith(".jsonl")
             for line in io.BytesIO(data):
                 if jsonl and line.strip():
-                    line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
+                    try:
+                        line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        raise ValueError(f'a line is no {{"text": ".."}}: {line[:60]!r}') from None
                 yield line
         else:
             yield data
@@ -192,16 +196,29 @@ def find_parquet(files, args, splits):
     there, total, found = dict(enumerate(files)), len(files) or 80, {}
     if numbers := [m for f in files if (m := re.search(r"train-(\d+)-of-(\d+)\.parquet$", f))]:
         there, total = {int(m[1]): m.string for m in numbers}, int(numbers[0][2])
+        if len(there) < len(files) or len({m[2] for m in numbers}) > 1:
+            fail(f"{args.source} holds more than one set of parquet files, "
+                 f"{', '.join(map(os.path.basename, files[:9]))}: leave one")
+    cache, name = os.path.join(cache_folder(), "openwebtext"), f"train-{{:05}}-of-{total:05}.parquet"
+    needed = {split: range(low * total // CHUNKS, -(-high * total // CHUNKS))
+              for split, (low, high) in splits.items()}
+    missing = [name.format(i) for i in sorted({*itertools.chain(*needed.values())} - {*there})]
+    if args.source and missing:
+        fail(f"{args.source} lacks {', '.join(missing)}. Fetch them, or lower --train_chunks, --val_chunks")
+    if missing := [n for n in missing if not os.path.exists(os.path.join(cache, n))]:
+        os.makedirs(cache, exist_ok=True)
+        need, free = len(missing) * 0.3, shutil.disk_usage(cache).free / 1e9
+        print(f"{'at most ' * (args.limit > 0)}{len(missing)} files of about 0.3 GB are missing, in all "
+              f"{need:.1f} GB; {cache} has {free:.1f} free. --source=DIR takes files you have")
+        if need > free and not args.limit:
+            fail(f"{cache} has no room for them. Lower --train_chunks, or set XDG_CACHE_HOME to another disk")
     for split, (low, high) in splits.items():
         found[split] = []
-        for i in range(low * total // CHUNKS, -(-high * total // CHUNKS)):
-            name = f"train-{i:05}-of-{total:05}.parquet"
-            path = there.get(i, os.path.join(cache_folder(), "openwebtext", name))
-            if args.source and i not in there:
-                fail(f"{args.source} lacks {name}. Fetch it, or lower --train_chunks, --val_chunks")
+        for i in needed[split]:
+            path = there.get(i, os.path.join(cache, name.format(i)))
             if not os.path.exists(path):
-                print(f"fetching {URL}{name}, 0.3 GB or so; --source=DIR takes files you have", flush=True)
-                download(URL + name, path)
+                print(f"fetching {URL}{name.format(i)}", flush=True)
+                download(URL + name.format(i), path)
             try:
                 with parquet.ParquetFile(path) as file:
                     rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -292,11 +309,12 @@ class Encode(torch.utils.data.Dataset):
         else:
             self.engine = tokenizer.tokenizer
             self.engine.no_truncation()
-            self.engine.encode_special_tokens = True # a document that says [SEP] does not end there
 
     def ids(self, text):
         if self.table is not None:
             return self.table[self.engine.encode_to_numpy(text, disallowed_special=())]
+        # a document that says [SEP] does not end there; set here, since a pickle for a worker drops it
+        self.engine.encode_special_tokens = True
         # one by one: what the package keeps of a whole batch besides its ids outgrows the processor's cache
         return np.array(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, "<u2")
 
@@ -327,6 +345,8 @@ def start_worker(worker):
 
 def write_split(path, pieces, encode, args, counts, save):
     """Appends to path what is missing by counts, an entry of meta.json; save() keeps counts for later."""
+    if counts["documents"] == args.limit > 0: # before a kill
+        return
     todo, before, start = pieces[counts["pieces"]:], counts["tokens"], time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = torch.utils.data.DataLoader(encode, sampler=todo, batch_size=None, worker_init_fn=start_worker,
@@ -364,6 +384,18 @@ def write_split(path, pieces, encode, args, counts, save):
                 break
 
 
+def only_writer(folder):
+    """An open file in the folder. Ends the program if another one has it."""
+    file = open(os.path.join(folder, "lock"), "a")
+    if sys.platform != "win32":
+        import fcntl # Unix only
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"another process is writing {folder}. Let it end, or end it.")
+    return file
+
+
 # -----------------------------------------------------------------------------
 
 
@@ -397,12 +429,21 @@ def main(args):
     if args.source and not os.path.exists(args.source):
         fail(f"--source={args.source} is not there. Give the folder with the files; --help says which.")
     tokenizer = load_tokenizer(TEACHERS[kind], args.tokenizer_path)
+    if tokenizer.vocab_size > 1 << 16:
+        fail(f"--tokenizer_path={args.tokenizer_path} has {tokenizer.vocab_size:,} tokens, and ids of two "
+             f"bytes are enough for 65,536")
     words, sha256, end_id = vocabulary(tokenizer)
     options = {"vocabulary": words, "source": os.path.realpath(args.source) if args.source else None,
                **{k: getattr(args, k) for k in ("train_chunks", "val_chunks", "limit")}}
     meta = {"data": args.data, "made_by": "prepare_owt.py", "license": LICENCES[args.data], "tokenizer": kind,
             "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
             "splits": {}}
+    if not os.path.exists(done):
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
+        lock = only_writer(folder) # held until the program ends
     for path in (begun, done):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
@@ -417,12 +458,11 @@ def main(args):
         print(f"found {layout}")
         for split, pieces in found.items():
             counts = dict.fromkeys(("pieces", "documents", "tokens", "characters", *CLEANED), 0)
-            if meta["splits"].setdefault(split, {"of": len(pieces), **counts})["of"] != len(pieces):
+            # not of sizes: a file that was cut short may have been mended
+            of = [(os.path.basename(p.path), p.count, p.first, p.last) for p in pieces]
+            of = hashlib.sha256(repr(of).encode()).hexdigest()
+            if meta["splits"].setdefault(split, {"of": of, **counts})["of"] != of:
                 fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
         need = sum(min(sum(p.nbytes for p in f), args.limit * 2500 or sys.maxsize) for f in found.values())
         need -= 2 * sum(c["tokens"] for c in meta["splits"].values())
         free = shutil.disk_usage(folder).free
@@ -444,16 +484,18 @@ def main(args):
         for split in found:
             os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
         write_json(done, meta)
-        for path in glob.glob(glob.escape(begun) + "*"): # also what a kill left of writing it
+        for path in [lock.name, *glob.glob(glob.escape(begun) + "*")]: # also what a kill left of writing it
             os.remove(path)
         print(f"wrote {folder}; licence: {meta['license']}")
     columns = ("documents", "tokens", "characters", *CLEANED)
     print(f"{'split':6}" + "".join(f"{k:>15}" for k in columns) + f"{'GB':>8}")
     for split, c in meta["splits"].items():
         print(f"{split:6}" + "".join(f"{c[k]:>15,}" for k in columns) + f"{2 * c['tokens'] / 1e9:>8.3f}")
-    print(f"training examples of 192 tokens: {meta['splits']['train']['tokens'] // 192:,} (published: 13M "
-          f"of more than 2.5 billion tokens, about 6 GB)")
-    print(f"next: python distill_text.py --data={name} --data_dir={args.data_dir}")
+    if args.data == "owt" and not args.limit:
+        print(f"training examples of 192 tokens: {meta['splits']['train']['tokens'] // 192:,} (published: "
+              f"13M of more than 2.5 billion tokens, about 6 GB)")
+    preset = {"bert": "bert", "gpt2": "data2vec2", "minilm": "tiny"}[kind]
+    print(f"next: python distill_text.py --preset={preset} --data={name} --data_dir={args.data_dir}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ Prepares image-text pairs, and owns the packed-record format they are stored in 
 
 writes under data/openmoji/, for each split (train, val, test):
 
-    <split>_images.bin, .idx      encoded pictures end to end; N + 1 offsets, uint64, little-endian
-    <split>_captions.bin, .idx    captions, UTF-8, the same way
-    <split>_text_to_image.npy     int64, for each caption the index of its picture
-    <split>_labels.npy            int64, for each picture its family (see openmoji_families)
-    tokenizer.json                WordPiece, trained on the training captions
-    meta.json                     what made it, counts, statistics, licence; written last: without it nothing is there
+    <split>_images.bin, .idx     encoded pictures end to end; N + 1 offsets, uint64, little-endian
+    <split>_captions.bin, .idx   captions, UTF-8, the same way
+    <split>_text_to_image.npy    int64, for each caption the index of its picture
+    <split>_labels.npy           int64, for each picture its family (see openmoji_families)
+    tokenizer.json               WordPiece, trained on the training captions
+    meta.json                    what made it, counts, statistics, licence; written last: without it nothing
+                                 is there
 
 OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 Names of the emoji: the Python package `emoji`, from the Unicode CLDR.
@@ -38,7 +39,8 @@ from model import BERT_SPECIALS, Parser, bert_tokenizer, fail, normalize, save_a
 class RecordWriter:
     """Writes <prefix>.bin and <prefix>.idx. Both appear only at close(), when they are whole.
 
-    ends: where the records end that a writer which was killed left in <prefix>.bin.tmp; what lies behind is cut off."""
+    ends: where the records end that a writer which was killed left in <prefix>.bin.tmp; what lies behind is
+    cut off."""
 
     def __init__(self, prefix, ends=()):
         os.makedirs(os.path.dirname(prefix), exist_ok=True)
@@ -72,9 +74,10 @@ class Records:
             size = os.path.getsize(self.path)
         except OSError as e:
             raise ValueError(f"{e.filename or prefix}: {e.strerror}") from None
-        if len(self.offsets) == 0 or self.offsets[0] != 0 or (np.diff(self.offsets.astype(np.int64)) < 0).any() \
-                or self.offsets[-1] != size:
-            raise ValueError(f"{self.path} has {size} bytes and its .idx does not describe them: half a copy?")
+        if len(self.offsets) == 0 or self.offsets[0] != 0 \
+                or (np.diff(self.offsets.astype(np.int64)) < 0).any() or self.offsets[-1] != size:
+            raise ValueError(f"{self.path} has {size} bytes and its .idx does not describe them: "
+                             f"half a copy?")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -95,11 +98,12 @@ class Records:
 
 
 class Pairs:
-    """One split of a prepared set: images (Records), captions[j] -> str, text_to_image (M,) int64, labels (N,)
-    int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or not whole.
+    """One split of a prepared set: images (Records), captions[j] -> str, text_to_image (M,) int64, labels
+    (N,) int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or
+    not whole.
 
-    A set of prepare_imagenet.py has no captions: captions and text_to_image are empty, unless needs_captions, which
-    ends the program then."""
+    A set of prepare_imagenet.py has no captions: captions and text_to_image are empty, unless needs_captions,
+    which ends the program then."""
 
     def __init__(self, data_dir, name, split, needs_captions=False):
         folder = os.path.join(data_dir, name)
@@ -108,8 +112,9 @@ class Pairs:
         again = f"Run: python {script} --data={name} --data_dir={data_dir}{source}"
         if name not in (*SOURCES, *LABELLED): # one's own set, or one that this version cannot make
             again = (f"It must hold packed records (README, \"Data format\"): prepare_pairs.py makes "
-                     f"{', '.join(SOURCES)}, prepare_imagenet.py {', '.join(LABELLED)} and, with --source=DIR, a set from "
-                     f"folders of your own. To see a run now: python distill_multimodal.py --preset=tiny")
+                     f"{', '.join(SOURCES)}, prepare_imagenet.py {', '.join(LABELLED)} and, with "
+                     f"--source=DIR, a set from folders of your own. To see a run now: "
+                     f"python distill_multimodal.py --preset=tiny")
         if not os.path.exists(os.path.join(folder, "meta.json")):
             what = "is half-written" if os.path.isdir(folder) else "is not there"
             fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
@@ -120,13 +125,14 @@ class Pairs:
                 fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
             prefix = os.path.join(folder, split)
             counts = self.meta["splits"][split]
-            self.images, self._captions, self.text_to_image = Records(prefix + "_images"), [], np.zeros(0, np.int64)
+            self.images, self._captions, self.text_to_image = (Records(prefix + "_images"), [],
+                                                               np.zeros(0, np.int64))
             if counts.get("captions"):
                 self._captions = Records(prefix + "_captions")
                 self.text_to_image = np.load(prefix + "_text_to_image.npy")
             elif needs_captions:
-                fail(f"data set {name} has no captions, only pictures. Take one that has both, as from: python "
-                     f"prepare_pairs.py --data=openmoji")
+                fail(f"data set {name} has no captions, only pictures. Take one that has both, as from: "
+                     f"python prepare_pairs.py --data=openmoji")
             self.labels = np.load(prefix + "_labels.npy") if os.path.exists(prefix + "_labels.npy") else None
             if (len(self.images), len(self._captions)) != (counts["images"], counts.get("captions", 0)) \
                     or self.text_to_image.shape != (len(self._captions),) \
@@ -143,13 +149,14 @@ class Pairs:
 # pictures: bytes to tensors
 
 
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", # EXIF's ways to hold a camera
+# EXIF's ways to hold a camera
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 def turn(image):
-    """A JPEG as its EXIF says it is held. Not by PIL's exif_transpose, which also writes the EXIF anew and cannot
-    where it is corrupt, as in some files of every large collection."""
+    """A JPEG as its EXIF says it is held. Not by PIL's exif_transpose, which also writes the EXIF anew and
+    cannot where it is corrupt, as in some files of every large collection."""
     try:
         how = TURNS.get(image.getexif().get(0x0112))
     except Exception: # what PIL raises here is as varied as the damage
@@ -187,9 +194,9 @@ def eval_image(data, size, squash=False):
 
 
 def crop_box(width, height, scale_min, rng):
-    """Random resized crop, torchvision's distribution: area uniform in [scale_min, 1] of the picture, log of the
-    aspect ratio uniform in [log 3/4, log 4/3]; after ten misses the largest centred crop of allowed ratio.
-    rng: numpy Generator. Returns (left, upper, right, lower)."""
+    """Random resized crop, torchvision's distribution: area uniform in [scale_min, 1] of the picture, log of
+    the aspect ratio uniform in [log 3/4, log 4/3]; after ten misses the largest centred crop of allowed
+    ratio. rng: numpy Generator. Returns (left, upper, right, lower)."""
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -210,9 +217,9 @@ def train_image(image, size, scale_min, rng):
 
 def augment(images, generator, flip=0.5, rotate=0.0, color=0.0):
     """Second half of the training transform, a batch at a time: (B, 3, H, W) uint8 on any device -> float32,
-    ImageNet-normalised. flip: probability of a mirror image; rotate: up to this many degrees either way, white
-    corners; color: each channel's gain up to this share either way, saturation 1.5 times and brightness half as
-    much. generator: a CPU torch.Generator, the only source of randomness."""
+    ImageNet-normalised. flip: probability of a mirror image; rotate: up to this many degrees either way,
+    white corners; color: each channel's gain up to this share either way, saturation 1.5 times and brightness
+    half as much. generator: a CPU torch.Generator, the only source of randomness."""
     B, device = len(images), images.device
 
     def uniform(*shape): # in [-1, 1)
@@ -250,14 +257,15 @@ NEUTRAL = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, # man, woman -> person
            0x1F385: 0x1F936} # Santa Claus -> Mrs. Claus
 MODIFIERS = {0xFE0F, 0x200D, 0x2640, 0x2642, 0x27A1, # presentation, joiner, female, male, facing right
              *range(0x1F3FB, 0x1F400), *range(0x1F9B0, 0x1F9B4)} # skin tones, hair
-NEUTRAL_WORDS = set("man woman men women person people boy girl child mr mrs mx s skin tone left right up down leftwards "
-                    "rightwards upwards downwards facing pointing tilted pointed front".split())
+NEUTRAL_WORDS = set("man woman men women person people boy girl child mr mrs mx s skin tone left right up "
+                    "down leftwards rightwards upwards downwards facing pointing tilted pointed "
+                    "front".split())
 TONE = re.compile(r"(medium-light|medium-dark|medium|light|dark) skin tone")
 
 
 def code_family(emoji):
-    """The code points that stay when skin tone, gender, hair and direction are taken off; families and couples
-    of any composition become one."""
+    """The code points that stay when skin tone, gender, hair and direction are taken off; families and
+    couples of any composition become one."""
     points = [ord(c) for c in emoji if c != "\ufe0f"]
     parts = tuple(NEUTRAL.get(p, p) for p in points if p not in MODIFIERS)
     people = [p for p in parts if p in (0x1F9D1, 0x1F9D2)]
@@ -275,18 +283,19 @@ def code_family(emoji):
 
 
 def name_family(name):
-    """The words of a name without skin tone, gender and direction: "woman playing water polo" and "man playing
-    water polo" -> "playing water polo". May be empty."""
+    """The words of a name without skin tone, gender and direction: "woman playing water polo" and "man
+    playing water polo" -> "playing water polo". May be empty."""
     words = re.findall(r"[^\W_]+", TONE.sub("", name.lower()))
     return " ".join(w for w in words if w not in NEUTRAL_WORDS)
 
 
 def openmoji_families(names):
-    """Groups emoji so that variants of one thing (skin tone, gender, hair, direction, composition of a family)
-    stay together: emoji are of one family if code_family or name_family says so.
+    """Groups emoji so that variants of one thing (skin tone, gender, hair, direction, composition of a
+    family) stay together: emoji are of one family if code_family or name_family says so.
 
     names: dict emoji -> name. Returns a list of lists of emoji, the default form first in each: fewest code
-    points, of those the gender-neutral one, of those the lowest. The order does not depend on the order of names."""
+    points, of those the gender-neutral one, of those the lowest. The order does not depend on the order of
+    names."""
     parent = {e: e for e in names}
 
     def root(e):
@@ -322,8 +331,8 @@ def train_wordpiece(captions, vocab_size):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # the trainer numbers the pieces inside words in the order of a hash map, which changes from run to run and
-    # breaks its ties; fed in order as special tokens they keep their numbers
+    # the trainer numbers the pieces inside words in the order of a hash map, which changes from run to run
+    # and breaks its ties; fed in order as special tokens they keep their numbers
     inside = sorted({"##" + c for caption in captions for c in tokenizer.normalizer.normalize_str(caption)})
     tokenizer.train_from_iterator(captions, trainers.WordPieceTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=BERT_SPECIALS + inside))
@@ -371,8 +380,8 @@ def prepare_openmoji(args):
         for i in members:
             # held-out families are tested in their default form and by their one official name
             for e in families[i] if split == "train" else families[i][:1]:
-                png = resvg_py.svg_to_bytes(svg_path=files[e], width=args.size, height=args.size, background="white",
-                                            skip_system_fonts=True)
+                png = resvg_py.svg_to_bytes(svg_path=files[e], width=args.size, height=args.size,
+                                            background="white", skip_system_fonts=True)
                 rgb = io.BytesIO() # without the alpha channel, and small
                 Image.open(io.BytesIO(bytes(png))).convert("RGB").save(rgb, "PNG")
                 image = images.write(rgb.getvalue())
@@ -405,7 +414,8 @@ def prepare_openmoji(args):
 # -----------------------------------------------------------------------------
 
 SOURCES = {"openmoji": prepare_openmoji}
-LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # of prepare_imagenet.py; here because Pairs names the script
+# of prepare_imagenet.py; here because Pairs names the script
+LABELLED = ("imagenet", "cifar10", "cifar100", "digits")
 
 
 def get_args(argv=None):
@@ -425,8 +435,8 @@ def main(args):
             meta = json.load(f)
         other = [k for k in ("size", "vocab_size") if meta.get(k) != getattr(args, k)]
         if other:
-            fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to prepare it "
-                 f"with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
+            fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it "
+                 f"to prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
         print(f"{folder} is already prepared; remove it to do it again")
     else:
         try:
@@ -435,10 +445,11 @@ def main(args):
             fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
         meta = SOURCES[args.data](args)
         print(f"wrote {folder} from {meta['source']}; {meta['credit']}")
-    print(f"{'split':8}{'families':>10}{'images':>8}{'captions':>10}{'captions/image':>16}{'words/caption':>15}")
+    print(f"{'split':8}{'families':>10}{'images':>8}{'captions':>10}{'captions/image':>16}"
+          f"{'words/caption':>15}")
     for split, c in meta["splits"].items():
-        print(f"{split:8}{c['families']:>10,}{c['images']:>8,}{c['captions']:>10,}{c['captions_per_image']:>16}"
-              f"{c['words_per_caption']:>15}")
+        print(f"{split:8}{c['families']:>10,}{c['images']:>8,}{c['captions']:>10,}"
+              f"{c['captions_per_image']:>16}{c['words_per_caption']:>15}")
     print("next: python distill_multimodal.py --preset=tiny")
 
 

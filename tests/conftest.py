@@ -1,7 +1,8 @@
 """
 What several test files share: the repository on sys.path, one torch thread, and three prepared data sets.
 
-    tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed format
+    tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed
+                format
     text_data   DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
     openmoji    DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
 """
@@ -46,14 +47,15 @@ def shape_png(colour, shape, rng):
 
 
 def write_toy(data_dir):
-    """data_dir/toy: 24 kinds (labels) of coloured shapes, two training pictures of each, the second with two captions;
-    12 kinds in val, the other 12 in test, in new positions and with one caption."""
+    """data_dir/toy: 24 kinds (labels) of coloured shapes, two training pictures of each, the second with two
+    captions; 12 kinds in val, the other 12 in test, in new positions and with one caption."""
     folder, rng = os.path.join(data_dir, "toy"), np.random.default_rng(0)
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
     members = {"train": [*range(24), *range(24)], "val": range(0, 24, 2), "test": range(1, 24, 2)}
     meta, train_captions = {"data": "toy", "credit": "drawn by tests/conftest.py", "splits": {}}, []
     for split, labels in members.items():
-        images, captions = (RecordWriter(os.path.join(folder, f"{split}_{what}")) for what in ("images", "captions"))
+        images, captions = (RecordWriter(os.path.join(folder, f"{split}_{what}"))
+                            for what in ("images", "captions"))
         text_to_image = []
         for n, label in enumerate(labels):
             name = " ".join(kinds[label])
@@ -65,8 +67,10 @@ def write_toy(data_dir):
         images.close()
         captions.close()
         for what, values in (("text_to_image", text_to_image), ("labels", list(labels))):
-            save_atomic(os.path.join(folder, f"{split}_{what}.npy"), lambda f: np.save(f, np.asarray(values, np.int64)))
-        meta["splits"][split] = {"families": len(set(labels)), "images": len(labels), "captions": len(text_to_image)}
+            save_atomic(os.path.join(folder, f"{split}_{what}.npy"),
+                        lambda f: np.save(f, np.asarray(values, np.int64)))
+        meta["splits"][split] = {"families": len(set(labels)), "images": len(labels),
+                                 "captions": len(text_to_image)}
     text = prepare_pairs.train_wordpiece(train_captions, 200)
     save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
     write_json(os.path.join(folder, "meta.json"), meta)

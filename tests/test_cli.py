@@ -1,5 +1,6 @@
 """
-Flags and wrong input: every script explains itself, and every mistake ends at once, with its name and the way out.
+Flags and wrong input: every script explains itself, and every mistake ends at once, with its name and the way
+out.
 
     pytest tests/test_cli.py
 """
@@ -54,7 +55,8 @@ def parse_command(line):
     """Checks one printed command: the script exists and takes these flags."""
     python, script, *words = shlex.split(line)
     assert python == "python" and os.path.exists(os.path.join(REPO, script)), line
-    module = {f"{m.__name__}.py": m for m in (*LOOPS, evaluate, prepare_pairs, prepare_imagenet, prepare_owt)}[script]
+    module = {f"{m.__name__}.py": m
+              for m in (*LOOPS, evaluate, prepare_pairs, prepare_imagenet, prepare_owt)}[script]
     return module.get_args(words)
 
 
@@ -68,17 +70,22 @@ def commands_in(text):
 
 @pytest.mark.parametrize("module, preset", PRESETS)
 def test_presets(module, preset):
-    """Every preset parses, its keys are knobs, its values have the type, range and choices of a flag's; flags win."""
+    """Every preset parses, its keys are knobs, its values have the type, range and choices of a flag's; flags
+    win."""
     args = module.get_args([f"--preset={preset}"])
-    written = module.get_args([f"--{k}={v}" for k, v in module.PRESETS[preset].items()]) # the same, flag by flag
+    # the same, flag by flag
+    written = module.get_args([f"--{k}={v}" for k, v in module.PRESETS[preset].items()])
     for k in knobs(f"{module.__name__}.py"):
-        assert getattr(args, k) == getattr(written, k) and type(getattr(args, k)) is type(getattr(written, k)), k
+        assert getattr(args, k) == getattr(written, k) \
+            and type(getattr(args, k)) is type(getattr(written, k)), k
     for k, v in module.PRESETS[preset].items():
         assert getattr(args, k) == v and type(v) is type(getattr(module.get_args([]), k)), k
     for words in (["--lr=0.5", f"--preset={preset}"], ["--preset", preset, "--lr", "0.5"]):
         mixed = module.get_args(words)
-        assert mixed.lr == 0.5 and mixed.max_steps == args.max_steps and mixed.preset == preset and "lr" in mixed.given
-    with pytest.raises(AssertionError, match="no_such_knob"): # a preset's misspelt key does not pass in silence
+        assert mixed.lr == 0.5 and mixed.max_steps == args.max_steps and mixed.preset == preset \
+            and "lr" in mixed.given
+    # a preset's misspelt key does not pass in silence
+    with pytest.raises(AssertionError, match="no_such_knob"):
         presets = module.PRESETS
         try:
             module.PRESETS = {**presets, "wrong": {"no_such_knob": 1}}
@@ -103,8 +110,9 @@ def test_help_of_a_preset_shows_its_defaults(capsys):
 
 def test_equal_knobs_mean_the_same(capsys):
     """A knob of two scripts has one type, and one help text or one that starts from the same words."""
-    own = {"data", "data_dir", "unit", "crop_min", "img_size", "patch_size", "embed_dim", "num_heads", "teacher", "depth",
-           "batch_size", "micro_batch_size", "weight_decay", "out_dir", # images or pairs, one encoder or two
+    own = {"data", "data_dir", "unit", "crop_min", "img_size", "patch_size", "embed_dim", "num_heads",
+           "teacher", "depth", "batch_size", "micro_batch_size", "weight_decay",
+           "out_dir", # images or pairs, one encoder or two
            "num_workers", "limit", "source", # of a loop, a preparation or a trial
            "task", # of images or of GLUE
            "mask_ratio", # predicted, or left out
@@ -120,8 +128,9 @@ def test_equal_knobs_mean_the_same(capsys):
                     without_default = [re.sub(r" \(default: .*", "", texts[name][k]) for name in (a, b)]
                     assert without_default[0] == without_default[1], (a, b, k)
                 seen.add(k)
-    assert {"seed", "device", "dtype", "compile", "num_workers", "lr", "min_lr", "max_steps", "warmup_steps", "grad_clip",
-            "resume", "log_interval", "eval_interval", "save_interval", "flip", "rotate", "color", *own} <= seen
+    assert {"seed", "device", "dtype", "compile", "num_workers", "lr", "min_lr", "max_steps", "warmup_steps",
+            "grad_clip", "resume", "log_interval", "eval_interval", "save_interval", "flip", "rotate",
+            "color", *own} <= seen
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -136,10 +145,12 @@ def test_every_knob_is_read(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("word, said", [
-    ("--bach_size=3", "did you mean --batch_size"), ("--batch=3", "did you mean --batch_size"), ("--dat_dir=x", "--data_dir"),
-    ("--zzz", "unknown flag --zzz"), ("-x", "-x"), ("data", "unexpected argument 'data'"), ("--data_dir", "expected one"),
-    ("--device", "expected one"), ("--batch_size=", "'' is no whole number"), ("--batch_size=2.5", "'2.5' is no whole number"),
-    ("--batch_size=many", "'many'"), ("--batch_size=0", "at least"), ("--batch_size=-3", "at least"), ("--dtype=half", "float16")])
+    ("--bach_size=3", "did you mean --batch_size"), ("--batch=3", "did you mean --batch_size"),
+    ("--dat_dir=x", "--data_dir"), ("--zzz", "unknown flag --zzz"), ("-x", "-x"),
+    ("data", "unexpected argument 'data'"), ("--data_dir", "expected one"), ("--device", "expected one"),
+    ("--batch_size=", "'' is no whole number"), ("--batch_size=2.5", "'2.5' is no whole number"),
+    ("--batch_size=many", "'many'"), ("--batch_size=0", "at least"), ("--batch_size=-3", "at least"),
+    ("--dtype=half", "float16")])
 def test_malformed_flags(name, word, said, capsys):
     flag = word.lstrip("-").partition("=")[0]
     if flag in ("device", "dtype", "batch_size", "bach_size", "batch") and "batch_size" not in knobs(name):
@@ -147,7 +158,8 @@ def test_malformed_flags(name, word, said, capsys):
         word, said = {"--batch_size=": (f"--{own}=", said), "--batch_size=0": (f"--{own}=0", said)}.get(
             word, (f"--{own[:-1]}=3", f"--{own}"))
     if "data_dir" not in knobs(name): # GLUE's folder has a flag of its own
-        word, said = word.replace("dat_dir", "gluedir").replace("data_dir", "glue_dir"), said.replace("data_dir", "glue_dir")
+        word, said = (word.replace("dat_dir", "gluedir").replace("data_dir", "glue_dir"),
+                      said.replace("data_dir", "glue_dir"))
     with pytest.raises(SystemExit) as e:
         SCRIPTS[name]([word])
     err = capsys.readouterr().err
@@ -156,14 +168,18 @@ def test_malformed_flags(name, word, said, capsys):
 
 @pytest.mark.parametrize("module", LOOPS)
 @pytest.mark.parametrize("word, said", [
-    ("--preset=tinny", "did you mean tiny"), ("--preset=", "unknown preset"), ("--preset", "expected one argument"),
-    ("--resume=maybe", "neither True nor False"), ("--resume=", "neither True nor False"), ("--compile=maybe", "invalid choice"),
-    ("--lr=nan", "is no number"), ("--lr=inf", "is no number"), ("--lr=-1", "at least 0"), ("--lr=1e-3x", "is no number"),
-    ("--max_steps=0", "at least 1"), ("--max_steps=1e3", "is no whole number"), ("--seed=-1", "at least 0"),
-    ("--seed=99999999999", "at most"), ("--patch_size=0", "at least 1"), ("--num_heads=0", "at least 1"), ("--depth=0", "at least 1"),
-    ("--embed_dim=0", "at least 4"), ("--flip=1.5", "at most 1"), ("--crop_min=2", "at most 1"), ("--num_workers=-1", "at least 0"),
-    ("--log_interval=0", "at least 1"), ("--eval_interval=0", "at least 1"), ("--save_interval=0", "at least 1"),
-    ("--warmup_steps=-1", "at least 0"), ("--weight_decay=-1", "at least 0"), ("--micro_batch_size=-4", "at least 0")])
+    ("--preset=tinny", "did you mean tiny"), ("--preset=", "unknown preset"),
+    ("--preset", "expected one argument"), ("--resume=maybe", "neither True nor False"),
+    ("--resume=", "neither True nor False"), ("--compile=maybe", "invalid choice"),
+    ("--lr=nan", "is no number"), ("--lr=inf", "is no number"), ("--lr=-1", "at least 0"),
+    ("--lr=1e-3x", "is no number"), ("--max_steps=0", "at least 1"),
+    ("--max_steps=1e3", "is no whole number"), ("--seed=-1", "at least 0"), ("--seed=99999999999", "at most"),
+    ("--patch_size=0", "at least 1"), ("--num_heads=0", "at least 1"), ("--depth=0", "at least 1"),
+    ("--embed_dim=0", "at least 4"), ("--flip=1.5", "at most 1"), ("--crop_min=2", "at most 1"),
+    ("--num_workers=-1", "at least 0"), ("--log_interval=0", "at least 1"),
+    ("--eval_interval=0", "at least 1"), ("--save_interval=0", "at least 1"),
+    ("--warmup_steps=-1", "at least 0"), ("--weight_decay=-1", "at least 0"),
+    ("--micro_batch_size=-4", "at least 0")])
 def test_malformed_values(module, word, said, capsys):
     if not hasattr(module.get_args([]), word[2:].partition("=")[0]): # a knob of the other loops
         said = "unknown flag"
@@ -175,9 +191,11 @@ def test_malformed_values(module, word, said, capsys):
 
 def test_booleans():
     get_args = distill_multimodal.get_args
-    assert [get_args(w).resume for w in ([], ["--resume"], ["--resume=True"], ["--resume=false"])] == [False, True, True, False]
+    assert [get_args(w).resume for w in ([], ["--resume"], ["--resume=True"], ["--resume=false"])] \
+        == [False, True, True, False]
     assert get_args(["--preset=tiny", "--head=False"]).head is False
-    assert [get_args(w).compile for w in ([], ["--compile"], ["--compile=True"], ["--compile=false"])] == ["auto", "true", "true", "false"]
+    assert [get_args(w).compile for w in ([], ["--compile"], ["--compile=True"], ["--compile=false"])] \
+        == ["auto", "true", "true", "false"]
 
 
 # -----------------------------------------------------------------------------
@@ -190,7 +208,8 @@ def bad(tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
     save_checkpoint("teacher.pt", Encoder("image", depth=2, **shape))
-    save_checkpoint("student.pt", VisionLanguageModel(dict(depth=1, **shape), dict(embed_dim=32, num_heads=2, depth=1, vocab_size=50)))
+    save_checkpoint("student.pt", VisionLanguageModel(
+        dict(depth=1, **shape), dict(embed_dim=32, num_heads=2, depth=1, vocab_size=50)))
     save_checkpoint("wrong_shape.pt", Encoder("image", depth=1, **shape))
     broken = torch.load("wrong_shape.pt")
     broken["model"]["cls_token"] = torch.zeros(1, 1, 7)
@@ -200,9 +219,12 @@ def bad(tiny_data, tmp_path, monkeypatch):
         f.write("hello")
     with open("teacher.pt", "rb") as f, open("cut.pt", "wb") as g:
         g.write(f.read()[:5000])
-    for name, victim, content in (("half", "meta.json", None), ("garbled", "meta.json", b"[]"), ("no_tokenizer", "tokenizer.json", None),
-                                  ("odd_tokenizer", "tokenizer.json", b"{}"), ("no_labels", "train_labels.npy", None),
-                                  ("short", "train_images.bin", b"short"), ("no_index", "train_captions.idx", None)):
+    for name, victim, content in (("half", "meta.json", None), ("garbled", "meta.json", b"[]"),
+                                  ("no_tokenizer", "tokenizer.json", None),
+                                  ("odd_tokenizer", "tokenizer.json", b"{}"),
+                                  ("no_labels", "train_labels.npy", None),
+                                  ("short", "train_images.bin", b"short"),
+                                  ("no_index", "train_captions.idx", None)):
         shutil.copytree(os.path.join(tiny_data, "toy"), f"{name}/toy")
         os.remove(f"{name}/toy/{victim}")
         if content is not None:
@@ -214,38 +236,56 @@ def bad(tiny_data, tmp_path, monkeypatch):
 COMMON = ["--data=toy", "--device=cpu", "--out_dir=new", "--batch_size=16", "--max_steps=2"]
 SHAPE = ["--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2"]
 EMA = ["--teacher=ema", "--depth=2", "--target_layers=2", *SHAPE]
-STUDENT = ["--teacher=teacher.pt", "--image_init=teacher", "--text_init=random", "--depth=1", "--text_depth=1", *SHAPE]
+STUDENT = ["--teacher=teacher.pt", "--image_init=teacher", "--text_init=random", "--depth=1",
+           "--text_depth=1", *SHAPE]
 BOTH_LOOPS = [ # flags, what the message says
     ("--data_dir=half", "half is|toy is"), ("--data_dir=nowhere", "toy is not"), ("--data=", "data set "),
-    ("--data=nothing", "data set nothing"), ("--data_dir=garbled", "is damaged"), ("--data_dir=short", "is damaged"),
-    ("--data_dir=no_index", "train_captions.idx"), ("--data_dir=no_labels --unit=label", "has no labels.*--unit=image"),
-    ("--teacher=text.pt", "text.pt cannot be read"), ("--teacher=cut.pt", "cut.pt cannot be read"), ("--teacher=none.pt", "none.pt is neither .*nor a file"),
-    ("--teacher=.", " is neither .*nor a file"), ("--teacher=foreign.pt", "not a checkpoint of this repository"),
-    ("--teacher=student.pt", "is no image encoder"), ("--teacher=wrong_shape.pt", r"mis-shaped: cls_token \(1, 1, 7\)"),
-    ("--teacher=teacher.pt --depth=3", "--depth=3, but (it|the teacher)"), ("--batch_size=1000", "--batch_size=1000, but an epoch has"),
+    ("--data=nothing", "data set nothing"), ("--data_dir=garbled", "is damaged"),
+    ("--data_dir=short", "is damaged"), ("--data_dir=no_index", "train_captions.idx"),
+    ("--data_dir=no_labels --unit=label", "has no labels.*--unit=image"),
+    ("--teacher=text.pt", "text.pt cannot be read"), ("--teacher=cut.pt", "cut.pt cannot be read"),
+    ("--teacher=none.pt", "none.pt is neither .*nor a file"), ("--teacher=.", " is neither .*nor a file"),
+    ("--teacher=foreign.pt", "not a checkpoint of this repository"),
+    ("--teacher=student.pt", "is no image encoder"),
+    ("--teacher=wrong_shape.pt", r"mis-shaped: cls_token \(1, 1, 7\)"),
+    ("--teacher=teacher.pt --depth=3", "--depth=3, but (it|the teacher)"),
+    ("--batch_size=1000", "--batch_size=1000, but an epoch has"),
     ("--micro_batch_size=5", "does not divide --batch_size=16"), ("--micro_batch_size=32", "does not divide"),
-    ("--device=gpu", "--device=gpu is no device"), ("--device=meta", "is no device"), ("--resume", "there is no new/ckpt.pt.*--out_dir"),
-    ("--out_dir=text.pt", "cannot be made"), ("--out_dir=", "cannot be made")]
-IMAGE = [("--init=random", "--init: for a teacher that exists"), ("--target=cls --criterion=l1", "--criterion, --target: for"),
+    ("--device=gpu", "--device=gpu is no device"), ("--device=meta", "is no device"),
+    ("--resume", "there is no new/ckpt.pt.*--out_dir"), ("--out_dir=text.pt", "cannot be made"),
+    ("--out_dir=", "cannot be made")]
+IMAGE = [("--init=random", "--init: for a teacher that exists"),
+         ("--target=cls --criterion=l1", "--criterion, --target: for"),
          ("--teacher=teacher.pt --depth=1 --mlp_ratio=3", "add --init=random"),
-         ("--teacher=teacher.pt --depth=1 --knn=nothing", "data set nothing"), ("--teacher=teacher.pt --depth=1 --path=text.pt", "only the published"),
-         ("--patch_size=7", "--patch_size=7 must divide --img_size=32"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
-         ("--embed_dim=34", "must divide --embed_dim=34"), ("--mask_ratio=0.01", "hides none"), ("--target_layers=3", "--depth=2"),
-         ("--objective=views --batch_size=1", "at least 2"), ("--objective=views --micro_batch_size=4", "takes no --micro_batch_size"),
+         ("--teacher=teacher.pt --depth=1 --knn=nothing", "data set nothing"),
+         ("--teacher=teacher.pt --depth=1 --path=text.pt", "only the published"),
+         ("--patch_size=7", "--patch_size=7 must divide --img_size=32"),
+         ("--num_heads=3", "--num_heads=3 and 4 must divide"),
+         ("--embed_dim=34", "must divide --embed_dim=34"), ("--mask_ratio=0.01", "hides none"),
+         ("--target_layers=3", "--depth=2"), ("--objective=views --batch_size=1", "at least 2"),
+         ("--objective=views --micro_batch_size=4", "takes no --micro_batch_size"),
          ("--teacher=teacher.pt --depth=1 --img_size=48", "--img_size.*only for --teacher=ema")]
-MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"), ("--num_heads=3", "--num_heads=3 and 4 must divide"),
-              ("--patch_size=16", "--patch_size=16, but it has 8"), ("--embed_dim=64", "--embed_dim=64, but it has 32"),
+MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"),
+              ("--num_heads=3", "--num_heads=3 and 4 must divide"),
+              ("--patch_size=16", "--patch_size=16, but it has 8"),
+              ("--embed_dim=64", "--embed_dim=64, but it has 32"),
               ("--embed_dim=64 --image_init=random", "32 wide, the student 64: add --head"),
               ("--img_size=48 --image_init=random", "--img_size=48, but the teacher reads 32"),
               ("--kd_loss=none", "nothing to learn"), ("--kd_weight=0", "nothing to learn"),
               ("--kd_loss=none --align_loss=ranking --align_weight=0", "nothing to learn"),
               ("--queue_size=8", "--queue_size=8 is for --kd_loss=contrastive"),
-              ("--data_dir=no_tokenizer", "tokenizer.json is no tokenizer"), ("--data_dir=odd_tokenizer", "tokenizer.json is no tokenizer"),
-              ("--preset=tiny --teacher=none.pt", "none.pt is neither"), ("--text_init=brt", "--text_init=brt is neither"),
-              ("--image_init=none.pt", "--image_init=none.pt is neither"), ("--text_init=teacher.pt", "is no text encoder"),
-              ("--path=none.pt", "--path=none.pt is no file"), ("--text_path=none.pt", "--text_path=none.pt is no file"),
-              ("--path=text.pt", "only the published"), ("--teacher=bert --path=text.pt", "bert is no image encoder"),
-              ("--teacher=beitv2 --path=text.pt", "text.pt cannot be read"), ("--teacher=new/ckpt.pt", "this run would write"),
+              ("--data_dir=no_tokenizer", "tokenizer.json is no tokenizer"),
+              ("--data_dir=odd_tokenizer", "tokenizer.json is no tokenizer"),
+              ("--preset=tiny --teacher=none.pt", "none.pt is neither"),
+              ("--text_init=brt", "--text_init=brt is neither"),
+              ("--image_init=none.pt", "--image_init=none.pt is neither"),
+              ("--text_init=teacher.pt", "is no text encoder"),
+              ("--path=none.pt", "--path=none.pt is no file"),
+              ("--text_path=none.pt", "--text_path=none.pt is no file"),
+              ("--path=text.pt", "only the published"),
+              ("--teacher=bert --path=text.pt", "bert is no image encoder"),
+              ("--teacher=beitv2 --path=text.pt", "text.pt cannot be read"),
+              ("--teacher=new/ckpt.pt", "this run would write"),
               ("--teacher=beitv2 --path=teacher.pt", "is not beitv2")]
 WRONG = ([(distill_image, EMA, *case) for case in BOTH_LOOPS + IMAGE] +
          [(distill_multimodal, STUDENT, *case) for case in BOTH_LOOPS + MULTIMODAL])
@@ -263,7 +303,8 @@ def test_wrong_input(bad, module, base, words, said, monkeypatch):
     before = sorted(os.listdir())
     with pytest.raises(SystemExit) as e:
         module.main(module.get_args([*COMMON, f"--data_dir={bad.data_dir}", *base, *words.split()]))
-    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ") # printed to stderr, exit code 1
+    # printed to stderr, exit code 1
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ")
     assert re.search(said, e.value.code, re.S), e.value.code
     for line in commands_in(e.value.code):
         parse_command(line)
@@ -271,19 +312,22 @@ def test_wrong_input(bad, module, base, words, said, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--ckpt=none.pt", "no checkpoint at none.pt"), ("--ckpt=text.pt", "cannot be read"), ("--ckpt=cut.pt", "cannot be read"),
-    ("--ckpt=teacher.pt", "does not embed both"), ("--image_encoder=teacher.pt", "go together"),
-    ("--image_encoder=teacher.pt --text_encoder=bert", "--ckpt is a model with both"), ("--split=dev", "no split 'dev', only train, val, test"),
-    ("--data_dir=half", "is half-written"), ("--data=coco", "data set coco"), ("--device=gpu", "is no device")])
+    ("--ckpt=none.pt", "no checkpoint at none.pt"), ("--ckpt=text.pt", "cannot be read"),
+    ("--ckpt=cut.pt", "cannot be read"), ("--ckpt=teacher.pt", "does not embed both"),
+    ("--image_encoder=teacher.pt", "go together"),
+    ("--image_encoder=teacher.pt --text_encoder=bert", "--ckpt is a model with both"),
+    ("--split=dev", "no split 'dev', only train, val, test"), ("--data_dir=half", "is half-written"),
+    ("--data=coco", "data set coco"), ("--device=gpu", "is no device")])
 def test_wrong_input_of_evaluate(bad, words, said):
     before = sorted(os.listdir())
     if "ckpt" not in words: # a student with a tokenizer
         with open(os.path.join(bad.data_dir, "toy", "tokenizer.json")) as f:
-            save_checkpoint("student.pt", VisionLanguageModel(dict(depth=1, embed_dim=32, num_heads=2, img_size=32, patch_size=8),
-                            dict(embed_dim=32, num_heads=2, depth=1, vocab_size=200)), tokenizer=f.read())
+            save_checkpoint("student.pt", VisionLanguageModel(
+                dict(depth=1, embed_dim=32, num_heads=2, img_size=32, patch_size=8),
+                dict(embed_dim=32, num_heads=2, depth=1, vocab_size=200)), tokenizer=f.read())
     with pytest.raises(SystemExit) as e:
-        evaluate.main(["retrieval", "--data=toy", f"--data_dir={bad.data_dir}", "--ckpt=student.pt", "--device=cpu", "--json=new.json",
-                       *words.split()])
+        evaluate.main(["retrieval", "--data=toy", f"--data_dir={bad.data_dir}", "--ckpt=student.pt",
+                       "--device=cpu", "--json=new.json", *words.split()])
     assert str(e.value.code).startswith("error: ") and re.search(said, e.value.code), e.value.code
     for line in commands_in(e.value.code):
         parse_command(line)
@@ -291,7 +335,8 @@ def test_wrong_input_of_evaluate(bad, words, said):
 
 
 def test_two_encoders_that_never_met(tiny_data, tmp_path, monkeypatch, capsys):
-    """A real text encoder beside an image encoder of ours: a table that says whose it is; other widths are refused."""
+    """A real text encoder beside an image encoder of ours: a table that says whose it is; other widths are
+    refused."""
     monkeypatch.chdir(tmp_path)
     for width in (384, 32):
         save_checkpoint(f"{width}.pt", Encoder("image", width, 1, 4, img_size=32, patch_size=8))
@@ -306,7 +351,8 @@ def test_two_encoders_that_never_met(tiny_data, tmp_path, monkeypatch, capsys):
 
 def test_wrong_input_of_prepare(tmp_path, openmoji):
     (tmp_path / "file").write_text("")
-    for words, said in ((f"--data_dir={tmp_path}/file", "cannot be made"), (f"--data_dir={openmoji} --size=48", "Remove it"),
+    for words, said in ((f"--data_dir={tmp_path}/file", "cannot be made"),
+                        (f"--data_dir={openmoji} --size=48", "Remove it"),
                         (f"--data_dir={openmoji} --vocab_size=900", "Remove it")):
         with pytest.raises(SystemExit, match=said):
             prepare_pairs.main(prepare_pairs.get_args(words.split()))
@@ -314,20 +360,22 @@ def test_wrong_input_of_prepare(tmp_path, openmoji):
 
 
 def test_the_command_users_type_first(tmp_path):
-    """Without data and weights it ends in seconds (3 s measured, most of them importing torch), with the way out."""
-    done = subprocess.run([sys.executable, os.path.join(REPO, "distill_multimodal.py"), "--batch_size=256"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    """Without data and weights it ends in seconds (3 s measured, most of them importing torch), with the way
+    out."""
+    done = subprocess.run([sys.executable, os.path.join(REPO, "distill_multimodal.py"), "--batch_size=256"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert "data set coco is not in data/" in done.stderr and "--text_path" in done.stderr
     commands = commands_in(done.stderr)
-    assert {line.split()[1] for line in commands} == {"prepare_pairs.py", "distill_image.py", "distill_multimodal.py"}
+    assert {line.split()[1] for line in commands} == {"prepare_pairs.py", "distill_image.py",
+                                                      "distill_multimodal.py"}
     parsed = [parse_command(line) for line in commands]
     assert parsed[0].preset == "tiny" and os.listdir(tmp_path) == []
 
 
 def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):
-    """From nothing, --preset=tiny starts prepare_pairs.py and distill_image.py with flags that they take; the teacher
-    comes out as the student needs it. Not for a run that needs no teacher."""
+    """From nothing, --preset=tiny starts prepare_pairs.py and distill_image.py with flags that they take; the
+    teacher comes out as the student needs it. Not for a run that needs no teacher."""
     started = []
 
     def start(command):

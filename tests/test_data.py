@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 
 import prepare_pairs
 from model import Tokenizer, normalize
-from prepare_pairs import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image, openmoji_families,
-                           train_image, train_wordpiece)
+from prepare_pairs import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image,
+                           openmoji_families, train_image, train_wordpiece)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -49,11 +49,13 @@ def write_records(prefix):
 def test_records_round_trip(tmp_path):
     prefix = str(tmp_path / "new folder" / "r")
     writer = write_records(prefix)
-    assert not os.path.exists(prefix + ".bin") and not os.path.exists(prefix + ".idx") # a name appears when it is whole
+    # a name appears when it is whole
+    assert not os.path.exists(prefix + ".bin") and not os.path.exists(prefix + ".idx")
     writer.close()
     assert sorted(os.listdir(tmp_path / "new folder")) == ["r.bin", "r.idx"]
     records = Records(prefix)
-    assert len(records) == 5 and [records[i] for i in (4, 2, 0, 3, 1)] == [RECORDS[i] for i in (4, 2, 0, 3, 1)]
+    assert len(records) == 5 and [records[i] for i in (4, 2, 0, 3, 1)] == [RECORDS[i]
+                                                                           for i in (4, 2, 0, 3, 1)]
     for i in (5, -1):
         with pytest.raises(IndexError, match=r"r\.bin"):
             records[i]
@@ -100,15 +102,18 @@ def test_pairs(tiny_data):
 
 def test_pairs_that_are_not_there(tiny_data, tmp_path):
     said = message(str(tmp_path), "openmoji")
-    for part in ("openmoji", "is not there", f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}"):
+    for part in ("openmoji", "is not there",
+                 f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}"):
         assert part in said
     os.mkdir(tmp_path / "openmoji")
     assert "half-written" in message(str(tmp_path), "openmoji")
     assert "python prepare_pairs.py --data=coco" not in message(str(tmp_path), "coco") # which would not work
-    assert "'dev'" in message(tiny_data, split="dev") and "train, val, test" in message(tiny_data, split="dev")
+    assert "'dev'" in message(tiny_data, split="dev") \
+        and "train, val, test" in message(tiny_data, split="dev")
 
 
-@pytest.mark.parametrize("damage", ["images", "captions", "owner", "owner shape", "labels", "records", "meta", "no owner"])
+@pytest.mark.parametrize("damage", ["images", "captions", "owner", "owner shape", "labels", "records", "meta",
+                                    "no owner"])
 def test_damaged_pairs_are_named(tiny_data, tmp_path, damage):
     folder = str(tmp_path / "openmoji")
     shutil.copytree(os.path.join(tiny_data, "toy"), folder)
@@ -133,7 +138,8 @@ def test_damaged_pairs_are_named(tiny_data, tmp_path, damage):
     else:
         os.remove(f"{folder}/train_text_to_image.npy")
     said = message(str(tmp_path), "openmoji")
-    assert "openmoji is damaged" in said and f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}" in said
+    assert "openmoji is damaged" in said \
+        and f"python prepare_pairs.py --data=openmoji --data_dir={tmp_path}" in said
 
 
 # -----------------------------------------------------------------------------
@@ -151,8 +157,8 @@ def splits(openmoji):
 
 
 def bare(name):
-    """A name without what makes a variant: skin tone, hair, gender, direction; every composition of a family, of a
-    couple, of people holding hands is one."""
+    """A name without what makes a variant: skin tone, hair, gender, direction; every composition of a family,
+    of a couple, of people holding hands is one."""
     name = name.lower().replace("’", "'").replace(":", " ")
     if "claus" in name:
         return "claus"
@@ -162,15 +168,18 @@ def bare(name):
     name = re.sub(r"(light|medium-light|medium|medium-dark|dark) skin tone", "", name)
     name = re.sub(r"\b((red|curly|white|blond) hair|bald|beard)\b", "", name)
     name = re.sub(r"\b(boy|girl)\b", "child", name)
-    return " ".join(re.sub(r"\b((wo)?m[ae]n('s)?|person|people|(left|right|up|down)(wards)?|facing|pointing)\b", "",
-                           name).split())
+    return " ".join(re.sub(
+        r"\b((wo)?m[ae]n('s)?|person|people|(left|right|up|down)(wards)?|facing|pointing)\b", "",
+        name).split())
 
 
 def test_bare_names():
     assert {bare(f"{who} playing water polo{tone}") for who in ("woman", "man", "person")
             for tone in ("", ": dark skin tone")} == {"playing water polo"}
-    assert bare("family man woman girl boy") == bare("family") and bare("kiss woman man") == bare("kiss") != bare("kiss mark")
-    assert bare("woman and man holding hands") == bare("men holding hands") and bare("mx claus") == bare("Santa Claus")
+    assert bare("family man woman girl boy") == bare("family") \
+        and bare("kiss woman man") == bare("kiss") != bare("kiss mark")
+    assert bare("woman and man holding hands") == bare("men holding hands") \
+        and bare("mx claus") == bare("Santa Claus")
 
 
 def test_no_family_is_on_two_sides(splits):
@@ -179,13 +188,15 @@ def test_no_family_is_on_two_sides(splits):
         for name in first_captions(pairs):
             sides.setdefault(bare(name), {}).setdefault(split, []).append(name)
     assert {k: v for k, v in sides.items() if len(v) > 1} == {}
-    assert sum(len(names) > 5 for v in sides.values() for names in v.values()) > 100 # the check has something to check
+    # the check has something to check
+    assert sum(len(names) > 5 for v in sides.values() for names in v.values()) > 100
     labels = [set(pairs.labels.tolist()) for pairs in splits.values()]
     assert not labels[0] & labels[1] and not labels[0] & labels[2] and not labels[1] & labels[2]
 
 
 def test_no_held_out_picture_is_a_training_picture(splits):
-    pixels = [{splits[split].images[i] for i in range(len(splits[split].images))} for split in ("train", "val", "test")]
+    pixels = [{splits[split].images[i] for i in range(len(splits[split].images))}
+              for split in ("train", "val", "test")]
     assert not pixels[0] & pixels[1] and not pixels[0] & pixels[2] and not pixels[1] & pixels[2]
 
 
@@ -194,7 +205,8 @@ def test_held_out_families_are_in_default_form(splits):
         pairs = splits[split]
         assert len(pairs.images) == len(pairs.captions) == len(set(pairs.labels.tolist())) == families
         assert pairs.text_to_image.tolist() == list(range(families))
-        assert not [c for c in pairs.captions if re.search(r"skin tone|facing right|\b(red|curly|white) hair", c)]
+        assert not [c for c in pairs.captions
+                    if re.search(r"skin tone|facing right|\b(red|curly|white) hair", c)]
         assert len(set(pairs.captions)) == families
     assert len(splits["train"].images) > 2500 and len(set(splits["train"].labels.tolist())) > 950
 
@@ -212,12 +224,14 @@ def test_captions_are_words(splits):
     for pairs in splits.values():
         assert not [c for c in pairs.captions if re.search(r"[_:]|  |^ | $", c) or not c]
     train = splits["train"] # with aliases, each once
-    assert len(set(zip(train.text_to_image.tolist(), train.captions))) == len(train.captions) > len(train.images)
+    assert len(set(zip(train.text_to_image.tolist(), train.captions))) == len(train.captions) \
+        > len(train.images)
 
 
 def test_meta_of_openmoji(splits):
     meta = splits["train"].meta
-    assert "OpenMoji" in meta["credit"] and "CC BY-SA 4.0" in meta["credit"] and meta["license"] == "CC BY-SA 4.0"
+    assert "OpenMoji" in meta["credit"] and "CC BY-SA 4.0" in meta["credit"] \
+        and meta["license"] == "CC BY-SA 4.0"
     for split, pairs in splits.items():
         counts, words = meta["splits"][split], [len(c.split()) for c in pairs.captions]
         assert (counts["images"], counts["captions"], counts["families"]) == (
@@ -247,7 +261,8 @@ def files_of(folder):
 
 
 def test_killed_and_prepared_again(openmoji, tmp_path, monkeypatch):
-    """Killed half-way, the set is not there; the next run, in another process, makes byte for byte the same."""
+    """Killed half-way, the set is not there; the next run, in another process, makes byte for byte the
+    same."""
     folder, close = tmp_path / "openmoji", RecordWriter.close
     closed = []
 
@@ -262,8 +277,8 @@ def test_killed_and_prepared_again(openmoji, tmp_path, monkeypatch):
         prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={tmp_path}"]))
     assert os.path.exists(folder / "test_images.bin") and not os.path.exists(folder / "meta.json")
     assert "half-written" in message(str(tmp_path), "openmoji", "test")
-    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_pairs.py"), f"--data_dir={tmp_path}"], check=True,
-                   env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_pairs.py"), f"--data_dir={tmp_path}"],
+                   check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
     ours, theirs = files_of(folder), files_of(os.path.join(openmoji, "openmoji"))
     assert list(ours) == list(theirs) # no .tmp left over either
     assert [name for name in ours if ours[name] != theirs[name]] == []
@@ -325,7 +340,8 @@ def test_transparent_parts_become_white():
 def test_other_colour_modes():
     assert pixel(encoded(Image.new("L", (4, 4), 7))) == (7, 7, 7)
     assert pixel(encoded(Image.new("1", (4, 4), 1))) == (255, 255, 255)
-    assert max(abs(a - b) for a, b in zip(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), (255, 0, 0))) < 9
+    assert max(abs(a - b) for a, b in zip(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")),
+                                          (255, 0, 0))) < 9
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16)) # 16 bits, half way
     assert pixel(encoded(deep)) == pixel(encoded(deep, transparency=0x8000)) == (128, 128, 128)
 
@@ -350,7 +366,8 @@ def test_crop_box_is_distributed_as_in_torchvision():
         w, h = ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]
         for a, b in ((w * h / (width * height), theirs[:, 2] * theirs[:, 3] / (width * height)), # area
                      (np.log(w / h), np.log(theirs[:, 3] / theirs[:, 2])), # aspect
-                     (ours[:, 0] / width, theirs[:, 1] / width), (ours[:, 1] / height, theirs[:, 0] / height)):
+                     (ours[:, 0] / width, theirs[:, 1] / width),
+                     (ours[:, 1] / height, theirs[:, 0] / height)):
             for q in (0.1, 0.25, 0.5, 0.75, 0.9):
                 assert np.quantile(a, q) == pytest.approx(np.quantile(b, q), abs=0.03)
             assert a.mean() == pytest.approx(b.mean(), abs=0.015)
@@ -358,13 +375,16 @@ def test_crop_box_is_distributed_as_in_torchvision():
 
 def test_crop_box_falls_back_to_the_centre():
     transforms = pytest.importorskip("torchvision.transforms")
-    for width, height in ((300, 30), (30, 300), (31, 200), (1, 1)): # no crop of the whole area has an allowed ratio
-        top, left, h, w = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), (1, 1), (3 / 4, 4 / 3))
+    # no crop of the whole area has an allowed ratio
+    for width, height in ((300, 30), (30, 300), (31, 200), (1, 1)):
+        top, left, h, w = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), (1, 1),
+                                                                  (3 / 4, 4 / 3))
         assert crop_box(width, height, 1.0, np.random.default_rng(0)) == (left, top, left + w, top + h)
 
 
 def test_train_image():
-    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))) # brightness = column
+    # brightness = column
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
     crops = [train_image(ramp, 24, 0.1, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert crops[0].shape == (3, 24, 24) and crops[0].dtype == torch.uint8
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
@@ -396,7 +416,8 @@ def random_images(n=4, size=16):
 
 def colours(x):
     """Undoes the normalisation: [0, 1]."""
-    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) \
+        + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 
 
 def test_augment_off_is_normalize():
@@ -410,7 +431,8 @@ def test_augment_off_is_normalize():
 def test_flip():
     images = random_images(200, 4)
     assert torch.allclose(augment(images, generator(), flip=1.0), normalize(images.flip(-1)), atol=1e-5)
-    assert torch.allclose(augment(images, generator(), flip=1.0, rotate=1e-5), normalize(images.flip(-1)), atol=1e-2)
+    assert torch.allclose(augment(images, generator(), flip=1.0, rotate=1e-5), normalize(images.flip(-1)),
+                          atol=1e-2)
     flipped = (augment(images, generator(), flip=0.3) - normalize(images)).abs().amax((1, 2, 3)) > 1e-3
     assert 40 < flipped.sum() < 80
 
@@ -462,7 +484,8 @@ def test_tokenizer_round_trip(tokenizer):
     CLS, SEP, PAD, UNK = (tokenizer.tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))
     texts = ["a Red square", "", "blue"]
     ids, padding_mask = tokenizer.encode(texts, 8)
-    assert ids.dtype == torch.int64 and padding_mask.dtype == torch.bool and ids.shape == padding_mask.shape == (3, 5)
+    assert ids.dtype == torch.int64 and padding_mask.dtype == torch.bool \
+        and ids.shape == padding_mask.shape == (3, 5)
     assert padding_mask.tolist() == [[False] * 5, [False] * 2 + [True] * 3, [False] * 3 + [True] * 2]
     assert (ids[padding_mask] == PAD).all() and (ids[~padding_mask] != PAD).all()
     assert (ids[:, 0] == CLS).all() and ids[1, 1] == SEP and ids[2, 2] == SEP and ids[0, 4] == SEP

@@ -233,29 +233,35 @@ def test_median_rank_chunks_protocol():
 
 
 def test_knn_by_hand():
-    # directions in degrees. Bank: 0 (label 7), 20 (label 8), 50 (label 7), 100 (label 9). Queries and who is nearest:
+    # directions in degrees. Bank: 0 (label 7), 20 (label 8), 50 (label 7), 100 (label 9).
+    # Queries and who is nearest:
     #   at 5, label 7: 0 20 50 100   hit at once
     #   at 30, label 7: 20 50 0 100  second
     #   at 40, label 9: 50 20 0 100  fourth
     #   at 90, label 3: nobody has it
-    at = lambda *degrees: torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+    at = lambda *degrees: torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))]
+                                        for d in degrees])
     bank, labels, queries = at(0, 20, 50, 100), [7, 8, 7, 9], at(5, 30, 40, 90)
     expected = {1: 25, 2: 50, 3: 50, 4: 75, 5: 75, 100: 75}
     lengths = torch.tensor([[1.0], [30], [0.01], [5]]) # must not matter
     for k, share in expected.items():
-        given = knn_accuracy(lengths * bank, np.array(labels), queries / lengths, torch.tensor([7, 7, 9, 3]), k)
+        given = knn_accuracy(lengths * bank, np.array(labels), queries / lengths, torch.tensor([7, 7, 9, 3]),
+                             k)
         assert given == share and type(given) is float, k
     assert knn_accuracy(bank.half(), labels, queries.half(), [7, 7, 9, 3], 1) == 25
 
 
 def test_knn_agrees_with_brute_force(monkeypatch):
     bank, queries = randn(300, 16), randn(90, 16, seed=1)
-    bank_labels, labels = np.random.default_rng(0).integers(0, 40, 300), np.random.default_rng(1).integers(0, 40, 90)
+    bank_labels, labels = (np.random.default_rng(0).integers(0, 40, 300),
+                           np.random.default_rng(1).integers(0, 40, 90))
     a, b = bank.double().numpy(), queries.double().numpy()
-    nearest = np.argsort(-(b / np.linalg.norm(b, axis=1)[:, None]) @ (a / np.linalg.norm(a, axis=1)[:, None]).T)
+    nearest = np.argsort(-(b / np.linalg.norm(b, axis=1)[:, None]) @
+                         (a / np.linalg.norm(a, axis=1)[:, None]).T)
     calls, best_ranks = [], evaluate.best_ranks
     # what is chunked is the same: at most seven queries at a time
-    monkeypatch.setattr(evaluate, "best_ranks", lambda *sides, chunk: (calls.append(chunk), best_ranks(*sides, chunk=7))[1])
+    monkeypatch.setattr(evaluate, "best_ranks",
+                        lambda *sides, chunk: (calls.append(chunk), best_ranks(*sides, chunk=7))[1])
     for k in 1, 3, 10:
         expected = 100 * np.mean([labels[i] in bank_labels[nearest[i, :k]] for i in range(90)])
         assert knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(expected)
@@ -263,7 +269,8 @@ def test_knn_agrees_with_brute_force(monkeypatch):
 
 
 def test_equal_cosines_get_chance():
-    """A collapsed encoder is not right because the right neighbour is stored first: of 1,000 labels k are found."""
+    """A collapsed encoder is not right because the right neighbour is stored first: of 1,000 labels k are
+    found."""
     same, labels = torch.ones(1000, 4), torch.arange(1000)
     for k in 1, 3, 50:
         assert knn_accuracy(same, labels, same, labels, k) == pytest.approx(k / 10)
@@ -274,8 +281,8 @@ def test_equal_cosines_get_chance():
 
 
 @pytest.mark.parametrize("bank, labels, k", [
-    (torch.ones(3, 2), [1, 2], 1), (torch.ones(3), [1, 2, 3], 1), (torch.ones(0, 2), [], 1), (torch.ones(3, 2), [1, 2, 3], 0),
-    (torch.full((3, 2), math.nan), [1, 2, 3], 1)])
+    (torch.ones(3, 2), [1, 2], 1), (torch.ones(3), [1, 2, 3], 1), (torch.ones(0, 2), [], 1),
+    (torch.ones(3, 2), [1, 2, 3], 0), (torch.full((3, 2), math.nan), [1, 2, 3], 1)])
 def test_knn_wrong_input(bank, labels, k):
     with pytest.raises(ValueError, match="must be"):
         knn_accuracy(bank, labels, torch.ones(1, 2), [1], k)
@@ -288,8 +295,9 @@ def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys, pool):
     torch.manual_seed(0)
     encoder = Encoder("image", img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
     save_checkpoint("encoder.pt", encoder)
-    result = evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", "--ckpt=encoder.pt", "--device=cpu", "--dtype=float32",
-                            f"--pool={pool}", "--batch_size=7", "--json=knn.json"])
+    result = evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", "--ckpt=encoder.pt",
+                            "--device=cpu", "--dtype=float32", f"--pool={pool}", "--batch_size=7",
+                            "--json=knn.json"])
     assert json.loads((tmp_path / "knn.json").read_text()) == result and result["split"] == "test"
     train, test = (Pairs(tiny_data, "toy", split) for split in ("train", "test"))
     encoder.train()
@@ -298,14 +306,16 @@ def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys, pool):
     for pairs in train, test:
         tokens = [encoder(evaluate.normalize(evaluate.eval_image(data, 32)[None])) for data in pairs.images]
         features.append(torch.cat([x[:, 0] if pool == "cls" else x[:, 1:].mean(1) for x in tokens]).detach())
-    (a, b), (la, lb) = [evaluate.image_features(encoder, pairs, 5, torch.device("cpu"), torch.float32, pool) for pairs in
-                        (train, test)], (train.labels, test.labels)
+    (a, b), (la, lb) = [evaluate.image_features(encoder, pairs, 5, torch.device("cpu"), torch.float32, pool)
+                        for pairs in (train, test)], (train.labels, test.labels)
     assert torch.allclose(a, features[0], atol=1e-5) and torch.allclose(b, features[1], atol=1e-5)
     assert result["metrics"] == {"top1": knn_accuracy(a, la, b, lb, 1), "top3": knn_accuracy(a, la, b, lb, 3),
-                                 "reverse_top1": knn_accuracy(b, lb, a, la, 1), "reverse_top3": knn_accuracy(b, lb, a, la, 3)}
+                                 "reverse_top1": knn_accuracy(b, lb, a, la, 1),
+                                 "reverse_top3": knn_accuracy(b, lb, a, la, 3)}
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["encoder.pt", "top-1", "top-3"] in lines
-    assert ["test", "->", "train", *(f"{result['metrics'][k]:.2f}" for k in ("reverse_top1", "reverse_top3"))] in lines
+    assert ["test", "->", "train",
+            *(f"{result['metrics'][k]:.2f}" for k in ("reverse_top1", "reverse_top3"))] in lines
 
 
 # -----------------------------------------------------------------------------

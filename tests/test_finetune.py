@@ -1,6 +1,6 @@
 """
-evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers, timm and plain formulas; then the
-whole subcommand on toy pictures, killed, resumed and given wrong input.
+evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers, timm and plain
+formulas; then the whole subcommand on toy pictures, killed, resumed and given wrong input.
 
     pytest tests/test_finetune.py
     pytest tests/test_finetune.py -m slow      # a full-size encoder from a file in the published layout
@@ -27,13 +27,15 @@ from test_pretrained import FULL, published
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
 # AutoContrast .. TranslateY: ours beside timm's increasing set
-TIMM = {n: n + {"Posterize": "Increasing", "Solarize": "Increasing", "Color": "Increasing", "Contrast": "Increasing",
-                "Brightness": "Increasing", "Sharpness": "Increasing", "TranslateX": "Rel", "TranslateY": "Rel"}.get(n, "")
+TIMM = {n: n + {"Posterize": "Increasing", "Solarize": "Increasing", "Color": "Increasing",
+                "Contrast": "Increasing", "Brightness": "Increasing", "Sharpness": "Increasing",
+                "TranslateX": "Rel", "TranslateY": "Rel"}.get(n, "")
         for n in evaluate.rand_augment_table()}
 
 
 def picture(width=40, height=32, seed=0):
-    """A smooth random picture: an interpolated one differs little from a shifted one, and no two colours are equal."""
+    """A smooth random picture: an interpolated one differs little from a shifted one, and no two colours are
+    equal."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
 
@@ -56,11 +58,12 @@ def test_learning_rates_of_seeds_table_3():
     names = {id(p): n for n, p in [*encoder.named_parameters(), *head.named_parameters("head")]}
     by_name = {names[id(p)]: g for g in groups for p in g["params"]}
     assert len(by_name) == len(names) == sum(len(g["params"]) for g in groups) # each once
-    layers = {"patch_embed.proj.weight": 0, "cls_token": 0, "embed_norm.weight": 0, "blocks.0.mlp.fc1.weight": 1,
-              "blocks.5.norm2.bias": 6, "head.0.weight": 7, "head.1.weight": 7}
+    layers = {"patch_embed.proj.weight": 0, "cls_token": 0, "embed_norm.weight": 0,
+              "blocks.0.mlp.fc1.weight": 1, "blocks.5.norm2.bias": 6, "head.0.weight": 7, "head.1.weight": 7}
     assert {n: by_name[n]["layer"] for n in layers} == layers
     decayed = {n for n, g in by_name.items() if g["weight_decay"]}
-    assert decayed == {n for n in by_name if n.endswith("weight") and "norm" not in n and n != "head.0.weight"}
+    assert decayed == {n for n in by_name if n.endswith("weight") and "norm" not in n
+                       and n != "head.0.weight"}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
 
 
@@ -75,7 +78,8 @@ def test_layer_decay_by_task():
 
 
 def test_shared_position_table():
-    """BEiTv2's relative positions serve every block: the head's rate, as in BEiT's own finetuning, and no decay."""
+    """BEiTv2's relative positions serve every block: the head's rate, as in BEiT's own finetuning, and no
+    decay."""
     encoder = Encoder("image", depth=2, positions="learned", attn_bias="relative", layer_scale=0.1, **SHAPE)
     groups = evaluate.parameter_groups(encoder, torch.nn.Linear(32, 2), defaults())
     of = lambda p: next(g for g in groups if any(q is p for q in g["params"]))
@@ -97,7 +101,8 @@ def test_epochs():
     first = [next(batches) for _ in range(6)]
     for epoch in range(3): # two batches each, all images different, two left out
         seen = first[2 * epoch] + first[2 * epoch + 1]
-        assert [(e, p) for e, p, _ in seen] == [(epoch, p) for p in range(8)] and len({i for *_, i in seen}) == 8
+        assert [(e, p) for e, p, _ in seen] == [(epoch, p) for p in range(8)] \
+            and len({i for *_, i in seen}) == 8
     assert first[0] != first[2]
     for step in range(5): # a resumed run goes on where it stood
         assert next(evaluate.epoch_batches(10, 4, seed=3, step=step)) == first[step]
@@ -122,13 +127,15 @@ def test_magnitudes_are_timms(name, level, monkeypatch):
     for sign, draw in ((1, 0.1), (-1, 0.9)): # timm negates above 0.5
         monkeypatch.setattr(random, "random", lambda: draw)
         theirs = level_function(level, {}) if level_function else (None,)
-        assert argument(level / 10, sign) == (theirs[0] if theirs[0] is None else pytest.approx(theirs[0], rel=1e-12))
+        assert argument(level / 10, sign) == (theirs[0] if theirs[0] is None else
+                                              pytest.approx(theirs[0], rel=1e-12))
 
 
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("severity", [0.0, 0.5, 0.9])
 def test_operations_give_timms_pictures(name, severity):
-    """The same pixels; moved pictures to 2 grey levels, since torchvision writes the same map with other rounding."""
+    """The same pixels; moved pictures to 2 grey levels, since torchvision writes the same map with other
+    rounding."""
     argument, operation = evaluate.rand_augment_table()[name]
     for sign in 1, -1:
         value = argument(severity, sign)
@@ -146,9 +153,11 @@ def test_posterize_to_no_bits():
 
 
 def test_rand_augment_draws(monkeypatch):
-    """Of 4,000 operations half are applied, each about as often, with a magnitude of mean 9 and deviation 0.5, cut at 10."""
+    """Of 4,000 operations half are applied, each about as often, with a magnitude of mean 9 and deviation
+    0.5, cut at 10."""
     seen = []
-    table = {name: (lambda s, sign, name=name: seen.append((name, s, sign)), lambda image, _: image) for name in TIMM}
+    table = {name: (lambda s, sign, name=name: seen.append((name, s, sign)), lambda image, _: image)
+             for name in TIMM}
     monkeypatch.setattr(evaluate, "rand_augment_table", lambda: table)
     rng = np.random.default_rng(0)
     for _ in range(2000):
@@ -175,8 +184,10 @@ def test_training_images_are_functions_of_their_index(tiny_data):
         assert torch.equal(again[0], image) and again[1] == label == pairs.labels[p]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
         assert not torch.equal(dataset[1, p, p][0], image)
-    plain = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults(augment="none"))
-    assert torch.equal(plain[0, 0, 5][0], evaluate.normalize(evaluate.eval_image(pairs.images[5], 32)[None])[0])
+    plain = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32,
+                                    defaults(augment="none"))
+    assert torch.equal(plain[0, 0, 5][0],
+                       evaluate.normalize(evaluate.eval_image(pairs.images[5], 32)[None])[0])
 
 
 def test_random_erasing(tiny_data, monkeypatch):
@@ -207,9 +218,11 @@ def test_mixed_targets():
         assert torch.allclose(targets.sum(1), torch.ones(8)) and (targets >= 0).all()
         # each pixel is a mixture of two images, the mean of all pixels the mixture that the target names
         assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(8.0), atol=1e-4)
-        kinds.append("none" if torch.equal(mixed, images) else "cutmix" if torch.equal(mixed, mixed.round()) else "mixup")
+        kinds.append("none" if torch.equal(mixed, images) else
+                     "cutmix" if torch.equal(mixed, mixed.round()) else "mixup")
     assert kinds.count("none") == pytest.approx(30, abs=20) # cutmix of an empty box among them
-    assert kinds.count("mixup") == pytest.approx(135, abs=35) and kinds.count("cutmix") == pytest.approx(135, abs=35)
+    assert kinds.count("mixup") == pytest.approx(135, abs=35) \
+        and kinds.count("cutmix") == pytest.approx(135, abs=35)
     off, _ = evaluate.mix(images, one_hot, defaults(mix_prob=0.0), np.random.default_rng(0))
     assert off is images
 
@@ -233,7 +246,8 @@ def test_soft_cross_entropy():
 
 @pytest.fixture(scope="session")
 def colours(tiny_data, tmp_path_factory):
-    """The toy pictures, to be told apart by colour: six classes, numbered 10, 20 .. 60, that little training suffices for."""
+    """The toy pictures, to be told apart by colour: six classes, numbered 10, 20 .. 60, that little training
+    suffices for."""
     data_dir = str(tmp_path_factory.mktemp("colours"))
     shutil.copytree(os.path.join(tiny_data, "toy"), os.path.join(data_dir, "toy"))
     for split in "train", "val", "test":
@@ -250,9 +264,10 @@ def run(colours, tmp_path, monkeypatch):
     save_checkpoint("encoder.pt", Encoder("image", depth=2, **SHAPE))
 
     def run(out="run", **changes):
-        knobs = dict(task="toy", data_dir=colours, ckpt="encoder.pt", out_dir=out, device="cpu", dtype="float32", batch_size=16,
-                     epochs=4, lr=3e-3, log_interval=1)
-        return evaluate.main(["finetune", *flags({k: v for k, v in (knobs | changes).items() if v is not None})])
+        knobs = dict(task="toy", data_dir=colours, ckpt="encoder.pt", out_dir=out, device="cpu",
+                     dtype="float32", batch_size=16, epochs=4, lr=3e-3, log_interval=1)
+        return evaluate.main(["finetune",
+                              *flags({k: v for k, v in (knobs | changes).items() if v is not None})])
     return run
 
 
@@ -272,12 +287,14 @@ def stop_at(monkeypatch, step, run):
 def test_finetuning_learns(run, tmp_path, capsys):
     result = run(augment="none", epochs=25, json="new/result.json")
     said = capsys.readouterr().out
-    assert result["metrics"]["top1"] > 60 and result["metrics"]["top5"] >= result["metrics"]["top1"] # chance is 17 %
+    # chance is 17 %
+    assert result["metrics"]["top1"] > 60 and result["metrics"]["top5"] >= result["metrics"]["top1"]
     assert result["classes"] == 6 and result["split"] == "test" and result["chosen_on"] == "val"
     assert json.loads((tmp_path / "new/result.json").read_text()) == result
     log = records(tmp_path / "run")
     steps, epochs = [r for r in log if "loss" in r], [r for r in log if "epoch" in r]
-    assert [r["step"] for r in steps] == list(range(1, 76)) and [r["epoch"] for r in epochs] == list(range(1, 26))
+    assert [r["step"] for r in steps] == list(range(1, 76)) \
+        and [r["epoch"] for r in epochs] == list(range(1, 26))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"] and steps[-1]["lr"] < 0.01 * max(r["lr"] for r in steps)
     # the best epoch is kept: the first of highest accuracy on val, and not the last
     accuracies = [r["val_top1"] for r in epochs]
@@ -290,8 +307,8 @@ def test_finetuning_learns(run, tmp_path, capsys):
 
 
 def test_best_checkpoint_is_an_encoder(run, colours, monkeypatch):
-    """best.pt is of the best epoch, and an Encoder that other scripts read: with its head it gives the reported number.
-    The last epoch, which wrecks the weights, changes nothing."""
+    """best.pt is of the best epoch, and an Encoder that other scripts read: with its head it gives the
+    reported number. The last epoch, which wrecks the weights, changes nothing."""
     monkeypatch.setattr(evaluate, "lr_share", lambda step, *_: 1.0 if step < 60 else 1000.0)
     result = run(augment="none", epochs=21)
     assert result["epoch"] < 21 and result["metrics"]["top1"] > 50
@@ -316,15 +333,17 @@ def test_linear_probe(run, capsys):
     before, kept = read_checkpoint("encoder.pt"), read_checkpoint("run/best.pt")
     assert same(before["model"], kept["model"]) and result["linear_probe"]
     assert [line.split()[:2] for line in said.splitlines() if line.startswith("layer")] == [["layer", "3"]]
-    assert ["encoder.pt", "-", f"{result['metrics']['top1']:.2f}"] in [line.split() for line in said.splitlines()]
+    assert ["encoder.pt", "-", f"{result['metrics']['top1']:.2f}"] \
+        in [line.split() for line in said.splitlines()]
 
 
 def test_cached_features_change_nothing(run, tmp_path, monkeypatch):
-    """--augment=none extracts the features once. Augmentation that does nothing goes through the encoder at each step,
-    and learns the same."""
+    """--augment=none extracts the features once. Augmentation that does nothing goes through the encoder at
+    each step, and learns the same."""
     calls = []
     forward = Encoder.forward
-    monkeypatch.setattr(Encoder, "forward", lambda self, x, *rest: (calls.append(len(x)), forward(self, x, *rest))[1])
+    monkeypatch.setattr(Encoder, "forward",
+                        lambda self, x, *rest: (calls.append(len(x)), forward(self, x, *rest))[1])
     run("cached", linear_probe=True, augment="none")
     assert sum(calls) == 48 + 12 + 12 # each picture once
     calls.clear()
@@ -348,8 +367,10 @@ def test_micro_batches_change_nothing(run, tmp_path, probe):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("step, changes", [ # 5: amid an epoch, a step after a checkpoint; 9: at the end of the third epoch
-    (5, {}), (9, {}), (5, dict(num_workers=2)), (5, dict(linear_probe=True)), (9, dict(linear_probe=True, augment="none"))])
+# 5: amid an epoch, a step after a checkpoint; 9: at the end of the third epoch
+@pytest.mark.parametrize("step, changes", [
+    (5, {}), (9, {}), (5, dict(num_workers=2)), (5, dict(linear_probe=True)),
+    (9, dict(linear_probe=True, augment="none"))])
 def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
     changes = dict(changes, save_interval=4)
     run("whole", **changes)
@@ -370,7 +391,8 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
 def test_resume_with_other_flags(run, monkeypatch):
     stop_at(monkeypatch, 7, lambda: run())
     shutil.copy("encoder.pt", "same.pt")
-    for changes, said in ((dict(ckpt="same.pt"), "--ckpt=encoder.pt, not --ckpt=same.pt"), (dict(epochs=2), "--epochs=2, 6 steps"),
+    for changes, said in ((dict(ckpt="same.pt"), "--ckpt=encoder.pt, not --ckpt=same.pt"),
+                          (dict(epochs=2), "--epochs=2, 6 steps"),
                           (dict(linear_probe=True), "--linear_probe=False, not --linear_probe=True")):
         with pytest.raises(SystemExit, match=said):
             run(resume=True, **changes)
@@ -380,7 +402,8 @@ def test_resume_with_other_flags(run, monkeypatch):
         run(resume=True)
     torch.save(save, "encoder.pt")
     assert run(resume=True, weight_decay=0.5, epochs=5)["epochs"] == 5 # what may change is printed, and used
-    assert {g["weight_decay"] for g in read_checkpoint("run/ckpt.pt")["optimizer"]["param_groups"]} == {0.0, 0.5}
+    assert {g["weight_decay"] for g in read_checkpoint("run/ckpt.pt")["optimizer"]["param_groups"]} \
+        == {0.0, 0.5}
 
 
 def test_bad_step_keeps_the_last_good_checkpoint(run, monkeypatch):
@@ -389,7 +412,8 @@ def test_bad_step_keeps_the_last_good_checkpoint(run, monkeypatch):
     def nan_at_5(*args):
         calls.append(1)
         return loss(*args) * (math.nan if len(calls) == 5 else 1)
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="loss, norm not finite at step 5.* in run: .*--resume"):
+    with monkeypatch.context() as m, pytest.raises(
+            SystemExit, match="loss, norm not finite at step 5.* in run: .*--resume"):
         m.setattr(evaluate, "soft_cross_entropy", nan_at_5)
         run(log_interval=100)
     kept = read_checkpoint("run/ckpt.pt")
@@ -404,7 +428,8 @@ def test_autocast(run, tmp_path):
 
 def test_image_encoder_of_a_multimodal_checkpoint(run):
     torch.manual_seed(0)
-    model = VisionLanguageModel(dict(depth=1, **SHAPE), dict(embed_dim=32, num_heads=2, depth=1, vocab_size=50))
+    model = VisionLanguageModel(dict(depth=1, **SHAPE),
+                                dict(embed_dim=32, num_heads=2, depth=1, vocab_size=50))
     save_checkpoint("both.pt", model)
     run(ckpt="both.pt", linear_probe=True, augment="none", epochs=1)
     assert same(read_checkpoint("run/ckpt.pt")["model"], model.image_encoder.state_dict())
@@ -414,24 +439,32 @@ def test_published_rows(capsys):
     rows = evaluate.vision_rows("cifar10")
     assert rows["DistilData2Vec2"] == (97.7, 93.2) and list(rows) == [
         "DistilData2Vec2", "DistilData2Vec2, draft", "S-SMKE image encoder", "BEiTv2"]
-    assert evaluate.vision_rows("imagenet")["FLAVA"] == (None, 75.54) and len(evaluate.vision_rows("imagenet")) == 8
+    assert evaluate.vision_rows("imagenet")["FLAVA"] == (None, 75.54) \
+        and len(evaluate.vision_rows("imagenet")) == 8
     assert evaluate.vision_rows("cifar100")["BEiTv2"] == (91.1, 78.5) and evaluate.vision_rows("digits") == {}
-    lines = evaluate.vision_table(("imagenet", "Finetune", "Linear Probe"), evaluate.vision_rows("imagenet").items()).splitlines()
-    assert lines[0].split() == ["imagenet", "Finetune", "Linear", "Probe"] and len({len(line) for line in lines}) == 1
-    assert lines[2].split() == ["DistilData2Vec2", "76.10", "71.10"] and lines[8].split() == ["FLAVA", "-", "75.54"]
+    lines = evaluate.vision_table(("imagenet", "Finetune", "Linear Probe"),
+                                  evaluate.vision_rows("imagenet").items()).splitlines()
+    assert lines[0].split() == ["imagenet", "Finetune", "Linear", "Probe"] \
+        and len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["DistilData2Vec2", "76.10", "71.10"] \
+        and lines[8].split() == ["FLAVA", "-", "75.54"]
 
 
 WRONG_OF_BOTH = [ # flags, what the message says
-    (dict(ckpt="text.pt"), "text.pt is a text encoder.*distill_image.py"), (dict(ckpt="none.pt"), "no checkpoint at none.pt"),
-    (dict(encoder="beitv2"), "--ckpt and --encoder each"), (dict(path="x.pth"), "--path is the file of a published"),
-    (dict(ckpt=None, encoder="beitv2", path="none.pth"), "no weights at none.pth"), (dict(device="gpu"), "is no device"),
-    (dict(task="cifar10"), "data set cifar10"), (dict(data_dir="no_labels"), "has no labels in its split val"),
+    (dict(ckpt="text.pt"), "text.pt is a text encoder.*distill_image.py"),
+    (dict(ckpt="none.pt"), "no checkpoint at none.pt"), (dict(encoder="beitv2"), "--ckpt and --encoder each"),
+    (dict(path="x.pth"), "--path is the file of a published"),
+    (dict(ckpt=None, encoder="beitv2", path="none.pth"), "no weights at none.pth"),
+    (dict(device="gpu"), "is no device"), (dict(task="cifar10"), "data set cifar10"),
+    (dict(data_dir="no_labels"), "has no labels in its split val"),
     (dict(data_dir="strange"), r"no training image has the label 7, which test has \(2 such"),
     (dict(data_dir="alone"), "neither a val nor a test split")]
 WRONG = [("knn", *case) for case in WRONG_OF_BOTH] + [("finetune", *case) for case in WRONG_OF_BOTH + [
-    (dict(batch_size=100), "--batch_size=100, but there are 48"), (dict(micro_batch_size=5), "does not divide --batch_size=16"),
+    (dict(batch_size=100), "--batch_size=100, but there are 48"),
+    (dict(micro_batch_size=5), "does not divide --batch_size=16"),
     (dict(augment="none", mixup=1.0, erase=0.1), "--erase, --mixup: only for --augment=default"),
-    (dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"), (dict(resume=True), "there is no run/ckpt.pt")]]
+    (dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"),
+    (dict(resume=True), "there is no run/ckpt.pt")]]
 
 
 @pytest.mark.parametrize("command, changes, said", WRONG)
@@ -459,7 +492,8 @@ def test_wrong_input(run, colours, command, changes, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data2vec2_image", "beitv2"])
 def test_full_size(run, name):
-    """86M parameters, 224 px, from a file in the published layout with random weights: three steps, and neighbours."""
+    """86M parameters, 224 px, from a file in the published layout with random weights: three steps, and
+    neighbours."""
     torch.save({"model": published(name, **FULL)}, "teacher.pt")
     same_flags = dict(ckpt=None, encoder=name, path="teacher.pt", dtype="auto")
     assert run(**same_flags, epochs=1, micro_batch_size=4, lr=1e-5)["epoch"] == 1

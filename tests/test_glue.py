@@ -509,6 +509,10 @@ def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
                            (dict(limit=9), "--limit=0, not --limit=9")):
         with pytest.raises(SystemExit, match=f"run/mnli/ckpt.pt was made with {words}. Use the same"):
             run(**command, **changes)
+    for task in tasks:
+        write_raw("other", task, seed=int(task == "mnli"))
+    with pytest.raises(SystemExit, match="run/mnli/ckpt.pt was made with other examples than other has now"):
+        run(**{**command, "glue_dir": "other"})
     save_checkpoint("text.pt", Encoder("text", **SHAPE), tokenizer=tokenizer_text())
     with pytest.raises(SystemExit, match="made with other weights than text.pt has now"):
         run(**command)

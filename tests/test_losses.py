@@ -1,5 +1,6 @@
 """
-The losses against cases worked out by hand and slow second implementations; micro-batches equal the whole batch.
+The losses against cases worked out by hand and slow second implementations; micro-batches equal the whole
+batch.
 
     pytest tests/test_losses.py
 """
@@ -33,8 +34,10 @@ def cross_entropy(scores, own):
 
 
 def test_contrastive_loss_by_hand():
-    # cosines: image 0 with the texts 1, 0; image 1 with the texts 0.6, 0.8. scale 10 -> logits [[10, 0], [6, 8]]
-    # image to text: log(1 + e^-10), log(1 + e^-2); text to image, down the columns: log(1 + e^-4), log(1 + e^-8)
+    # cosines: image 0 with the texts 1, 0; image 1 with the texts 0.6, 0.8. scale 10 -> logits
+    # [[10, 0], [6, 8]]
+    # image to text: log(1 + e^-10), log(1 + e^-2); text to image, down the columns:
+    # log(1 + e^-4), log(1 + e^-8)
     image, text = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.eye(2)
     expected = (math.log1p(math.exp(-10)) + math.log1p(math.exp(-2))) / 2
     expected = (expected + (math.log1p(math.exp(-4)) + math.log1p(math.exp(-8))) / 2) / 2
@@ -44,7 +47,8 @@ def test_contrastive_loss_by_hand():
 
 def test_contrastive_loss_equals_a_loop():
     image, text, scale, B = unit(5, 8), unit(5, 8, seed=1), 7.0, 5
-    logits = [[scale * sum(image[i, k].item() * text[j, k].item() for k in range(8)) for j in range(B)] for i in range(B)]
+    logits = [[scale * sum(image[i, k].item() * text[j, k].item() for k in range(8)) for j in range(B)]
+              for i in range(B)]
     columns = [list(c) for c in zip(*logits)]
     expected = sum(cross_entropy(logits[i], i) + cross_entropy(columns[i], i) for i in range(B)) / (2 * B)
     assert contrastive_loss(image, text, scale).item() == pytest.approx(expected, abs=1e-5)
@@ -64,7 +68,8 @@ def test_contrastive_loss_teaches_the_temperature():
     assert log_scale.grad < 0
 
 
-@pytest.mark.parametrize("loss", [lambda i, t: contrastive_loss(i, t, 14.3), lambda i, t: ranking_loss(i, t, 0.2),
+@pytest.mark.parametrize("loss", [lambda i, t: contrastive_loss(i, t, 14.3),
+                                  lambda i, t: ranking_loss(i, t, 0.2),
                                   lambda i, t: contrastive_kd_loss(i, t, torch.arange(len(i)), None, 14.3)])
 def test_one_pair_gives_zero_and_half_precision_float32(loss):
     assert loss(unit(1, 8), unit(1, 8, seed=1)).item() == 0
@@ -79,8 +84,8 @@ def test_one_pair_gives_zero_and_half_precision_float32(loss):
 
 
 def test_ranking_loss_by_hand():
-    # cosines [[1, 0.5], [0.9, 0.8]], margin 0.2: 0.2 - 1 + 0.5 < 0, 0.2 - 0.8 + 0.9 = 0.3; the other direction would
-    # add 0.2 - 1 + 0.9 = 0.1 and 0
+    # cosines [[1, 0.5], [0.9, 0.8]], margin 0.2: 0.2 - 1 + 0.5 < 0, 0.2 - 0.8 + 0.9 = 0.3; the other
+    # direction would add 0.2 - 1 + 0.9 = 0.1 and 0
     cosine = torch.tensor([[1.0, 0.5], [0.9, 0.8]])
     assert ranking_loss(cosine, torch.eye(2), 0.2).item() == pytest.approx(0.3, abs=1e-6)
 
@@ -144,32 +149,37 @@ def settings(**kwargs):
                               "align_weight": 1.0, "label_smoothing": 0.0, "margin": 0.2, **kwargs})
 
 
-@pytest.mark.parametrize("kd_loss,align_loss", [("mse", "none"), ("l1", "ranking"), ("contrastive", "contrastive"),
-                                                ("none", "contrastive")])
+@pytest.mark.parametrize("kd_loss,align_loss",
+                         [("mse", "none"), ("l1", "ranking"), ("contrastive", "contrastive"),
+                          ("none", "contrastive")])
 def test_loss_terms(kd_loss, align_loss):
     image_cls, text_cls, image_out, text_out, target = (3 * unit(4, 6, seed=i) for i in range(5))
     group = torch.tensor([0, 1, 1, 2])
     queue = (unit(3, 6, seed=6), torch.tensor([1, 5, 6]))
-    kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24, "l1": lambda out: (out - target).abs().sum() / 24,
+    kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24,
+          "l1": lambda out: (out - target).abs().sum() / 24,
           "contrastive": lambda out: contrastive_kd_loss(out, target, group, queue, 14.3)}.get(kd_loss)
     image, text = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
     align = {"ranking": lambda: ranking_loss(image, text, 0.4), "contrastive":
              lambda: contrastive_loss(image, text, math.exp(1.5), 0.1)}.get(align_loss)
     expected = {**({"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}),
                 **({"align": align()} if align else {})}
-    args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4, label_smoothing=0.1)
+    args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4,
+                    label_smoothing=0.1)
     student = SimpleNamespace(log_scale=torch.tensor(1.5), words=None)
-    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, None, student, args)
+    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, None, student,
+                              args)
     assert list(terms) == list(expected)
     for name in terms:
         assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-5)
-    assert total.item() == pytest.approx(sum((3 if k == "align" else 2) * v.item() for k, v in expected.items()), abs=1e-4)
+    assert total.item() == pytest.approx(sum((3 if k == "align" else 2) * v.item()
+                                             for k, v in expected.items()), abs=1e-4)
     assert total.dtype == torch.float32
 
 
 def test_word_loss_by_hand():
-    """Captions of tokens (4, 5, 5) and of none: a half each for 4 and 5, nothing for the other; from the image, and from the
-    text, of a classifier that gives each of 6 words the same chance."""
+    """Captions of tokens (4, 5, 5) and of none: a half each for 4 and 5, nothing for the other; from the
+    image, and from the text, of a classifier that gives each of 6 words the same chance."""
     ids = torch.tensor([[2, 4, 5, 5, 3, 0], [2, 3, 0, 0, 0, 0]])
     words = word_targets(ids, torch.tensor([[False] * 5 + [True], [False] * 2 + [True] * 4]), 6)
     assert words.tolist() == [[0, 0, 0, 0, 0.5, 0.5], [0] * 6]
@@ -189,9 +199,10 @@ def test_word_loss_by_hand():
 # gradient caching, in the loop itself
 
 
-SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2", "--text_depth=1",
-         "--image_init=teacher", "--text_init=random", "--max_length=8", "--batch_size=12", "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2",
-         "--head", "--token_types", "--dtype=float32", "--device=cpu", "--compile=False"]
+SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2",
+         "--text_depth=1", "--image_init=teacher", "--text_init=random", "--max_length=8", "--batch_size=12",
+         "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2", "--head",
+         "--token_types", "--dtype=float32", "--device=cpu", "--compile=False"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -203,7 +214,8 @@ def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monke
     teacher = str(tmp_path / "teacher.pt")
     save_checkpoint(teacher, Encoder("image", 24, 3, 2, img_size=32, patch_size=16), finished=True)
     metrics = {"i2t_r10": 0.0, "t2i_r10": 0.0, "mean": 0.0}
-    monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval", lambda *rest: (metrics, None, None))
+    monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval",
+                        lambda *rest: (metrics, None, None))
     monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
     gradients = []
     clip = torch.nn.utils.clip_grad_norm_
@@ -251,14 +263,17 @@ def test_feature_loss():
     args = SimpleNamespace(target="all", instance_norm=True, criterion="mse", share_embed=False)
     assert feature_loss(copy.deepcopy(teacher), teacher, images(), args, NO_AUTOCAST).item() == 0
     loss = feature_loss(student, teacher, images(), args, NO_AUTOCAST)
-    difference = feature_target(student(images(), return_layers=True)) - feature_target(teacher(images(), return_layers=True))
+    difference = (feature_target(student(images(), return_layers=True)) -
+                  feature_target(teacher(images(), return_layers=True)))
     assert loss.item() == pytest.approx((difference ** 2).sum().item() / (3 * 17 * 24), rel=1e-5)
     loss.backward()
-    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters()) \
+        and all(p.grad is not None for p in student.parameters())
 
 
 @pytest.mark.parametrize("target, instance_norm, criterion", [
-    ("cls", True, "mse"), ("last", True, "mse"), ("all", False, "mse"), ("all", True, "l1"), ("last", False, "l1")])
+    ("cls", True, "mse"), ("last", True, "mse"), ("all", False, "mse"), ("all", True, "l1"),
+    ("last", False, "l1")])
 def test_what_the_feature_loss_can_be(target, instance_norm, criterion):
     teacher, student = encoder(depth=3), encoder(1)
     args = SimpleNamespace(target=target, instance_norm=instance_norm, criterion=criterion, share_embed=False)
@@ -270,8 +285,10 @@ def test_what_the_feature_loss_can_be(target, instance_norm, criterion):
             layers = [F.instance_norm(x.transpose(1, 2)).transpose(1, 2) for x in layers]
         x = F.layer_norm(sum(layers) / len(layers), (24,))
         sides.append(x[:, 0] if target == "cls" else x)
-    expected = (sides[0] - sides[1]).abs().mean() if criterion == "l1" else (sides[0] - sides[1]).square().mean()
-    assert feature_loss(student, teacher, images(), args, NO_AUTOCAST).item() == pytest.approx(expected.item(), rel=1e-4)
+    expected = ((sides[0] - sides[1]).abs().mean() if criterion == "l1" else
+                (sides[0] - sides[1]).square().mean())
+    assert feature_loss(student, teacher, images(), args, NO_AUTOCAST).item() \
+        == pytest.approx(expected.item(), rel=1e-4)
 
 
 def image_heads(**modules):
@@ -280,7 +297,8 @@ def image_heads(**modules):
 
 
 def test_masked_loss_sees_hidden_patches_and_cls_only():
-    student, teacher, patch_mask = encoder(), encoder(1), random_patch_mask(3, 16, 0.6, torch.Generator().manual_seed(0))
+    student, teacher, patch_mask = (encoder(), encoder(1),
+                                    random_patch_mask(3, 16, 0.6, torch.Generator().manual_seed(0)))
     heads = image_heads(predict=torch.nn.Linear(24, 24))
     heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, 24)))
 
@@ -307,9 +325,11 @@ def test_masked_loss_sees_hidden_patches_and_cls_only():
     # by hand: the target of the whole image, the last `target_layers` layers
     target = feature_target(teacher(images(), return_layers=True)[-1:])
     out = heads.predict(student(images(), patch_mask=patch_mask, mask_token=heads.mask_token))
-    hidden_patches = torch.stack([((out - target)[i, 1 + n] ** 2).mean() for i, n in patch_mask.nonzero().tolist()]).mean()
+    hidden_patches = torch.stack([((out - target)[i, 1 + n] ** 2).mean()
+                                  for i, n in patch_mask.nonzero().tolist()]).mean()
     whole = F.layer_norm(target[:, 1:].mean(1), (24,))
-    assert loss(nowhere, 1) == pytest.approx((hidden_patches + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
+    assert loss(nowhere, 1) \
+        == pytest.approx((hidden_patches + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
 
 
 @torch.no_grad()
@@ -331,14 +351,17 @@ def test_random_patch_mask():
 
 
 def test_views_loss_equals_a_loop():
-    student, heads, views, n = encoder(), image_heads(project=torch.nn.Linear(24, 8)), (images(), images(1)), 3
+    student, heads, views, n = (encoder(), image_heads(project=torch.nn.Linear(24, 8)),
+                                (images(), images(1)), 3)
     kept = torch.tensor([[[0, 3], [1, 2]], [[4, 15], [5, 6]], [[7, 9], [8, 11]]]) # (images, views, K)
     loss = views_loss(student, heads, views, kept, 0.2, NO_AUTOCAST)
-    z = [F.normalize(heads.project(student(x, kept=kept[:, v])[:, 0]), dim=-1)[i] for v, x in enumerate(views) for i in range(n)]
+    z = [F.normalize(heads.project(student(x, kept=kept[:, v])[:, 0]), dim=-1)[i] for v, x in enumerate(views)
+         for i in range(n)]
     expected = 0.0
     for i in range(2 * n):
         others = [j for j in range(2 * n) if j != i] # nobody finds itself
-        expected += cross_entropy([(z[i] @ z[j]).item() / 0.2 for j in others], others.index((i + n) % (2 * n))) / (2 * n)
+        expected += cross_entropy([(z[i] @ z[j]).item() / 0.2 for j in others],
+                                  others.index((i + n) % (2 * n))) / (2 * n)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     loss.backward()
     assert all(p.grad is not None for m in (student, heads) for p in m.parameters())

