@@ -807,7 +807,8 @@ def read_glue(task, glue_dir, limit=0):
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         fail(f"GLUE's {task}: no {', '.join(missing)}. Unpack the archives of gluebenchmark.com there, or "
-             f"fetch all as parquet: hf download nyu-mll/glue --repo-type=dataset --local-dir={glue_dir}")
+             f"fetch all as parquet (pip install huggingface_hub pyarrow): "
+             f"hf download nyu-mll/glue --repo-type=dataset --local-dir={glue_dir}")
     examples, raw = {}, paths is not layouts[1]
     if not raw:
         columns = [*HUB_TEXTS.get(task, columns[:-1]), "label"]
