@@ -4,6 +4,7 @@ out.
 
     pytest tests/test_cli.py
 """
+import inspect
 import os
 import re
 import shlex
@@ -135,8 +136,18 @@ def test_equal_knobs_mean_the_same(capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_knob_is_read(name):
-    with open(os.path.join(REPO, name.split()[0]), encoding="utf-8") as f:
-        source = f.read()
+    script, *subcommand = name.split()
+    if subcommand: # the functions that this one calls, and those that they call
+        todo, sources = [evaluate.COMMANDS[subcommand[0]][1], evaluate.main], {}
+        while todo:
+            function = todo.pop()
+            sources[function] = inspect.getsource(function)
+            called = [getattr(evaluate, word, None) for word in re.findall(r"(\w+)\(", sources[function])]
+            todo += [f for f in called if getattr(f, "__module__", "") == "evaluate" and f not in sources]
+        source = "".join(sources.values())
+    else:
+        with open(os.path.join(REPO, script), encoding="utf-8") as f:
+            source = f.read()
     with open(os.path.join(REPO, "model.py"), encoding="utf-8") as f:
         source += f.read() # open_run reads resume
     unread = [k for k in knobs(name) if not re.search(rf"\bargs\.{k}\b", source)]
