@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, keep_blocks, load_encoder,
-                   load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings,
+from model import (PRETRAINED, Encoder, Parser, check_resume, fail, feature_target, git_sha, keep_blocks,
+                   load_encoder, load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings,
                    save_checkpoint, trim_log, use_compile)
 from prepare_owt import Tokens
 
@@ -203,9 +203,7 @@ def check(args):
         fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
-    if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out to start, or give the "
-             f"--out_dir to continue.")
+    check_resume(args)
     if args.agreement == 1:
         fail("--agreement=1: a sentence alone has no neighbours; give more, or 0 for none")
     if args.init != "random" and args.attn_bias != "teacher":

@@ -626,12 +626,8 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
 
     # -- resume
     path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {}
-    # what other scripts have as a flag follows from --epochs here, and is checked below
-    checkpoint = open_run(type(args)(**vars(args), max_steps=math.inf), model_knobs)
+    checkpoint = open_run(args, model_knobs, max_steps, f"--epochs={args.epochs}, {max_steps} steps,")
     if checkpoint:
-        if checkpoint["step"] >= max_steps:
-            fail(f"{path} has done {checkpoint['step']} steps already: --epochs={args.epochs}, {max_steps} "
-                 f"steps, must be more")
         load_weights(model, checkpoint["model"], path)
         load_weights(head, checkpoint["head"], path)
         now = [{k: group[k] for k in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
@@ -820,13 +816,14 @@ def read_glue(task, glue_dir, limit=0):
             absent = [column for column in columns if column not in names]
             if absent:
                 fail(f"{path}: no column {', '.join(absent)} among {', '.join(names)}")
+            where = [names.index(column) for column in columns]
             for n, row in enumerate(rows, 1 if raw and task == "cola" else 2):
                 if task == "qqp" and len(row) < len(names): # by a newline within a question
                     torn.append(n)
                     continue
                 if len(row) != len(names):
                     fail(f"{path} line {n}: {len(row)} columns instead of {len(names)}")
-                *text, label = (row[names.index(column)] for column in columns)
+                *text, label = (row[i] for i in where)
                 if None in (*text, label):
                     fail(f"{path} line {n}: a text or label is null")
                 if not (label in classes if classes else re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", label)):

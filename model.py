@@ -1051,21 +1051,28 @@ def is_finished(path):
     return os.path.exists(path) and read_checkpoint(path).get("finished", True)
 
 
-def open_run(args, model_knobs):
+def check_resume(args):
+    """Ends the program if --resume has nothing to continue; early, before teachers and data are loaded."""
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    if args.resume and not os.path.exists(path):
+        fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to "
+             f"continue.")
+
+
+def open_run(args, model_knobs, max_steps=None, asked=None):
     """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run
     is never written over, a finished one is kept under another name; what makes the model, model_knobs,
-    cannot change on resume. Call it when nothing else can go wrong: it is the first to write."""
+    cannot change on resume. max_steps and the flag that asks for them, in words: where it is not --max_steps.
+    Call it when nothing else can go wrong: it is the first to write."""
+    check_resume(args)
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path) if os.path.exists(path) else None
     if args.resume:
-        if checkpoint is None:
-            fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to "
-                 f"continue.")
         if checkpoint.get("finished", True):
             fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
-        if checkpoint["step"] >= args.max_steps:
+        if checkpoint["step"] >= (max_steps or args.max_steps):
             fail(f"{path} has done {checkpoint['step']} steps already: "
-                 f"--max_steps={args.max_steps} must be more")
+                 f"{asked or f'--max_steps={args.max_steps}'} must be more")
         changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
                    if k not in ("resume", "given") and getattr(args, k, v) != v}
         refused = [f"--{k}={v[0]}, not --{k}={v[1]}" for k, v in changed.items() if k in model_knobs]

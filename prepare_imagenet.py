@@ -375,6 +375,16 @@ def end_with_parent(worker):
 # writing, and going on
 
 
+def lock(file, written):
+    """Ends the program if another process has locked this open file, which is beside what it writes."""
+    if sys.platform != "win32":
+        import fcntl # Unix only
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # ends with the process
+        except OSError:
+            fail(f"another process is writing {written}. Let it end, or end it.")
+
+
 class Journal:
     """What was done of a split, a line for each file: [shard, position in it, name, label, where its record
     ends, why it was skipped]. Lines are written after their records; what a kill tears is cut off and made
@@ -385,12 +395,7 @@ class Journal:
         self.taken, self.labels, self.ends, self.skipped, self.lines = Counter(), [], [], [], []
         records, good = prefix + "_images.bin.tmp", 0
         self.file = open(self.path, "a+b")
-        if sys.platform != "win32":
-            import fcntl # Unix only
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB) # ends with the process
-            except OSError:
-                fail(f"another process is writing {prefix}_images.bin. Let it end, or end it.")
+        lock(self.file, f"{prefix}_images.bin")
         if os.path.exists(prefix + "_images.bin"): # closed, but the set was not finished
             os.replace(prefix + "_images.bin", records)
         size = os.path.getsize(records) if os.path.exists(records) else 0

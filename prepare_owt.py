@@ -40,7 +40,8 @@ import torch
 from tqdm import tqdm
 
 from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
-from prepare_imagenet import end_with_parent, folder_files, readable
+from prepare_imagenet import end_with_parent, folder_files, lock, readable
+from prepare_pairs import read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
@@ -76,14 +77,8 @@ class Tokens:
         again = "Made here are owt_bert, owt_gpt2, pydoc_minilm and so on: python prepare_owt.py --help"
         if data in LICENCES and kind in TEACHERS:
             again = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
-        if not os.path.exists(os.path.join(folder, "meta.json")):
-            what = "is half-written" if os.path.isdir(folder) else "is not there"
-            fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
         try:
-            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-                self.meta = json.load(f)
-            if split not in self.meta["splits"]:
-                fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
+            self.meta = read_meta(folder, name, split, again)
             made_with, sha256, self.end_id = (self.meta[k] for k in ("vocabulary", "vocab_sha256", "end_id"))
             self.path = os.path.join(folder, split + ".bin")
             self.length = self.meta["splits"][split]["tokens"]
@@ -384,18 +379,6 @@ def write_split(path, pieces, encode, args, counts, save):
                 break
 
 
-def only_writer(folder):
-    """An open file in the folder. Ends the program if another one has it."""
-    file = open(os.path.join(folder, "lock"), "a")
-    if sys.platform != "win32":
-        import fcntl # Unix only
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"another process is writing {folder}. Let it end, or end it.")
-    return file
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -443,7 +426,8 @@ def main(args):
             os.makedirs(folder, exist_ok=True)
         except OSError as e:
             fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
-        lock = only_writer(folder) # held until the program ends
+        held = open(os.path.join(folder, "lock"), "a") # until the program ends
+        lock(held, folder)
     for path in (begun, done):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
@@ -484,7 +468,7 @@ def main(args):
         for split in found:
             os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
         write_json(done, meta)
-        for path in [lock.name, *glob.glob(glob.escape(begun) + "*")]: # also what a kill left of writing it
+        for path in [held.name, *glob.glob(glob.escape(begun) + "*")]: # also what a kill left of writing it
             os.remove(path)
         print(f"wrote {folder}; licence: {meta['license']}")
     columns = ("documents", "tokens", "characters", *CLEANED)

@@ -97,6 +97,20 @@ class Records:
         return {**self.__dict__, "fd": None}
 
 
+def read_meta(folder, name, split, again):
+    """meta.json of a prepared set that has this split. Ends the program if the set is not there, not whole or
+    without it, with `again`, the command to run; ValueError, KeyError, TypeError or OSError if damaged."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        what = "is half-written" if os.path.isdir(folder) else "is not there"
+        fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
+    with open(path, encoding="utf-8") as f:
+        meta = json.load(f)
+    if split not in meta["splits"]:
+        fail(f"data set {name} has no split {split!r}, only {', '.join(meta['splits'])}")
+    return meta
+
+
 class Pairs:
     """One split of a prepared set: images (Records), captions[j] -> str, text_to_image (M,) int64, labels
     (N,) int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or
@@ -115,14 +129,8 @@ class Pairs:
                      f"{', '.join(SOURCES)}, prepare_imagenet.py {', '.join(LABELLED)} and, with "
                      f"--source=DIR, a set from folders of your own. To see a run now: "
                      f"python distill_multimodal.py --preset=tiny")
-        if not os.path.exists(os.path.join(folder, "meta.json")):
-            what = "is half-written" if os.path.isdir(folder) else "is not there"
-            fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
         try:
-            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-                self.meta = json.load(f)
-            if split not in self.meta["splits"]:
-                fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
+            self.meta = read_meta(folder, name, split, again)
             prefix = os.path.join(folder, split)
             counts = self.meta["splits"][split]
             self.images, self._captions, self.text_to_image = (Records(prefix + "_images"), [],

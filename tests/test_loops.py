@@ -459,6 +459,27 @@ def script(name, *words, cwd):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def kill_and_resume(name, words, folder, pause):
+    """A loop that saves after every step, killed four times within `pause` seconds of a save and resumed each
+    time -> its checkpoint at the end. Whenever it is killed there is a whole one, of a later step."""
+    path, rng, kills, steps = folder / "ckpt.pt", random.Random(0), 0, [0]
+    while not (path.exists() and read_checkpoint(path)["finished"]):
+        process = script(name, *words, f"--resume={path.exists()}", cwd=folder.parent)
+        begin = path.stat().st_mtime_ns if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == begin):
+            time.sleep(0.01) # until it saves
+        if kills < 4:
+            time.sleep(pause * rng.random())
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        said, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        steps.append(read_checkpoint(path)["step"])
+        assert steps[-1] > steps[-2], said
+    assert kills > 0
+    return read_checkpoint(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mask", "queue"])
 def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
@@ -469,22 +490,7 @@ def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
     loop, base = SETTINGS[name]
     words = flags({k: teacher if v == "TEACHER" else v for k, v in
                    dict(base, **knobs, data_dir=tiny_data, out_dir=tmp_path / "parts").items()})
-    path, rng, kills, steps = tmp_path / "parts" / "ckpt.pt", random.Random(0), 0, [0]
-    while not (path.exists() and read_checkpoint(path)["finished"]):
-        process = script(f"distill_{loop}.py", *words, f"--resume={path.exists()}", cwd=tmp_path)
-        begin = path.stat().st_mtime_ns if path.exists() else 0
-        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == begin):
-            time.sleep(0.01) # until it saves
-        if kills < 4:
-            time.sleep(rng.random())
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        said, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said
-        steps.append(read_checkpoint(path)["step"])
-        assert steps[-1] > steps[-2], said
-    assert kills > 0
-    resumed = read_checkpoint(path)
+    resumed = kill_and_resume(f"distill_{loop}.py", words, tmp_path / "parts", 1.0)
     assert all(same(whole.get(k), resumed.get(k))
                for k in ("model", "optimizer", "best", "queue", "student", "heads"))
     assert [r["step"] for r in records(tmp_path / "parts")] == [r["step"]

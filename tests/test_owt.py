@@ -470,8 +470,8 @@ def test_two_at_once(prepare, prepared, tmp_path):
     folder = tmp_path / "data" / "owt_bert"
     folder.mkdir(parents=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, prepare_owt\nheld = prepare_owt.only_writer(sys.argv[1])\n"
-         "print('held', flush=True)\ninput()", str(folder)],
+        [sys.executable, "-c", "import sys, prepare_owt\nheld = open(sys.argv[1], 'a')\n"
+         "prepare_owt.lock(held, 'it')\nprint('held', flush=True)\ninput()", str(folder / "lock")],
         cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     assert "another process is writing" in refusal(prepare, prepared[0])

