@@ -40,7 +40,6 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 import zlib
 from collections import Counter
 from functools import partial
@@ -48,11 +47,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from model import Parser, cache_folder, fail, nearest, save_atomic, write_json
-from prepare_pairs import LABELLED, SOURCES, RecordWriter, decode
+from prepare_pairs import LABELLED, SOURCES, Bad, RecordWriter, lock, to_record
 
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
@@ -337,29 +336,9 @@ class Convert(torch.utils.data.Dataset):
     def __getitem__(self, item):
         entry, data = item
         try:
-            return entry, self.convert(data), ""
-        except UnidentifiedImageError: # its own text names an address in memory
-            return entry, b"", "no picture" if data else "empty or unreadable"
-        except Exception as e: # PIL raises nearly anything on broken files, and none of it may end the run
-            return entry, b"", f"{type(e).__name__}: {e}"
-
-    def convert(self, data):
-        """The format is read off the bytes: ImageNet has a PNG named .JPEG. 22 files are CMYK, which decode()
-        knows."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # of corrupt EXIF
-            side = min(Image.open(io.BytesIO(data)).size)
-        jpeg = data[:2] == b"\xff\xd8"
-        body = data.rstrip(b"\0") if jpeg else data # padding, or half a download: zeros decode, to grey
-        whole = body[-2:] == b"\xff\xd9" if jpeg else data[:4] == b"\x89PNG" and data[-8:-4] == b"IEND"
-        if not whole or self.resize or self.verify:
-            image = decode(body)
-        if not 0 < self.resize < side:
-            return data
-        size = [max(self.resize, round(length * self.resize / side)) for length in image.size]
-        small = io.BytesIO()
-        image.resize(size, Image.BICUBIC).save(small, "JPEG", quality=self.quality)
-        return small.getvalue()
+            return entry, to_record(data, self.resize, self.quality, verify=self.verify), ""
+        except Bad as e:
+            return entry, b"", f"{e} ({e.__cause__})" if e.__cause__ else str(e)
 
 
 def end_with_parent(worker):
@@ -373,16 +352,6 @@ def end_with_parent(worker):
 
 # -----------------------------------------------------------------------------
 # writing, and going on
-
-
-def lock(file, written):
-    """Ends the program if another process has locked this open file, which is beside what it writes."""
-    if sys.platform != "win32":
-        import fcntl # Unix only
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # ends with the process
-        except OSError:
-            fail(f"another process is writing {written}. Let it end, or end it.")
 
 
 class Journal:

@@ -40,8 +40,8 @@ import torch
 from tqdm import tqdm
 
 from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
-from prepare_imagenet import end_with_parent, folder_files, lock, readable
-from prepare_pairs import read_meta
+from prepare_imagenet import end_with_parent, folder_files, readable
+from prepare_pairs import lock, read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB

@@ -1,36 +1,78 @@
 """
 Prepares image-text pairs, and owns the packed-record format they are stored in and its reader.
 
-    python prepare_pairs.py --data=openmoji      # about 10 s, no download: the pictures come with pip
+    python prepare_pairs.py                           # openmoji: about 10 s, nothing to download
+    python prepare_pairs.py --data=coco               # downloads 19 GB; --source=DIR takes files you have
+    python prepare_pairs.py --data=flickr30k --source=dataset_flickr30k.json --images=flickr30k-images
+    python prepare_pairs.py --data=cc3m --source=DIR --resize=256 # days: 3 million strangers' urls; also
+                                                        cc12m and sbu, whose lists are downloaded
+    python prepare_pairs.py --data=cc3m --source=DIR --limit=10000  # a trial: the first that are still there
+    python prepare_pairs.py --data=cc3m --source=DIR --resize=256 --retry # asks again for what failed
+    python prepare_pairs.py --data=mine --source=captions.csv --images=DIR # your own, or urls of your own
 
-writes under data/openmoji/, for each split (train, val, test):
+What --source is, a file or a folder that holds it:
+
+    coco        dataset_coco.json or caption_datasets.zip (Karpathy's splits), with train2014 and val2014
+                beside it or in --images, each as .zip or folder; what is missing is downloaded
+    flickr30k   dataset_flickr30k.json or caption_datasets.zip; the pictures come by request, see --images
+    cc3m        Train_GCC-training.tsv (caption, url), with Validation_GCC-1.1.0-Validation.tsv if it is there
+    cc12m       cc12m.tsv (url, caption)
+    sbu         sbu-captions-all.json, or the .tar.gz around it
+    any other   .csv, .tsv or .jsonl with names in its first line: image (or file_name, path, url), caption
+    name        (or text; several lines or a list for one picture), split if you like (train, val, test)
+
+It writes under data/<set>/, for each split:
 
     <split>_images.bin, .idx     encoded pictures end to end; N + 1 offsets, uint64, little-endian
     <split>_captions.bin, .idx   captions, UTF-8, the same way
     <split>_text_to_image.npy    int64, for each caption the index of its picture
-    <split>_labels.npy           int64, for each picture its family (see openmoji_families)
+    <split>_labels.npy           openmoji: int64, for each picture its family (see openmoji_families)
+    used.tsv                     not openmoji: split, index and id of each picture, and its file or url
     tokenizer.json               WordPiece, trained on the training captions
     meta.json                    what made it, counts, statistics, licence; written last: without it nothing
                                  is there
 
+A run that was killed goes on if the same command is given again: rows.jsonl says what became of each row of
+the list. Where a list has no validation split, a hash of each url or file name holds some rows out for it.
+
 OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 Names of the emoji: the Python package `emoji`, from the Unicode CLDR.
 """
+import csv
+import email.utils
+import glob
 import hashlib
+import heapq
 import io
+import ipaddress
 import json
 import os
+import queue
+import random
 import re
+import shutil
+import socket
 import sys
+import tarfile
+import threading
+import time
+import urllib.parse
 import warnings
+import zipfile
+import zlib
+from array import array
+from collections import Counter
+from functools import partial
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import BERT_SPECIALS, Parser, bert_tokenizer, fail, normalize, save_atomic, write_json
+from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, normalize,
+                   save_atomic, write_json)
 
 # -----------------------------------------------------------------------------
 # the packed-record format
@@ -44,7 +86,7 @@ class RecordWriter:
 
     def __init__(self, prefix, ends=()):
         os.makedirs(os.path.dirname(prefix), exist_ok=True)
-        self.prefix, self.offsets = prefix, [0, *ends]
+        self.prefix, self.offsets = prefix, array("Q", [0, *ends])
         self.file = open(prefix + ".bin.tmp", "r+b" if ends else "wb")
         self.file.truncate(self.offsets[-1])
         self.file.seek(self.offsets[-1])
@@ -61,6 +103,16 @@ class RecordWriter:
         self.file.close()
         os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
         save_atomic(self.prefix + ".idx", lambda f: f.write(np.asarray(self.offsets, "<u8").tobytes()))
+
+
+def lock(file, written):
+    """Ends the program if another process has locked this open file, which is beside what it writes."""
+    if sys.platform != "win32":
+        import fcntl # Unix only
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # ends with the process
+        except OSError:
+            fail(f"another process is writing {written}. Let it end, or end it.")
 
 
 class Records:
@@ -111,8 +163,17 @@ def read_meta(folder, name, split, again):
     return meta
 
 
+class Texts(Records):
+    """Records of UTF-8, read as str."""
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return super().__getitem__(i).decode("utf-8", "replace")
+
+
 class Pairs:
-    """One split of a prepared set: images (Records), captions[j] -> str, text_to_image (M,) int64, labels
+    """One split of a prepared set: images (Records), captions (Texts), text_to_image (M,) int64, labels
     (N,) int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or
     not whole.
 
@@ -122,39 +183,72 @@ class Pairs:
     def __init__(self, data_dir, name, split, needs_captions=False):
         folder = os.path.join(data_dir, name)
         script = "prepare_pairs.py" if name in SOURCES else "prepare_imagenet.py"
-        source = " --source=DIR (the folder with ImageNet's files; --help)" if name == "imagenet" else ""
+        given = name in ("imagenet", "flickr30k", "cc3m") # which have no place to be downloaded from
+        source = " --source=DIR (where its files are; --help)" if given else ""
         again = f"Run: python {script} --data={name} --data_dir={data_dir}{source}"
         if name not in (*SOURCES, *LABELLED): # one's own set, or one that this version cannot make
             again = (f"It must hold packed records (README, \"Data format\"): prepare_pairs.py makes "
-                     f"{', '.join(SOURCES)}, prepare_imagenet.py {', '.join(LABELLED)} and, with "
-                     f"--source=DIR, a set from folders of your own. To see a run now: "
-                     f"python distill_multimodal.py --preset=tiny")
+                     f"{', '.join(SOURCES)} and, with --source=FILE, a set of your own pictures with "
+                     f"captions, prepare_imagenet.py {', '.join(LABELLED)} and, with --source=DIR, a set from "
+                     f"folders of your own. To see a run now: python distill_multimodal.py --preset=tiny")
         try:
             self.meta = read_meta(folder, name, split, again)
             prefix = os.path.join(folder, split)
             counts = self.meta["splits"][split]
-            self.images, self._captions, self.text_to_image = (Records(prefix + "_images"), [],
-                                                               np.zeros(0, np.int64))
+            self.images, self.captions, self.text_to_image = (Records(prefix + "_images"), [],
+                                                              np.zeros(0, np.int64))
             if counts.get("captions"):
-                self._captions = Records(prefix + "_captions")
+                self.captions = Texts(prefix + "_captions")
                 self.text_to_image = np.load(prefix + "_text_to_image.npy")
             elif needs_captions:
                 fail(f"data set {name} has no captions, only pictures. Take one that has both, as from: "
                      f"python prepare_pairs.py --data=openmoji")
             self.labels = np.load(prefix + "_labels.npy") if os.path.exists(prefix + "_labels.npy") else None
-            if (len(self.images), len(self._captions)) != (counts["images"], counts.get("captions", 0)) \
-                    or self.text_to_image.shape != (len(self._captions),) \
+            if (len(self.images), len(self.captions)) != (counts["images"], counts.get("captions", 0)) \
+                    or self.text_to_image.shape != (len(self.captions),) \
                     or not ((0 <= self.text_to_image) & (self.text_to_image < len(self.images))).all() \
                     or self.labels is not None and self.labels.shape != (len(self.images),):
                 raise ValueError(f"{prefix}_*: counts and indices disagree with meta.json")
         except (ValueError, KeyError, TypeError, OSError) as e:
             remove = f"Remove {folder} and prepare it again. " if name in (*SOURCES, *LABELLED) else ""
             fail(f"data set {name} is damaged: {e}. {remove}{again}")
-        self.captions = [self._captions[j].decode("utf-8", "replace") for j in range(len(self._captions))]
+
+
+class JoinedPairs:
+    """Several Pairs as one, in their order, without labels."""
+
+    def __init__(self, parts):
+        self.images, self.captions = (torch.utils.data.ConcatDataset([getattr(p, what) for p in parts])
+                                      for what in ("images", "captions"))
+        starts = np.cumsum([0, *(len(p.images) for p in parts)])
+        self.text_to_image = np.concatenate([p.text_to_image + start for p, start in zip(parts, starts)])
+        self.labels, self.meta = None, {"joined": [p.meta for p in parts]}
+
+
+def open_pairs(data_dir, names, split):
+    """names: prepared sets with captions, "coco,cc3m". Their training splits as one; of another split that of
+    the first set which has it, and ends the program if none has."""
+    names = names.split(",")
+    if split == "train":
+        parts = [Pairs(data_dir, name, split, needs_captions=True) for name in names]
+        return parts[0] if len(parts) == 1 else JoinedPairs(parts)
+    for name in names[:-1]:
+        path = os.path.join(data_dir, name, split + "_images.idx")
+        if os.path.exists(path):
+            return Pairs(data_dir, name, split, needs_captions=True)
+    return Pairs(data_dir, names[-1], split, needs_captions=True)
 
 
 # -----------------------------------------------------------------------------
 # pictures: bytes to tensors
+
+
+# corrupt EXIF is common and harmless; for all threads at once, which catch_warnings() is not made for
+warnings.filterwarnings("ignore", module="PIL")
+Image.init()
+# no EPS, for one, which PIL hands to another program
+FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
+MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
 
 
 # EXIF's ways to hold a camera
@@ -172,20 +266,65 @@ def turn(image):
     return image.transpose(Image.Transpose[how]) if how else image
 
 
-def decode(data):
-    """Encoded picture -> RGB PIL image, transparent parts on white, rotated as its EXIF says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # corrupt EXIF is common and harmless
-        image = Image.open(io.BytesIO(data))
-        if image.format == "JPEG":
-            image = turn(image)
-        if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-            image.info.pop("transparency", None)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+def decode(data, reduce_to=0):
+    """Encoded picture -> RGB PIL image, transparent parts on white, rotated as its EXIF says. reduce_to: a
+    large JPEG may come at 1/2, 1/4 or 1/8, both sides at least so many pixels, in much less time."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
+        if reduce_to:
+            image.draft(None, (reduce_to, reduce_to))
+        image = turn(image)
+    if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+        image.info.pop("transparency", None)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class Bad(Exception):
+    """A row that does not become a pair. The message is its cause, one of few, for the report. wait: seconds
+    after which to ask again; None: not in this pass."""
+
+    def __init__(self, cause, wait=None, held=False):
+        super().__init__(cause)
+        self.wait, self.held = wait, held # held: its turn was put off, which is no try
+
+
+def to_record(data, resize=0, quality=90, min_side=1, verify=True):
+    """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
+    JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
+    verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise Bad("not a picture" if data else "empty") from None
+    except Image.DecompressionBombError:
+        raise Bad("too many pixels") from None
+    except Exception as e: # PIL raises nearly anything on broken files
+        raise Bad("damaged") from e
+    side, kept = min(image.size), image.format in ("JPEG", "MPO", "PNG")
+    if image.width * image.height > MAX_PIXELS:
+        raise Bad("too many pixels")
+    if side < min_side:
+        raise Bad("tiny")
+    shrink = 0 < resize < side
+    body = data if image.format == "PNG" else data.rstrip(b"\0") # half a download: zeros decode, to grey
+    whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
+    try:
+        if shrink or verify or not kept or not whole:
+            image = decode(body if kept else data, 0 if not kept else 2 * resize if shrink else 1)
+    except Exception as e:
+        raise Bad("damaged") from e
+    if kept and not shrink:
+        return data
+    if shrink:
+        side = min(image.size)
+        image = image.resize([max(resize, round(n * resize / side)) for n in image.size], Image.BICUBIC)
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=quality if shrink else 95)
+    return jpeg.getvalue()
 
 
 def to_tensor(image):
@@ -420,45 +559,848 @@ def prepare_openmoji(args):
 
 
 # -----------------------------------------------------------------------------
+# what a source lists
 
-SOURCES = {"openmoji": prepare_openmoji}
+
+class Row(NamedTuple):
+    id: str # what the source calls it
+    where: str # of the picture: a url, or what read() of the source takes
+    captions: list
+    split: str = None # None: train or val, by the hash of where
+
+
+class Source(NamedTuple):
+    name: str # of file or folder
+    rows: Callable # () -> iterator of Row, always the same one
+    read: Callable # where -> bytes of the picture, for what is no url; raises Bad
+    license: str
+    splits: tuple = ("train", "val") # in the order in which they are reported
+
+
+def hash_of(text):
+    """64 bits of a text, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def is_url(where):
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", where) is not None
+
+
+def clean(caption):
+    """One line of printable text, not longer than a page."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(caption)[:10_000]).split())[:2000]
+
+
+def find_file(args, *patterns, url=None, gigabytes=0.0):
+    """The file that --source is, or that the folder --source holds by one of these names, or else the
+    download of url, made once."""
+    source = args.source or ""
+    for pattern in patterns:
+        if os.path.isfile(source) and glob.fnmatch.fnmatch(os.path.basename(source), pattern):
+            return source
+        for folder in (source, os.path.dirname(source)) if source else ():
+            if found := sorted(glob.glob(os.path.join(glob.escape(folder or "."), pattern))):
+                return found[0]
+    if url is None or args.source and not os.path.isdir(source):
+        fail(f"--data={args.data}: --source={args.source} is not, and does not hold, "
+             f"{' or '.join(patterns)}. See python prepare_pairs.py --help.")
+    path = os.path.join(cache_folder(), args.data, url.rpartition("/")[2])
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        free = shutil.disk_usage(os.path.dirname(path)).free / 1e9
+        print(f"fetching {url}, {gigabytes} GB, to {path}; {free:.1f} GB are free")
+        if free < gigabytes:
+            fail(f"{path} has no room for it. Set XDG_CACHE_HOME to another disk, or give --source.")
+        download(url, path)
+    return path
+
+
+def read_list(path, read):
+    """What read(path) gives; ends the program if the file is not what its name says."""
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, tarfile.TarError,
+            zipfile.BadZipFile, zlib.error, csv.Error) as e:
+        fail(f"{path} cannot be read as the list it should be ({type(e).__name__}: {e}). Half a download? "
+             f"Remove it and fetch it again.")
+
+
+def karpathy(args):
+    """The images of Karpathy's dataset_<name>.json, which may still be in caption_datasets.zip."""
+    name = f"dataset_{args.data}.json"
+    path = find_file(args, name, "caption_datasets.zip", gigabytes=0.04,
+                     url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip")
+
+    def read(path):
+        if path.endswith(".zip"):
+            with zipfile.ZipFile(path) as z, z.open(name) as f:
+                return json.load(f)["images"]
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)["images"]
+    images = read_list(path, read)
+    splits = read_list(path, lambda _: {(x["split"], str(x["filename"]), x["imgid"], [s["raw"] for s in x[
+        "sentences"]])[0] for x in images})
+    if other := splits - {"train", "restval", "val", "test"}:
+        fail(f"{path} has the splits {', '.join(map(str, other))}, which Karpathy's have not")
+    return path, images
+
+
+def pictures(folders, subfolder="", url=None, gigabytes=0.0, args=None):
+    """A function from file name to bytes: out of the first that exists of <folder>/<subfolder>/ and
+    <folder>/<subfolder>.zip, or the download of such a zip."""
+    for folder in folders:
+        plain, packed = os.path.join(folder, subfolder), os.path.join(folder, f"{subfolder}.zip")
+        if subfolder and os.path.isfile(packed):
+            return read_list(packed, partial(zipped, subfolder, args.max_mb * 1e6))
+        if os.path.isdir(plain):
+            return partial(read_picture, plain)
+    packed = find_file(args, f"{subfolder}.zip", url=url, gigabytes=gigabytes)
+    return read_list(packed, partial(zipped, subfolder, args.max_mb * 1e6))
+
+
+def read_picture(folder, name):
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise Bad("outside the folder")
+    try:
+        with open(os.path.join(folder, name), "rb") as f:
+            return f.read()
+    except (OSError, ValueError):
+        raise Bad("no such file") from None
+
+
+def zipped(subfolder, max_bytes, path):
+    z = zipfile.ZipFile(path) # read as a stream, never extracted: no name in it can reach the disk
+
+    def read(name):
+        try:
+            if z.getinfo(f"{subfolder}/{name}").file_size > max_bytes:
+                raise Bad("too many bytes")
+            return z.read(f"{subfolder}/{name}")
+        except KeyError:
+            raise Bad("no such file") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError):
+            raise Bad("damaged") from None
+    return read
+
+
+def find_coco(args):
+    """COCO 2014 in Karpathy's splits: 82,783 + 30,504 (restval) training images, 5,000 and 5,000."""
+    path, images = karpathy(args)
+    folders = [args.images] if args.images else [args.source or "", os.path.dirname(args.source or "")]
+    read = {part: pictures([f for f in folders if f], part, args=args, gigabytes=gigabytes,
+                           url=f"http://images.cocodataset.org/zips/{part}.zip")
+            for part, gigabytes in (("train2014", 13.5), ("val2014", 6.6))
+            if any(x.get("filepath") == part for x in images)}
+
+    def rows():
+        for x in images:
+            yield Row(str(x.get("cocoid", x["imgid"])), f"{x.get('filepath')}/{x['filename']}",
+                      [s["raw"] for s in x["sentences"]], x["split"].replace("restval", "train"))
+
+    def read_image(where):
+        part, _, name = where.partition("/")
+        if part not in read:
+            raise Bad("no such file")
+        return read[part](name)
+    return Source(path, rows, read_image, "captions CC BY 4.0; pictures under the terms of Flickr",
+                  ("train", "val", "test"))
+
+
+def find_flickr30k(args):
+    """Flickr30K in Karpathy's splits: 29,000 / 1,014 / 1,000 images, five captions each."""
+    path, images = karpathy(args)
+    folders = [args.images or "", *(os.path.join(f, "flickr30k-images") for f in (args.source or "",
+                                                                                  os.path.dirname(path)))]
+    if not (folders := [f for f in folders if f and os.path.isdir(f)]):
+        fail("Flickr30K's pictures come by request only: https://forms.illinois.edu/sec/229675. Unpack them "
+             "and give --images=.../flickr30k-images")
+
+    def rows():
+        for x in images:
+            yield Row(str(x["imgid"]), x["filename"], [s["raw"] for s in x["sentences"]], x["split"])
+    return Source(path, rows, partial(read_picture, folders[0]),
+                  "research only; pictures under the terms of Flickr", ("train", "val", "test"))
+
+
+def tsv_rows(*files):
+    """Rows of (path, column of the url, split) files: two columns, no header, no quoting."""
+    for path, column, split in files:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
+            for n, line in enumerate(f):
+                cells = line.rstrip("\r\n").split("\t")
+                url, caption = (cells[column].strip(), cells[1 - column]) if len(cells) == 2 else ("", "")
+                yield Row(f"{split or 'train'}-{n}", url, [caption], split)
+
+
+def find_tsv(args):
+    if args.data == "cc3m":
+        files = [(find_file(args, "Train?GCC-training.tsv"), 1, None)]
+        folder = glob.escape(os.path.dirname(files[0][0]))
+        if found := glob.glob(os.path.join(folder, "Validation?GCC-1.1.0-Validation.tsv")):
+            files = [(files[0][0], 1, "train"), (found[0], 1, "val")]
+    else:
+        files = [(find_file(args, "cc12m.tsv", url="https://storage.googleapis.com/conceptual_12m/cc12m.tsv",
+                            gigabytes=2.5), 0, None)]
+    for path, column, split in files:
+        head = [row for row, _ in zip(tsv_rows((path, column, split)), range(100))]
+        if head and not any(row.where.startswith("http") for row in head):
+            fail(f"{path}: no url in column {column + 1} of the first lines, where the list of {args.data} "
+                 f"has it")
+    return Source(files[0][0], partial(tsv_rows, *files), None,
+                  "the lists are free to use for any purpose; the pictures belong to their owners")
+
+
+def find_sbu(args):
+    path = find_file(args, "sbu-captions-all.json", "sbu-captions-all.tar.gz", gigabytes=0.1,
+                     url="https://www.cs.rice.edu/~vo9/sbucaptions/sbu-captions-all.tar.gz")
+
+    def read(path):
+        if path.endswith(".json"):
+            with open(path, encoding="utf-8") as f:
+                return json.load(f)
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isreg() and member.name.endswith("sbu-captions-all.json"):
+                    return json.load(tar.extractfile(member))
+        raise KeyError("sbu-captions-all.json")
+    lists = read_list(path, read)
+    urls, captions = read_list(path, lambda _: (lists["image_urls"], lists["captions"]))
+    if len(urls) != len(captions):
+        fail(f"{path}: {len(urls):,} urls and {len(captions):,} captions")
+    return Source(path, lambda: (Row(str(n), url, [caption])
+                                 for n, (url, caption) in enumerate(zip(urls, captions))),
+                  None, "none stated; the pictures belong to their owners")
+
+
+COLUMNS = {"where": ("image", "file_name", "filename", "filepath", "path", "file", "url"),
+           "captions": ("caption", "captions", "text"), "split": ("split",)}
+
+
+def find_own(args):
+    """Pictures of one's own, or urls, with captions in a table."""
+    path = find_file(args, "*.csv", "*.tsv", "*.jsonl")
+
+    def read(path):
+        csv.field_size_limit(2 ** 24)
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+            if path.endswith(".jsonl"):
+                return [json.loads(line) for line in f if line.strip()]
+            text = (line.replace("\0", " ") for line in f)
+            return list(csv.DictReader(text, delimiter="\t" if path.endswith(".tsv") else ","))
+    lines, groups = read_list(path, read), {}
+    names = list(lines[0]) if lines and isinstance(lines[0], dict) else []
+    column = {what: next((n for n in names if str(n).strip().lower() in known), None)
+              for what, known in COLUMNS.items()}
+    for what in ("where", "captions"):
+        if column[what] is None:
+            fail(f"{path} has the columns {', '.join(map(repr, names)) or '(none)'}, none of "
+                 f"{', '.join(COLUMNS[what])}. Name one so.")
+    for n, line in enumerate(lines):
+        where, text, split = (line.get(column[k]) if column[k] and isinstance(line, dict) else None
+                              for k in ("where", "captions", "split"))
+        split = {"validation": "val", "valid": "val", "dev": "val"}.get(split, split) or None
+        if split not in (None, "train", "val", "test"):
+            fail(f"{path}, row {n + 1}: split {split!r} is none of train, val, test")
+        where = str(where or "").strip()
+        row = groups.setdefault(where, Row(str(n + 1), where, [], split))
+        if row.split != split:
+            fail(f"{path}, row {n + 1}: {where} is in two splits")
+        row.captions.extend(text if isinstance(text, list) else [text or ""])
+    folder = args.images or os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        fail(f"--images={args.images} is no folder")
+    return Source(path, lambda: iter(groups.values()), partial(read_picture, folder), "that of the source",
+                  ("train", "val", "test"))
+
+
+# -----------------------------------------------------------------------------
+# urls: strangers' servers, most of which mean well
+
+USER_AGENT = "Mozilla/5.0 (compatible; distill-pairs/1.0; training data for research)"
+MAX_REDIRECTS, MAX_WAIT = 5, 120 # seconds; a longer Retry-After is for another pass
+MAX_VAL = 5000 # pictures held out of a list that has no validation split
+MAX_LATER = 200_000 # rows that wait to be asked again, before no more are begun
+SMALL = 16_384 # bytes; a picture below that has come before under another url is a placeholder
+FLUSH_SECONDS = 5 # the most work that a kill costs
+REDIRECTS = (301, 302, 303, 307, 308)
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
+OFFLINE = {"no such host", "no connection"}
+FINAL = {"no caption", "no url", "again in the list", "bad url", "not http", "private address", "opted out",
+         "outside the folder"}
+
+
+def is_public(address):
+    """Whether an address is of the internet: not this machine, not its neighbours, no multicast."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = [getattr(ip, k, None) for k in ("ipv4_mapped", "sixtofour")]
+    if ip in ipaddress.ip_network("64:ff9b::/96"): # NAT64
+        inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
+    return all(i.is_global and not i.is_multicast for i in [ip, *filter(None, inner)])
+
+
+def connections(allow_private):
+    """urllib3's connection classes for http and https, which look at the address that they connect to: a
+    name that leads elsewhere the next time it is asked for gains nothing."""
+    from urllib3 import connection, exceptions
+
+    class Checked:
+        def _new_conn(self):
+            Web.slot.waiting[1] = self
+            try:
+                found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
+            except (OSError, UnicodeError):
+                raise Bad("no such host", 0) from None
+            addresses = [a for *_, a in found if allow_private or is_public(a[0])]
+            if not addresses:
+                raise Bad("private address")
+            for address in addresses:
+                try:
+                    sock = socket.create_connection(address[:2], self.timeout)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    return sock
+                except OSError as e:
+                    error = e
+            raise exceptions.NewConnectionError(self, str(error))
+
+        def request(self, *args, **kwargs):
+            Web.slot.waiting[1], self.asked = self, getattr(self, "asked", 0) + 1
+            return super().request(*args, **kwargs)
+
+    return {"http": type("Http", (Checked, connection.HTTPConnection), {}),
+            "https": type("Https", (Checked, connection.HTTPSConnection), {})}
+
+
+class Web:
+    """web(url) -> bytes of the answer, from any thread. Raises Bad. Connections are kept and used again."""
+
+    slot = threading.local() # .waiting: [when this thread's answer is due, the connection that it waits for]
+
+    def __init__(self, args):
+        import urllib3 # here, not above: sets without urls do without it
+        self.errors, self.args = urllib3.exceptions, args
+        self.pool = urllib3.PoolManager(num_pools=2 * args.threads, maxsize=args.threads)
+        classes = connections(args.allow_private)
+        bases = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
+        self.pool.pool_classes_by_scheme = {
+            scheme: type("Pool", (bases[scheme],), {"ConnectionCls": classes[scheme]}) for scheme in bases}
+        self.headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity",
+                        "Accept": "image/jpeg,image/png;q=0.9,image/*;q=0.8"}
+        self.timeout = urllib3.Timeout(connect=args.timeout, read=args.timeout)
+        self.held = {} # host -> (when it may be asked again, how often it has put us off since it answered)
+        self.threads = {} # id -> its slot.waiting
+
+    def hang_up(self):
+        """Ends the answers that are overdue: a server that sends a byte every few seconds never times out."""
+        for due, connection in list(self.threads.values()):
+            if time.monotonic() > due and connection is not None and connection.sock is not None:
+                try:
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+
+    def __call__(self, url):
+        due, errors = time.monotonic() + 6 * self.args.timeout, self.errors
+        waiting = self.slot.waiting = self.threads.setdefault(threading.get_ident(), [0, None])
+        waiting[:] = due, None
+        try:
+            return self.follow(url, due)
+        except errors.TimeoutError:
+            raise Bad("time-out", 0) from None
+        except (errors.LocationParseError, errors.LocationValueError, UnicodeError):
+            raise Bad("bad url") from None
+        except errors.NewConnectionError:
+            raise Bad("no connection", 0) from None
+        except errors.SSLError:
+            raise Bad("TLS error") from None
+        except (errors.HTTPError, OSError, ValueError) as e: # ValueError: of nonsense in headers
+            raise Bad("too slow" if time.monotonic() > due else
+                      "cut off" if "IncompleteRead" in str(e) else "broken answer", 0) from None
+        finally:
+            waiting[1] = None
+
+    def follow(self, url, due):
+        for _ in range(MAX_REDIRECTS + 1):
+            try:
+                parts = urllib.parse.urlsplit(url)
+                host = parts.hostname
+            except ValueError:
+                raise Bad("bad url") from None
+            if parts.scheme.lower() not in ("http", "https"):
+                raise Bad("not http" if parts.scheme else "bad url")
+            if not host:
+                raise Bad("bad url")
+            until, times = self.held.get(host, (0, 0))
+            if (wait := until - time.monotonic()) > 0: # its other urls wait as well, unless it is hopeless
+                raise Bad("http 429", wait if times < self.args.tries else None, held=True)
+            try:
+                r = self.get(url)
+            except self.errors.ProtocolError: # it may have hung up on a connection that we had kept
+                if getattr(self.slot.waiting[1], "asked", 0) < 2 or time.monotonic() > due:
+                    raise
+                r = self.get(url)
+            try:
+                self.check_headers(r, host)
+                if r.status not in REDIRECTS:
+                    return self.body(r, due)
+                if not r.headers.get("Location"):
+                    raise Bad(f"http {r.status}")
+                self.body(r, due) # so that the connection can be used again
+                try:
+                    url = urllib.parse.urljoin(url, r.headers["Location"])
+                except ValueError:
+                    raise Bad("bad url") from None
+            except Bad:
+                r.close()
+                raise
+            finally:
+                r.release_conn()
+        raise Bad("too many redirects")
+
+    def get(self, url):
+        return self.pool.request("GET", url, headers=self.headers, redirect=False, retries=False,
+                                 preload_content=False, decode_content=False, timeout=self.timeout)
+
+    def check_headers(self, r, host):
+        for said in r.headers.getlist("X-Robots-Tag"):
+            name, colon, _ = said.partition(":")
+            if colon and "," not in name and name.strip().lower() != "distill-pairs":
+                continue # it speaks to another robot
+            if OPT_OUT & set(re.split(r"[,:\s]+", said.lower())):
+                raise Bad("opted out")
+        if r.headers.get("TDM-Reservation", "").strip() == "1":
+            raise Bad("opted out")
+        if r.status in BUSY:
+            wait = retry_after(r.headers.get("Retry-After", ""))
+            until, times = self.held.get(host, (0, 0))
+            if 0 < wait <= MAX_WAIT and time.monotonic() > until:
+                self.held[host] = time.monotonic() + wait, times + 1
+            raise Bad(f"http {r.status}", wait if wait <= MAX_WAIT else None)
+        self.held.pop(host, None)
+        if r.status not in (200, *REDIRECTS):
+            raise Bad(f"http {r.status}")
+
+    def body(self, r, due):
+        """Read piece by piece, so that no answer can be too large or too slow for long."""
+        most, data = int(self.args.max_mb * 1e6), bytearray()
+        if int(r.headers.get("Content-Length") or 0) > most:
+            raise Bad("too many bytes")
+        while chunk := r.read1(1 << 16):
+            data += chunk
+            if len(data) > most:
+                raise Bad("too many bytes")
+            if time.monotonic() > due:
+                break
+        if time.monotonic() > due: # or hang_up() was faster, which looks like an end
+            raise Bad("too slow", 0)
+        encoding = r.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding in ("gzip", "x-gzip", "deflate") and data: # though nobody asked for it
+            try:
+                data = zlib.decompressobj(47).decompress(bytes(data), most + 1)
+            except zlib.error:
+                raise Bad("damaged") from None
+            if len(data) > most:
+                raise Bad("too many bytes")
+        elif encoding not in ("identity", ""):
+            raise Bad("unknown encoding")
+        return bytes(data)
+
+
+def retry_after(header):
+    """Seconds that a Retry-After asks for, given as such or as a date; 0 without."""
+    if header.strip().isdigit():
+        return int(header)
+    when = email.utils.parsedate_tz(header)
+    return max(0, email.utils.mktime_tz(when) - time.time()) if when else 0
+
+
+# -----------------------------------------------------------------------------
+# from rows to a prepared set
+
+
+def work_through(jobs, work, threads, tries, tick):
+    """Yields (job, what work(job) gave or the Bad that it raised) in the order in which they end, `threads`
+    at a time; few are under way, so that memory stays flat. What may come right later is tried `tries` times,
+    after 1, 2, 4.. seconds or as long as the server asks for. tick: called about once a second."""
+    jobs, results, later, lock = iter(jobs), queue.Queue(2 * threads), [], threading.Lock()
+    order, running, stopped = iter(range(sys.maxsize)), set(), threading.Event()
+
+    def take():
+        while not stopped.is_set():
+            with lock:
+                if later and later[0][0] <= time.monotonic():
+                    return heapq.heappop(later)[2:]
+                if len(later) < MAX_LATER:
+                    for job in jobs:
+                        running.add(id(job))
+                        return job, 0
+                if not running:
+                    return None
+            time.sleep(0.05)
+
+    def put(result):
+        while not stopped.is_set():
+            try:
+                return results.put(result, timeout=1)
+            except queue.Full:
+                pass
+
+    def run():
+        try:
+            while taken := take():
+                job, attempt = taken
+                try:
+                    outcome = work(job)
+                except Bad as e:
+                    outcome = e
+                    if e.wait is not None and attempt + 1 < tries + e.held:
+                        wait = max(e.wait, 2 ** attempt * random.uniform(0.7, 1.3))
+                        with lock:
+                            heapq.heappush(later, (time.monotonic() + wait, next(order), job,
+                                                   attempt + (not e.held)))
+                        continue
+                put((job, outcome))
+                with lock:
+                    running.discard(id(job))
+            put(None)
+        except BaseException as e: # a mistake of ours must not look like an end
+            put(e)
+
+    for _ in range(threads):
+        threading.Thread(target=run, daemon=True).start()
+    left, ticked = threads, time.monotonic()
+    try:
+        while left:
+            if time.monotonic() - ticked > 1:
+                tick()
+                ticked = time.monotonic()
+            try:
+                result = results.get(timeout=1)
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            left -= result is None
+            if result is not None:
+                yield result
+    finally:
+        stopped.set()
+
+
+class Ledger:
+    """What became of each row, and the records of a set that is being written.
+
+    rows.jsonl has a line for each row that is done: [row, split, cause, where its picture ends, where its
+    captions end, hash], cause "" for a pair. Lines are written after their records; what a kill tears is cut
+    off and made again."""
+
+    def __init__(self, folder, splits, num_rows, head):
+        self.folder, self.lines, self.causes = folder, [], ["", "pair"]
+        self.cause = np.zeros(num_rows, np.uint8) # index into causes; 0: not done yet
+        self.image, self.split = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.uint8)
+        self.splits, self.small, good = list(splits), set(), 0
+        self.owner = {split: array("q") for split in splits} # of each caption its image
+        ends = {split: (array("Q"), array("Q")) for split in splits}
+        self.file = open(os.path.join(folder, "rows.jsonl"), "a+b")
+        lock(self.file, folder)
+        prefixes = {split: [os.path.join(folder, f"{split}_{what}") for what in ("images", "captions")]
+                    for split in splits}
+        sizes = {}
+        for split, prefix in ((s, p) for s in splits for p in prefixes[s]):
+            if os.path.exists(prefix + ".bin"): # of a set that was whole
+                os.replace(prefix + ".bin", prefix + ".bin.tmp")
+            sizes.setdefault(split, []).append(os.path.getsize(prefix + ".bin.tmp")
+                                               if os.path.exists(prefix + ".bin.tmp") else 0)
+        self.file.seek(0)
+        for line in self.file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if line[-1:] != b"\n":
+                break
+            if not good and entry != head:
+                other = ", ".join(f"{k} {entry.get(k)}, now {v}" for k, v in head.items()
+                                  if v != entry.get(k))
+                fail(f"{folder} was begun with {other}. Remove it to start again, or bring the old list and "
+                     f"flags back.")
+            if good:
+                row, split, cause, image_end, caption_ends, digest = entry
+                if not cause and (image_end > sizes[split][0] or caption_ends[-1] > sizes[split][1]):
+                    break # after a power cut the records may be behind
+                if not cause:
+                    self.owner[split].extend([len(ends[split][0])] * len(caption_ends))
+                    ends[split][0].append(image_end)
+                    ends[split][1].extend(caption_ends)
+                self.note(row, split, cause, len(ends[split][0]) - 1, digest)
+            good += len(line)
+        self.file.truncate(good)
+        self.writers = {split: [RecordWriter(p, e) for p, e in zip(prefixes[split], ends[split])]
+                        for split in splits}
+        if not good:
+            self.lines.append(head)
+
+    def note(self, row, split, cause, image, digest):
+        if cause not in self.causes:
+            self.causes.append(cause)
+        self.cause[row] = self.causes.index(cause or "pair")
+        self.image[row], self.split[row] = image, self.splits.index(split)
+        if digest:
+            self.small.add(digest)
+
+    def count(self, split):
+        return len(self.writers[split][0].offsets) - 1
+
+    def add(self, row, split, cause="", record=b"", captions=(), digest=0):
+        images, texts = self.writers[split]
+        image, ends = self.count(split) - 1, []
+        if not cause:
+            image = images.write(record)
+            for caption in captions:
+                texts.write(caption.encode("utf-8", "replace"))
+                self.owner[split].append(image)
+                ends.append(texts.offsets[-1])
+        self.lines.append([row, split, cause, images.offsets[-1], ends, digest])
+        self.note(row, split, cause, image, digest)
+
+    def flush(self):
+        for writer in (w for pair in self.writers.values() for w in pair):
+            writer.file.flush()
+            os.fsync(writer.file.fileno())
+        self.file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.file.flush()
+        self.lines.clear()
+
+    def close(self):
+        """The files of the splits that have pictures, under their final names."""
+        self.flush()
+        for split, writers in self.writers.items():
+            for writer in writers:
+                writer.close()
+                if not self.count(split): # opened in vain
+                    os.remove(writer.prefix + ".bin")
+                    os.remove(writer.prefix + ".idx")
+            if self.count(split):
+                path = os.path.join(self.folder, f"{split}_text_to_image.npy")
+                save_atomic(path, lambda f: np.save(f, np.asarray(self.owner[split], np.int64)))
+
+
+def survey(source):
+    """Reads the list once -> causes of the rows that need not be asked for, {row: cause}, number of rows, a
+    hash of all of it."""
+    hashes, dropped, everything = array("Q"), {}, hashlib.sha256()
+    for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", mininterval=1,
+                                 disable=not sys.stderr.isatty())):
+        hashes.append(hash_of(row.where))
+        everything.update(f"{row.where}\t{row.captions}\n".encode("utf-8", "replace"))
+        if not row.where:
+            dropped[n] = "no url" if source.read is None else "no file name"
+        elif not any(clean(c) for c in row.captions):
+            dropped[n] = "no caption"
+    asked = np.setdiff1d(np.arange(len(hashes)), np.fromiter(dropped, np.int64, len(dropped)))
+    first = asked[np.unique(np.asarray(hashes)[asked], return_index=True)[1]]
+    dropped |= dict.fromkeys(np.setdiff1d(asked, first).tolist(), "again in the list")
+    return dropped, len(hashes), everything.hexdigest()
+
+
+def prepare_rows(args):
+    """Makes a set out of what a source lists. Returns its meta.json."""
+    folder = os.path.join(args.data_dir, args.data)
+    source = SOURCES.get(args.data, find_own)(args)
+    dropped, num_rows, digest = survey(source)
+    head = {"rows": num_rows, "list": digest, "resize": args.resize, "quality": args.quality}
+    ledger = Ledger(folder, source.splits, num_rows, head)
+    again = [i for i, cause in enumerate(ledger.causes) if args.retry and cause not in ("pair", *FINAL)]
+    done = ~np.isin(ledger.cause, [0, *again])
+    done[np.fromiter(dropped, np.int64, len(dropped))] = True
+    every = 200 if num_rows > 20_000 else 20 # one in so many is held out, if the list does not say which
+    limit = {split: args.limit or sys.maxsize for split in source.splits}
+    web = Web(args)
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"{source.name}: {num_rows:,} rows, {len(dropped):,} of them without file or caption or listed "
+          f"twice, {int(done.sum()) - len(dropped):,} done; {free:.0f} GB are free (a picture of the web takes "
+          f"some 150 kB, with --resize=256 some 20)", flush=True)
+
+    def jobs():
+        for n, row in enumerate(source.rows()):
+            split = row.split or ("val" if hash_of(row.where) % every == 0 else "train")
+            if row.split is None:
+                if ledger.count("train") >= limit["train"]:
+                    return
+                limit["val"] = min(args.limit or MAX_VAL, MAX_VAL)
+            if not done[n] and ledger.count(split) < limit[split]:
+                yield n, row, split
+
+    def work(job):
+        where = job[1].where
+        data = web(where) if source.read is None or is_url(where) else source.read(where)
+        return to_record(data, args.resize, args.quality, args.min_side)
+
+    flushed, silent = time.time(), []
+    with tqdm(desc=args.data, total=int((~done).sum()), unit=" rows", mininterval=0.5 if sys.stderr.isatty()
+              else 60) as bar:
+        try:
+            for (n, row, split), outcome in work_through(jobs(), work, args.threads, args.tries, web.hang_up):
+                small = 0
+                if not isinstance(outcome, Bad) and len(outcome) < SMALL and is_url(row.where):
+                    small = hash_of(outcome.hex())
+                    if small in ledger.small: # "this picture is no longer available", drawn
+                        outcome = Bad("same small picture")
+                if isinstance(outcome, Bad) and str(outcome) in OFFLINE:
+                    silent.append((n, split, str(outcome)))
+                    if len(silent) > max(300, 5 * args.threads):
+                        ledger.flush()
+                        fail(f"the last {len(silent)} urls found no connection: is there a network? They do "
+                             f"not count as asked. Give the same command again to go on.")
+                    continue
+                for failure in silent: # the network is there, so it was they
+                    ledger.add(*failure)
+                bar.update(1 + len(silent))
+                silent.clear()
+                if isinstance(outcome, Bad):
+                    ledger.add(n, split, str(outcome))
+                elif ledger.count(split) < limit[split]:
+                    ledger.add(n, split, "", outcome, [c for c in map(clean, row.captions) if c], small)
+                if time.time() - flushed > FLUSH_SECONDS:
+                    ledger.flush()
+                    flushed = time.time()
+                    bar.set_postfix(pictures=sum(map(ledger.count, ledger.splits)), refresh=False)
+            for failure in silent:
+                ledger.add(*failure)
+            ledger.flush()
+        except KeyboardInterrupt:
+            ledger.flush()
+            fail("stopped. Give the same command again to go on.")
+        except OSError as e: # a full disk
+            fail(f"{folder}: {e}. Give the same command again to go on.")
+    failed = Counter(ledger.causes[i] for i in ledger.cause.tolist() if i > 1) + Counter(dropped.values())
+    asked = sum(map(ledger.count, ledger.splits)) + failed.total()
+    print(f"{failed.total():,} of {asked:,} rows did not become pairs" + ":" * bool(failed))
+    for cause, count in failed.most_common():
+        print(f"  {count:>12,} {100 * count / asked:5.1f} %  {cause}")
+    if not ledger.count("train"):
+        fail(f"{source.name}: no training picture came of it")
+    ledger.close()
+    splits = [split for split in ledger.splits if ledger.count(split)]
+    meta = {"data": args.data, "made_by": "prepare_pairs.py", "source": source.name,
+            "license": source.license, "resize": args.resize, "quality": args.quality, "limit": args.limit,
+            "rows": num_rows, "failed": dict(failed), "vocab_size": args.vocab_size, "splits": {}}
+    for split in splits:
+        texts = Texts(os.path.join(folder, split + "_captions"))
+        words = [len(caption.split()) for caption in texts]
+        meta["splits"][split] = {
+            "images": ledger.count(split), "captions": len(texts),
+            "captions_per_image": round(len(texts) / ledger.count(split), 2),
+            "words_per_caption": round(float(np.mean(words)), 2),
+            "bytes": int(ledger.writers[split][0].offsets[-1])}
+        if split == "train": # of so many at most, evenly spread
+            captions = [texts[i] for i in range(0, len(texts), len(texts) // 200_000 + 1)]
+    text = train_wordpiece(captions, args.vocab_size)
+    save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
+
+    def write_used(f):
+        f.write(b"split\timage\tid\twhere\n")
+        for n, row in enumerate(source.rows()):
+            if ledger.causes[ledger.cause[n]] == "pair":
+                cells = ledger.splits[ledger.split[n]], str(ledger.image[n]), row.id, row.where
+                f.write(("\t".join(cells) + "\n").encode("utf-8", "replace"))
+    save_atomic(os.path.join(folder, "used.tsv"), write_used)
+    write_json(os.path.join(folder, "meta.json"), meta)
+    return meta
+
+
+# -----------------------------------------------------------------------------
+
+# how each set is made or, but for OpenMoji, its Source found
+SOURCES = {"openmoji": prepare_openmoji, "coco": find_coco, "flickr30k": find_flickr30k, "cc3m": find_tsv,
+           "cc12m": find_tsv, "sbu": find_sbu}
 # of prepare_imagenet.py; here because Pairs names the script
 LABELLED = ("imagenet", "cifar10", "cifar100", "digits")
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.knob("data", "openmoji", "which set to prepare", choices=list(SOURCES))
-    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/openmoji")
+    p.knob("data", "openmoji", "which set to prepare: openmoji, coco, flickr30k, cc3m, cc12m, sbu, or a new "
+           "name for pictures or urls of your own")
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA")
+    p.knob("vocab_size", 2000, "number of WordPiece tokens, at most; trained on the training captions. "
+           "Published text encoders bring their own", least=1)
+    p.section("openmoji")
     p.knob("size", 72, "side of the drawn pictures in pixels", least=1)
-    p.knob("vocab_size", 2000, "number of WordPiece tokens, at most; trained on the training captions")
+    p.section("all others")
+    p.knob("source", None, "the list of pictures and captions, or the folder with it, as above", type=str)
+    p.knob("images", None, "folder with the pictures; default: that of the list", type=str)
+    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
+           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
+           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. "
+           "Small pictures are never enlarged")
+    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1,
+           most=100)
+    p.knob("limit", 0, "pictures of each split at most, for a trial: only those count that came; 0: all. "
+           "More can be asked for later")
+    p.knob("min_side", 32, "pictures with a shorter side are left out: most are placeholders", least=1)
+    p.knob("max_mb", 20.0, "megabytes of a file, at most", least=0.001)
+    p.section("urls")
+    p.knob("threads", 64, "urls asked for, and pictures decoded, at the same time", least=1)
+    p.knob("timeout", 10.0, "seconds without a byte after which an answer is given up; a whole answer may "
+           "take six times as long", least=0.1)
+    p.knob("tries", 3, "how often a url is asked for that may come right, such as after a time-out or a 503",
+           least=1)
+    p.knob("retry", False, "ask once more for what failed in an earlier run, whether that was finished or "
+           "not")
+    p.knob("allow_private", False, "urls may lead to private addresses and to this machine, too: for an "
+           "intranet")
     return p.parse(argv)
 
 
+def check(args):
+    """What the flags cannot say by themselves, before time is spent."""
+    if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in LABELLED:
+        fail(f"--data={args.data} is "
+             f"{'made by prepare_imagenet.py' if args.data in LABELLED else 'no name for a folder'}")
+    drawn = {"data", "data_dir", "vocab_size", "size"}
+    if args.data == "openmoji" and set(args.given) - drawn:
+        fail(f"--{min(set(args.given) - drawn)} is not for openmoji, the default. Name a set with --data")
+    if args.data != "openmoji" and "size" in args.given:
+        fail(f"--size is for openmoji; --resize is for {args.data}")
+    if args.data not in SOURCES and not args.source:
+        fail(f"--data={args.data} is none of {', '.join(SOURCES)}; for pictures of your own give the table "
+             f"of their captions: --source=captions.csv")
+
+
 def main(args):
+    check(args)
     folder = os.path.join(args.data_dir, args.data)
-    done = os.path.join(folder, "meta.json")
+    done, meta = os.path.join(folder, "meta.json"), None
     if os.path.exists(done):
         with open(done, encoding="utf-8") as f:
             meta = json.load(f)
-        other = [k for k in ("size", "vocab_size") if meta.get(k) != getattr(args, k)]
+        options = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality", "vocab_size")
+        other = [k for k in options if meta.get(k) != getattr(args, k)]
         if other:
             fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it "
                  f"to prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
-        print(f"{folder} is already prepared; remove it to do it again")
-    else:
+        if args.retry or meta.get("limit") and not 0 < args.limit <= meta["limit"]:
+            os.remove(done) # it is not whole until this is there again
+            meta = None
+        else:
+            print(f"{folder} is already prepared; remove it to do it again" +
+                  (", or --retry" if meta.get("failed") else ""))
+    if meta is None:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as e:
             fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
-        meta = SOURCES[args.data](args)
-        print(f"wrote {folder} from {meta['source']}; {meta['credit']}")
-    print(f"{'split':8}{'families':>10}{'images':>8}{'captions':>10}{'captions/image':>16}"
-          f"{'words/caption':>15}")
+        meta = (prepare_openmoji if args.data == "openmoji" else prepare_rows)(args)
+        print(f"wrote {folder} from {meta['source']}; {meta.get('credit') or 'licence: ' + meta['license']}")
+    print(f"{'split':8}{'words/caption':>15}{'captions/image':>16}{'images':>12}{'pairs':>12}")
     for split, c in meta["splits"].items():
-        print(f"{split:8}{c['families']:>10,}{c['images']:>8,}{c['captions']:>10,}"
-              f"{c['captions_per_image']:>16}{c['words_per_caption']:>15}")
-    print("next: python distill_multimodal.py --preset=tiny")
+        print(f"{split:8}{c['words_per_caption']:>15}{c['captions_per_image']:>16}{c['images']:>12,}"
+              f"{c['captions']:>12,}")
+    if args.data == "openmoji":
+        print("next: python distill_multimodal.py --preset=tiny")
+    elif {"train", "val"} <= set(meta["splits"]):
+        print(f"next: python distill_multimodal.py --data={args.data} --data_dir={args.data_dir}")
 
 
 if __name__ == "__main__":

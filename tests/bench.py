@@ -2,19 +2,29 @@
 Benchmarks. They print rates and ratios measured in one run; nothing is asserted, since times are noisy.
 
     python tests/bench.py owt [--rounds=5] [--cores=0]      # some ten minutes on two cores
+    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64]      # some five minutes
 
 owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
 encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
 alternating; and its peak memory for two sizes of text.
+
+download: prepare_pairs.py on a list of urls against img2dataset on the same list, from the same server on this
+machine, with the same number of threads in one process each, img2dataset's re-encoding, hashes and EXIF off;
+rows a second of the whole process, alternating. A quarter of the list is answered badly in 28 ways; what became of
+each row is checked. (pip install img2dataset, best into an environment of its own.)
 """
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -132,10 +142,88 @@ def owt(args):
             shutil.rmtree(f"{folder}/data")
 
 
+# what is answered badly between the photographs; neither side is kept waiting for these
+BAD = ["none", "gone", "forbidden", "broken", "busy", "busy_for_long", "no_content", "empty", "loop", "nowhere",
+       "to_file", "to_ftp", "to_nonsense", "opted_out", "html", "svg", "pixel", "strip", "bomb", "large",
+       "half_jpg", "half_png", "noise", "brotli", "cut", "bad_chunks", "no_http", "hang_up"]
+
+
+def check_rows(folder, rows):
+    """Every row of the list is a pair whose picture is that of its url, or has a cause of failure."""
+    from prepare_pairs import Pairs
+    from server import photograph
+    pairs = Pairs(folder, "cc12m", "train")
+    with open(f"{folder}/cc12m/used.tsv") as f:
+        used = [line.split("\t") for line in f.read().splitlines()[1:]]
+    for split, image, row, url in used:
+        name, n = url.split("/")[-2:]
+        assert name == "photo" and row == f"train-{rows.index_of[url]}", (row, url)
+        if split == "train":
+            assert pairs.images[int(image)] == photograph(int(n.partition("?")[0])), url
+            assert pairs.captions[int(image)] == f"caption of {url.split('?')[1]}", url
+    with open(f"{folder}/cc12m/meta.json") as f:
+        failed = json.load(f)["failed"]
+    assert len(used) == rows.good and sum(failed.values()) == rows.bad, (len(used), failed)
+    return failed
+
+
+def download(args):
+    program = shutil.which(args.img2dataset)
+    if not program:
+        sys.exit(f"no {args.img2dataset}. Run: pip install img2dataset, and give --img2dataset=its path")
+    with tempfile.TemporaryDirectory() as folder:
+        server = subprocess.Popen([sys.executable, os.path.join(REPO, "tests", "server.py"), "0", "256"],
+                                  stdout=subprocess.PIPE, text=True)
+        try:
+            home = server.stdout.readline().strip()
+            rows = argparse.Namespace(good=0, bad=0, index_of={})
+            with open(f"{folder}/cc12m.tsv", "w") as f, open(f"{folder}/named.tsv", "w") as g:
+                g.write("url\tcaption\n")
+                for n in range(args.urls):
+                    bad = n % 4 == 3
+                    url = f"{home}/{BAD[n // 4 % len(BAD)] if bad else 'photo'}/{n % 256}?{n}"
+                    rows.index_of[url], rows.good, rows.bad = n, rows.good + (not bad), rows.bad + bad
+                    f.write(f"{url}\tcaption of {n}\n")
+                    g.write(f"{url}\tcaption of {n}\n")
+            ours = [sys.executable, os.path.join(REPO, "prepare_pairs.py"), "--data=cc12m",
+                    f"--source={folder}/cc12m.tsv", f"--data_dir={folder}/data", "--allow_private", "--timeout=5",
+                    f"--threads={args.threads}", "--tries=2"]
+            theirs = [program, f"--url_list={folder}/named.tsv", "--input_format=tsv", "--url_col=url",
+                      "--caption_col=caption", f"--output_folder={folder}/theirs", "--output_format=webdataset",
+                      "--processes_count=1", f"--thread_count={args.threads}", "--disable_all_reencoding=True",
+                      "--extract_exif=False", "--compute_hash=None", "--timeout=5", "--retries=1"]
+            rates = []
+            for _ in range(args.rounds):
+                seconds = []
+                for command in (ours, theirs):
+                    start = time.time()
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    seconds.append(time.time() - start)
+                failed = check_rows(f"{folder}/data", rows)
+                shutil.rmtree(f"{folder}/data")
+                with contextlib.closing(tarfile.open(f"{folder}/theirs/00000.tar")) as tar:
+                    jpegs = sum(name.endswith(".jpg") for name in tar.getnames())
+                shutil.rmtree(f"{folder}/theirs")
+                rates.append(args.urls / np.array(seconds))
+        finally:
+            server.kill()
+    rates = np.array(rates)
+    ratio = rates[:, 0] / rates[:, 1]
+    print(f"{args.urls:,} urls, {rows.bad:,} of them answered badly in {len(BAD)} ways, {args.threads} threads, "
+          f"{args.rounds} rounds; medians\n  prepare_pairs.py {np.median(rates[:, 0]):7.0f} urls a second\n"
+          f"  img2dataset      {np.median(rates[:, 1]):7.0f}\n  ratio {np.median(ratio):.2f} ({ratio.min():.2f} .. "
+          f"{ratio.max():.2f})\n  all {rows.good:,} photographs are there under their captions; the rest: "
+          + ", ".join(f"{cause} {count}" for cause, count in failed.items()) +
+          f"\n  img2dataset kept {jpegs:,} files in its first shard of 10,000 rows")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("which", choices=["owt"])
+    p.add_argument("which", choices=["owt", "download"])
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--cores", type=int, default=0, help="0: all")
+    p.add_argument("--img2dataset", default="img2dataset", help="its program")
+    p.add_argument("--threads", type=int, default=64)
+    p.add_argument("--urls", type=int, default=20000)
     args = p.parse_args()
-    {"owt": owt}[args.which](args)
+    {"owt": owt, "download": download}[args.which](args)

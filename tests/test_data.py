@@ -293,7 +293,7 @@ def test_prepared_twice_changes_nothing(openmoji, capsys):
     before = state()
     prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={openmoji}"]))
     out = capsys.readouterr().out
-    assert "already prepared" in out and re.search(r"^test +300 +300 +300 ", out, re.M)
+    assert "already prepared" in out and re.search(r"^test .* 300 +300$", out, re.M)
     for flag, value in (("size", 48), ("vocab_size", 500)):
         with pytest.raises(SystemExit, match=f"{flag}=.*Remove it.*{flag}={value}"):
             prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={openmoji}", f"--{flag}={value}"]))
