@@ -27,7 +27,7 @@ import evaluate
 from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks,
                    kept_patches, load_encoder, load_weights, open_run, peak_memory, pick_device, pick_dtype,
                    print_settings, random_patch_mask, save_checkpoint, trim_log, use_compile)
-from prepare_pairs import Pairs, augment, decode, eval_image, train_image
+from prepare_pairs import Pairs, augment, eval_image, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -212,9 +212,8 @@ class TrainImages(torch.utils.data.Dataset):
         epoch, position, unit = index
         rng = np.random.default_rng((self.args.seed, epoch, position))
         images = self.images_of[unit]
-        image = decode(self.pairs.images[images[rng.integers(len(images))]])
-        return torch.stack([train_image(image, self.size, self.args.crop_min, rng)
-                            for _ in range(self.crops)])
+        data = self.pairs.images[images[rng.integers(len(images))]]
+        return train_image(data, self.size, self.args.crop_min, rng, self.crops)
 
 
 def batch_order(num_units, batch_size, seed, step):

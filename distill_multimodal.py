@@ -5,11 +5,14 @@ with each other.
 
     python distill_multimodal.py --preset=tiny          # no download, no GPU: data and teacher are made first
     python distill_multimodal.py --batch_size=256       # the thesis' MM-D2V2 with BEiTv2 as teacher, on COCO
+    python distill_multimodal.py --preset=smke --data=coco,cc3m,cc12m  # its final form, our recommendation
 
 Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt. Any flag below can follow; --resume
 continues a run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import copy
+import glob
+import hashlib
 import json
 import math
 import os
@@ -24,41 +27,87 @@ from tqdm import tqdm
 
 import evaluate
 from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha,
-                   is_finished, keep_blocks, kept_patches, load_encoder, load_weights, normalize, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
-                   trim_log, use_compile)
-from prepare_pairs import Pairs, augment, decode, eval_image, train_image
+                   is_finished, keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights,
+                   normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
+                   random_patch_mask, save_atomic, save_checkpoint, trim_log, use_compile)
+from prepare_pairs import augment, eval_image, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
 
 PRESETS = {
-    # MM-D2V2 with BEiTv2 as teacher, the best early system of the thesis: 5 modality-specific blocks and 1
-    # shared block regress its CLS token from image and text, MSE + MSE, no alignment loss. Published: COCO
-    # R@1 31.7 (image to text) / 12.4 (text to image). These are the defaults of the knobs below.
-    "mmd2v2_beit": dict(),
+    # 5 modality-specific blocks and 1 shared block regress BEiTv2's CLS token from image and text, MSE + MSE,
+    # no alignment loss. These are the defaults of the knobs below. Different here: no weight decay on biases
+    # and norms; the thesis' documents say 40,000 steps, and 60,000.
+    "mmd2v2_beit": dict(lr=5e-4, max_steps=40000, warmup_steps=4000),
+    # the same with data2vec 2.0's own image model as teacher
+    "mmd2v2": dict(teacher="data2vec2_image", max_length=197, lr=5e-4, max_steps=40000, warmup_steps=4000,
+                   out_dir="out/mmd2v2"),
+    # mmd2v2_beit with one more block for each modality
+    "mmd2v2_7": dict(depth=6, text_depth=6, lr=5e-4, max_steps=40000, warmup_steps=4000,
+                     out_dir="out/mmd2v2_7"),
+    # mmd2v2_beit with one more shared block
+    "mmd2v2_7_2": dict(shared_depth=2, lr=5e-4, max_steps=40000, warmup_steps=4000,
+                       out_dir="out/mmd2v2_7_2"),
+    # SHRe (eq. 28-31) with Transformers as encoders: the logits of a supervised ResNet-50, a shared MLP, the
+    # ranking loss inside it. The thesis' own, SHRe_T, has --align_loss=contrastive, at the MLP's logits too;
+    # later --shared=transformer --batch_size=512 --lr=2e-4 --max_steps=44636 --warmup_steps=4463 with it. Its
+    # teacher is timm's resnet50.a1_in1k: --path takes that file. Eq. 31 is as written, where ranking is a sum
+    # over 256 pairs; --align_weight=0.004 makes it a mean, as the other term is.
+    "shre": dict(teacher="resnet50", text_init="bert", freeze_embeddings=False, depth=6, text_depth=6,
+                 shared="mlp", shared_norm_first=True, head=True, kd_loss="kl", kd_weight=0.5,
+                 align_loss="ranking", align_levels=2, crop_min=0.9, lr=1e-4, max_steps=89273,
+                 warmup_steps=8927, eval_interval=5000, out_dir="out/shre"),
+    # CLIP's loss and projections on the encoders of smke, no teacher
+    "clip": dict(text_init="bert", freeze_embeddings=False, depth=6, text_depth=6, shared="projection",
+                 kd_loss="none", align_loss="contrastive", crop_min=0.9, batch_size=512, lr=2e-4,
+                 max_steps=44636, warmup_steps=4463, eval_interval=5000, out_dir="out/clip"),
+    # S-SMKE with contrastive distillation and memory bank: 11.2 hours on two RTX 4090 in the thesis.
+    # Different here: all 512 pairs on one card (--micro_batch_size=256 if they do not fit), a queue that
+    # starts empty, no image as its own negative
+    "smke": dict(final_norm=False, text_init="bert", freeze_embeddings=False, depth=6, text_depth=6,
+                 shared_norm_first=True, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
+                 queue_size=65536, align_loss="contrastive", align_levels=2, crop_min=0.9, batch_size=512,
+                 lr=2e-4, max_steps=44636, warmup_steps=4463, eval_interval=5000, out_dir="out/smke"),
     # OpenMoji, two CPU cores, five minutes with the teacher; the numbers stand in the README. Everything was
     # tuned on families of the training split (README, "How the tiny preset was tuned").
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny", teacher="out/tiny_teacher/ckpt.pt",
-        image_init="teacher", text_init="random", img_size=48, patch_size=12, embed_dim=192, num_heads=3,
-        depth=4, text_depth=2, max_length=24, rotate=15.0, color=0.2, mask_ratio=0.5, head=True,
-        token_types=True, kd_loss="contrastive", kd_weight=0.5, align_loss="contrastive", word_weight=2.0,
-        cache_targets=True, label_smoothing=0.1, batch_size=512, lr=1e-3, max_steps=450, warmup_steps=30,
+        image_init="teacher", text_init="random", freeze_embeddings=False, img_size=48, patch_size=12,
+        embed_dim=192, num_heads=3, depth=4, text_depth=2, max_length=24, rotate=15.0, color=0.2,
+        mask_ratio=0.5, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
+        align_loss="contrastive", word_weight=2.0, cache_targets=True, label_smoothing=0.1, batch_size=512,
+        lr=1e-3, max_steps=450, warmup_steps=30,
         weight_decay=0.05, grad_clip=3.0, eval_interval=80, save_interval=80, log_interval=20),
 }
 
 
+PUBLISHED = { # the first line of a run: which system of the thesis, COCO R@1 image to text / text to image
+    "mmd2v2_beit": "MM-D2V2 with BEiTv2 as teacher, 31.7 / 12.4; its final form, --preset=smke, 53.5 / 35.7",
+    "mmd2v2": "MM-D2V2 with data2vec 2.0 as teacher, 4.2 / 1.8", "mmd2v2_7": "MM-D2V2 7, 30.2 / 12.0",
+    "mmd2v2_7_2": "MM-D2V2 7_2, 32.8 / 12.8",
+    "shre": "SHRe, only with --align_loss=contrastive: 37.1 / 25.3, and --shared=transformer: 44.6 / 31.7",
+    "clip": "CLIP, not at all; the nearest, smke without a teacher: mean recall 70.0 / 58.1",
+    "smke": "S-SMKE on --data=coco,cc3m,cc12m, 53.5 / 35.7"}
+
 # what makes the model: cannot change on --resume
-MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared_depth",
-               "max_length", "shared_norm_first", "head", "token_types", "image_init", "text_init",
-               "word_weight"]
+MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared",
+               "shared_depth", "shared_init", "max_length", "shared_norm_first", "head", "token_types",
+               "image_init", "text_init", "freeze_embeddings", "align_levels", "word_weight"]
+# flag -> another flag and its values with which it is read; given without, it is refused
+READ_WITH = {"temperature": ("kd_loss", "kl"), "kd_scale": ("kd_loss", "contrastive"),
+             "queue_size": ("kd_loss", "contrastive"), "kd_target": ("kd_loss", "mse l1 contrastive"),
+             "cache_targets": ("kd_loss", "mse l1 kl contrastive"), "margin": ("align_loss", "ranking"),
+             "label_smoothing": ("align_loss", "contrastive"),
+             "align_levels": ("align_loss", "contrastive ranking"),
+             "shared_depth": ("shared", "transformer"), "shared_norm_first": ("shared", "transformer")}
 
 
 def get_args(argv=None):
     p = Parser(__doc__, PRESETS)
     p.section("data")
-    p.knob("data", "coco", "name of the prepared pairs: DATA_DIR/NAME")
+    p.knob("data", "coco", "name of the prepared pairs, DATA_DIR/NAME, or of several: coco,cc3m,cc12m trains "
+           "on all and validates on the first that has a validation split")
     p.knob("data_dir", "data", "folder of all prepared data sets")
     p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random "
            "caption; every label (OpenMoji: family), with a random image of it",
@@ -76,15 +125,15 @@ def get_args(argv=None):
     p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
     p.section("model")
     p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint "
-           "of distill_image.py")
+           "of distill_image.py; for --kd_loss=kl resnet50")
     p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
     p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of "
            "its patch tokens", choices=["cls", "mean"])
     p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the "
-           "first step, from the evaluation transform (the student still sees random crops); saves the "
-           "teacher's pass in every step and gives image and caption a target without noise, but costs one "
-           "pass over the set")
+           "first step, from the evaluation transform (the student still sees random crops), and keep it in "
+           "DATA_DIR for later runs; saves the teacher's pass in every step and gives image and caption a "
+           "target without noise, but costs one pass over the set")
     p.knob("image_init", "data2vec2_image", "image encoder: embeddings and first DEPTH blocks of the "
            "teacher, of data2vec2_image, of beitv2, of a checkpoint of distill_image.py; or random")
     p.knob("image_path", None, "file of the image encoder's published weights, for a machine "
@@ -94,28 +143,42 @@ def get_args(argv=None):
            "or random, with the data set's tokenizer")
     p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it",
            type=str)
+    p.knob("freeze_embeddings", True, "an encoder that starts from a published one keeps its patch or token "
+           "embeddings, positions and their norm")
     p.knob("img_size", 224, "side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "side of a patch in pixels", least=1)
     p.knob("embed_dim", 768, "width of all blocks", least=4)
     p.knob("num_heads", 12, "attention heads of all blocks", least=1)
     p.knob("depth", 5, "modality-specific blocks of the image encoder", least=1)
     p.knob("text_depth", 5, "modality-specific blocks of the text encoder", least=1)
-    p.knob("shared_depth", 1, "blocks on top that both modalities pass through")
-    p.knob("shared_norm_first", False, "pre-norm shared blocks (S-SMKE) instead of post-norm ones (MM-D2V2), "
-           "whose output, the embedding, comes out of a LayerNorm")
+    p.knob("shared", "transformer", "what image and text pass through on top: SHARED_DEPTH transformer "
+           "blocks; mlp: SHRe's, of the CLS token alone, its last layer is --head; projection: nothing "
+           "shared, one linear layer for each modality, as in CLIP",
+           choices=["transformer", "mlp", "projection"])
+    p.knob("shared_depth", 1, "shared transformer blocks")
+    p.knob("shared_init", "random", "shared transformer blocks start as random ones or, text, as the last "
+           "SHARED_DEPTH blocks of the model that TEXT_INIT names", choices=["random", "text"])
+    p.knob("shared_norm_first", False, "shared blocks as in S-SMKE: pre-norm, with LayerScale (which token "
+           "types get too), keys without bias; instead of post-norm ones (MM-D2V2), whose output, the "
+           "embedding, comes out of a LayerNorm")
     p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the "
            "CLS token itself")
     p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
     p.section("loss")
     p.knob("kd_loss", "mse", "distance to the teacher's target, for image and for text: mse and l1 on the "
-           "features; contrastive: find the own target among those of the batch and the queue; none",
-           choices=["mse", "l1", "contrastive", "none"])
+           "features; kl on a classifier's logits (resnet50); contrastive: find the own target among those "
+           "of the batch and the queue; none", choices=["mse", "l1", "kl", "contrastive", "none"])
     p.knob("kd_weight", 1.0, "weight of the sum of the image and the text term")
+    p.knob("temperature", 1.0, "kl: divides the logits of both; above 1, unlikely classes count more",
+           least=0.001)
     p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)",
            least=0.001)
     p.knob("queue_size", 0, "contrastive kd_loss: targets of earlier batches kept as further negatives")
     p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned "
            "temperature, or ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
+    p.knob("align_levels", 1, "where they are compared: 1, the embedding; 2, also the first layer of the "
+           "MLP that is shared or in the last shared block, with a temperature of its own; the loss is their "
+           "mean", least=1, most=2)
     p.knob("align_weight", 1.0, "weight of the alignment loss")
     p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch",
            most=1)
@@ -169,6 +232,14 @@ def ranking_loss(image, text, margin):
     return violation.sum() - violation.diagonal().sum()
 
 
+def kl_loss(student_logits, teacher_logits, temperature):
+    """One term of eq. 28: KL(teacher || student) between the softmax of logits / temperature, (B, C) each;
+    sum over classes, mean over the batch, not multiplied by temperature^2."""
+    student, teacher = (F.log_softmax(x.float() / temperature, dim=-1)
+                        for x in (student_logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
 def contrastive_kd_loss(student_out, target, group, queue, scale):
     """Cross-entropy of finding one's own target among those of the batch and of the queue, mean over the
     batch.
@@ -200,21 +271,26 @@ def word_targets(ids, padding_mask, vocab_size):
 def loss_terms(outputs, target, group, queue, words, student, args):
     """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel
     returns, for the whole batch; words: from word_targets, None without word loss."""
-    image_cls, text_cls, image_out, text_out = (x.float() for x in outputs)
+    image_cls, text_cls, image_out, text_out, *inner = (x.float() for x in outputs)
     terms, total = {}, 0.0
     for name, out in (("kd_image", image_out), ("kd_text", text_out)):
         if args.kd_loss == "mse":
             terms[name] = F.mse_loss(out, target) # mean over batch and channels
         elif args.kd_loss == "l1":
             terms[name] = F.l1_loss(out, target)
+        elif args.kd_loss == "kl":
+            terms[name] = kl_loss(out, target, args.temperature)
         elif args.kd_loss == "contrastive":
             terms[name] = contrastive_kd_loss(out, target, group, queue, args.kd_scale)
         total = total + args.kd_weight * terms.get(name, 0.0)
     if args.align_loss != "none":
-        image_emb, text_emb = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
-        terms["align"] = (ranking_loss(image_emb, text_emb, args.margin) if args.align_loss == "ranking" else
-                          contrastive_loss(image_emb, text_emb, student.log_scale.exp(),
-                                           args.label_smoothing))
+        levels = [(image_cls, text_cls), inner][:1 + bool(inner)]
+        losses = []
+        for (image, text), scale in zip(levels, student.log_scale.exp().view(-1)):
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            losses.append(ranking_loss(image, text, args.margin) if args.align_loss == "ranking" else
+                          contrastive_loss(image, text, scale, args.label_smoothing))
+        terms["align"] = sum(losses) / len(losses)
         total = total + args.align_weight * terms["align"]
     if words is not None: # Joulin et al. 2016, for the image and for the text
         terms["words"] = (F.cross_entropy(student.words(image_cls), words) +
@@ -235,14 +311,16 @@ class TrainPairs(torch.utils.data.Dataset):
         self.pairs, self.tokenizer, self.args = pairs, tokenizer, args
         owner = pairs.text_to_image
         counts = np.bincount(owner, minlength=len(pairs.images))
-        self.captions_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
+        self.by_image, self.first = np.argsort(owner, kind="stable"), np.cumsum([0, *counts])
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=caption or --unit=image.")
         # group: what is never its own negative in the distillation loss; a label (OpenMoji: family) if there
         # is one, since its pictures differ in details only, else the image
         self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
-        order = np.argsort(self.group, kind="stable")
-        self.images_of = np.split(order, np.flatnonzero(np.diff(self.group[order])) + 1)
+        self.images_of = []
+        if args.unit == "label":
+            order = np.argsort(self.group, kind="stable")
+            self.images_of = np.split(order, np.flatnonzero(np.diff(self.group[order])) + 1)
         self.num_units = {"caption": len(pairs.captions), "image": len(pairs.images),
                           "label": len(self.images_of)}[args.unit]
 
@@ -254,8 +332,8 @@ class TrainPairs(torch.utils.data.Dataset):
         else:
             images = self.images_of[unit] if self.args.unit == "label" else [unit]
             i = images[rng.integers(len(images))]
-            caption = self.captions_of[i][rng.integers(len(self.captions_of[i]))]
-        image = train_image(decode(self.pairs.images[i]), self.args.img_size, self.args.crop_min, rng)
+            caption = self.by_image[rng.integers(self.first[i], self.first[i + 1])]
+        image = train_image(self.pairs.images[i], self.args.img_size, self.args.crop_min, rng)[0]
         return image, self.pairs.captions[caption], int(i)
 
     def collate(self, samples):
@@ -287,6 +365,42 @@ def validation_batch(pairs, tokenizer, args):
 
 
 # -----------------------------------------------------------------------------
+# the teacher's targets, once for all runs
+
+
+def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
+    """The target of every training image, from the evaluation transform, as (images, dim) float16: a file
+    beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
+    the images' index, so that no run reads what was made from others."""
+    digest = hashlib.sha256(f"{args.kd_target} {args.img_size}".encode())
+    for x in teacher.state_dict().values(): # the final norm is among them, or not
+        digest.update(x.cpu().numpy().tobytes())
+    for part in getattr(images, "datasets", [images]): # of sets that were joined
+        digest.update(part.offsets.tobytes())
+    start = os.path.join(args.data_dir, f"{args.data}_targets_")
+    path = f"{start}{digest.hexdigest()[:12]}.npy"
+    print(f"teacher's targets of {len(images):,} images, {len(images) * dim * 2 / 1e9:.3f} GB, "
+          f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
+    for other in sorted({*glob.glob(glob.escape(start) + "*.npy*")} - {path}): # and what a kill left
+        print(f"  {other} is not used: of another teacher, transform or state of the data set, or cut short. "
+              f"Remove it if no run needs it.")
+
+    def write(f):
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
+                                                 "shape": (len(images), dim)})
+        loader = torch.utils.data.DataLoader(evaluate.EvalImages(images, args.img_size, False), batch_size,
+                                             num_workers=args.num_workers)
+        for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
+            f.write(target_of(normalize(batch.to(device))).cpu().numpy().astype("<f2").tobytes())
+    if not os.path.exists(path):
+        save_atomic(path, write)
+    try: # mode c: torch wants to be able to write, nothing here does
+        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), dim))
+    except ValueError as e:
+        fail(f"{path} is damaged ({e}). Remove it and run again.")
+
+
+# -----------------------------------------------------------------------------
 # learning rate
 
 
@@ -307,9 +421,8 @@ def needs_teacher(args):
 
 def what_is_missing(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start."""
-    problems = []
-    if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
-        problems.append(f"data set {args.data} is not in {args.data_dir}/")
+    problems = [f"data set {name} is not in {args.data_dir}/" for name in args.data.split(",")
+                if not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
     asked = ([("teacher", args.teacher)] * needs_teacher(args) +
              [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
@@ -319,8 +432,8 @@ def what_is_missing(args):
                  if getattr(args, k) and not os.path.exists(getattr(args, k))]
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
-             "This version prepares OpenMoji; COCO, which the default preset needs, comes with its own "
-             "command later.\n"
+             "Pairs are prepared by, for one (19 GB are downloaded; --source takes files that are there):\n"
+             f"  python prepare_pairs.py --data=coco --data_dir={args.data_dir}\n"
              f"Published weights are downloaded when first needed, to {cache_folder()}, or read from\n"
              "--path, --image_path and --text_path.\n"
              "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
@@ -334,7 +447,7 @@ def what_is_missing(args):
 def prepare_tiny(args):
     """Data and teacher of the tiny preset, if they are not there yet, each by the command that it prints."""
     commands = []
-    if not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
+    if args.data == "openmoji" and not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
         commands.append(["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"])
     folder, name = os.path.split(args.teacher)
     if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
@@ -367,10 +480,27 @@ def check(args):
     if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was "
              f"stopped continues by itself), or give the --out_dir to continue.")
-    if "cache_targets" in args.given and args.cache_targets and args.kd_loss == "none":
-        fail("--cache_targets, but --kd_loss=none has no targets: leave one of them out")
-    if args.queue_size and args.kd_loss != "contrastive":
-        fail(f"--queue_size={args.queue_size} is for --kd_loss=contrastive, not --kd_loss={args.kd_loss}")
+    for key in unread(args):
+        flag, values = READ_WITH[key]
+        fail(f"--{key}={getattr(args, key)} is for --{flag}={'|'.join(values.split())}, not "
+             f"--{flag}={getattr(args, flag)}")
+    classifier = args.teacher == "resnet50"
+    if needs_teacher(args) and ((args.kd_loss == "kl") != classifier
+                                or classifier and args.image_init == "teacher"):
+        fail(f"--kd_loss={args.kd_loss} --teacher={args.teacher} --image_init={args.image_init}: kl is for "
+             f"the logits of resnet50, and resnet50 for nothing else")
+    if args.shared_init == "text" and (args.shared != "transformer" or not args.shared_depth
+                                       or args.shared_norm_first or args.text_init == "random"):
+        fail("--shared_init=text takes the last blocks of --text_init=data2vec2_text, bert or minilm, for "
+             "--shared=transformer --shared_norm_first=False, at least one")
+    if args.align_levels == 2 and (args.shared == "projection" or not args.shared_depth):
+        fail("--align_levels=2 needs a shared MLP or a shared block: --shared_depth=1")
+
+
+def unread(args):
+    """The flags that were given and that the values of others leave without effect."""
+    return [k for k, (flag, values) in READ_WITH.items()
+            if k in args.given and getattr(args, k) and getattr(args, flag) not in values.split()]
 
 
 def build_student(args, sources, vocab_size, head_dim):
@@ -391,6 +521,9 @@ def build_student(args, sources, vocab_size, head_dim):
         wrong = [f"--{k}={v}, but it has {has[k]}" for k, v in asked.items() if v != has[k]]
         if depth > has["depth"]:
             wrong.append(f"--{flag}={depth}, but it has {has['depth']}")
+        if modality == "text" and args.shared_init == "text" and depth + args.shared_depth > has["depth"]:
+            wrong.append(f"--{flag}={depth} and --shared_depth={args.shared_depth} with --shared_init=text, "
+                         f"but it has {has['depth']}")
         if modality == "text" and args.max_length > has["max_length"]:
             wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
         if wrong:
@@ -400,11 +533,24 @@ def build_student(args, sources, vocab_size, head_dim):
         weights[modality] = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
         configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items()
                              if k != "modality"}
-    student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth,
-                                  {"norm_first": args.shared_norm_first}, args.token_types, head_dim,
-                                  args.max_length, bool(args.word_weight))
+    shared = {"norm_first": args.shared_norm_first}
+    if args.shared_norm_first: # BEiT's blocks
+        shared |= dict(layer_scale=0.2, key_bias=False)
+    if args.shared_init == "text":
+        last = sources["text"].blocks[-args.shared_depth:]
+        shared = {k: sources["text"].config[k] for k in ("num_heads", "mlp_ratio", "norm_first", "eps")}
+    student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth, shared,
+                                  args.token_types, head_dim, args.max_length, bool(args.word_weight),
+                                  shared_kind=args.shared, align_levels=args.align_levels, token_scale=
+                                  1e-5 if args.token_types and args.shared_norm_first else None)
+    if args.shared_init == "text":
+        student.blocks.load_state_dict(last.state_dict())
     for modality in weights:
-        getattr(student, f"{modality}_encoder").load_state_dict(weights[modality])
+        encoder = getattr(student, f"{modality}_encoder")
+        encoder.load_state_dict(weights[modality])
+        if args.freeze_embeddings: # what stands before the blocks
+            for name, p in encoder.named_parameters():
+                p.requires_grad_("embed" not in name and name != "cls_token")
     return student
 
 
@@ -417,19 +563,22 @@ def main(args):
         prepare_tiny(args)
     what_is_missing(args)
     dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    if args.preset in PUBLISHED:
+        print(f"preset {args.preset}, published COCO R@1, image to text / text to image: "
+              f"{PUBLISHED[args.preset]}")
     print_settings(args, device, dtype, compiled)
     torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data
-    train_pairs, val_pairs = (Pairs(args.data_dir, args.data, split, needs_captions=True)
-                              for split in ("train", "val"))
+    train_pairs, val_pairs = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
+    first_set = args.data.split(",")[0] # its tokenizer, if the text encoder has none, and its test split
     sources = {"image": None, "text": None} # where the student's encoders start from
     if args.text_init != "random":
         sources["text"] = load_encoder(args.text_init, "text", args.text_path)
         tokenizer = sources["text"].tokenizer
     else:
-        path = os.path.join(args.data_dir, args.data, "tokenizer.json")
+        path = os.path.join(args.data_dir, first_set, "tokenizer.json")
         try:
             with open(path, encoding="utf-8") as f:
                 tokenizer = Tokenizer(f.read())
@@ -449,8 +598,9 @@ def main(args):
     # -- teacher: frozen, whatever the student becomes
     teacher = None
     if needs_teacher(args):
-        teacher = load_encoder(args.teacher, "image", args.path,
-                               args.final_norm and args.teacher == "beitv2").to(device)
+        teacher = (load_pretrained("resnet50", args.path) if args.teacher == "resnet50" else
+                   load_encoder(args.teacher, "image", args.path,
+                                args.final_norm and args.teacher == "beitv2")).to(device)
     if args.image_init == "teacher":
         sources["image"] = teacher
     elif args.image_init != "random":
@@ -462,26 +612,30 @@ def main(args):
         if args.kd_loss == "none":
             return None
         with autocast:
-            x = teacher(images) # (n, T, D)
+            x = teacher(images) # (n, T, D); a classifier's logits are (n, D)
+        if x.ndim == 2:
+            return x.float()
         return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
 
     # -- student
-    head_dim = teacher.config["embed_dim"] if args.head and args.kd_loss != "none" else 0
-    student = build_student(args, sources, tokenizer.vocab_size, head_dim).to(device)
+    target_dim = 0 if args.kd_loss == "none" else (teacher.fc.out_features if args.kd_loss == "kl" else
+                                                   teacher.config["embed_dim"])
+    student = build_student(args, sources, tokenizer.vocab_size, args.head * target_dim).to(device)
     del sources
     student.tokenizer = tokenizer # evaluation asks the model for it
-    num_params = sum(p.numel() for p in student.parameters())
-    frozen = sum(p.numel() for p in teacher.parameters()) if args.kd_loss != "none" else 0
-    print(f"student {num_params / 1e6:.2f}M parameters, all trained; teacher {frozen / 1e6:.2f}M, frozen")
-    if args.kd_loss != "none" and not args.head and teacher.config["embed_dim"] != args.embed_dim:
-        fail(f"the teacher is {teacher.config['embed_dim']} wide, the student {args.embed_dim}: add --head")
-    if args.kd_loss != "none" and teacher.config["img_size"] != args.img_size:
+    trained, total, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (
+        [p for p in student.parameters() if p.requires_grad], student.parameters(),
+        teacher.parameters() if target_dim else []))
+    print(f"student {total:.2f}M parameters, {trained:.2f}M of them trained; teacher {frozen:.2f}M, frozen")
+    if target_dim and not args.head and target_dim != args.embed_dim:
+        fail(f"the teacher is {target_dim} wide, the student {args.embed_dim}: add --head")
+    if target_dim and args.kd_loss != "kl" and teacher.config["img_size"] != args.img_size:
         fail(f"--img_size={args.img_size}, but the teacher reads {teacher.config['img_size']} px")
 
     # -- optimizer: no decay for biases, norms, positions, tokens
-    decayed = [p for n, p in student.named_parameters() if p.ndim >= 2 and "embed.weight" not in n
-               and "pos_embed" not in n and "token" not in n]
-    rest = [p for p in student.parameters() if all(p is not q for q in decayed)]
+    decayed = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim >= 2
+               and "embed.weight" not in n and "pos_embed" not in n and "token" not in n]
+    rest = [p for p in student.parameters() if p.requires_grad and all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.98), eps=1e-6,
@@ -518,13 +672,9 @@ def main(args):
         with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **record}) + "\n")
 
-    group_of = torch.from_numpy(pairs.group).to(device)
-    if args.cache_targets and args.kd_loss != "none": # half precision: 1.5 kB per image at 768 wide
-        parts = [range(i, min(i + micro, len(train_pairs.images)))
-                 for i in range(0, len(train_pairs.images), micro)]
-        target_bank = torch.cat([target_of(normalize(torch.stack(
-            [eval_image(train_pairs.images[i], args.img_size) for i in part]).to(device))).half()
-            for part in tqdm(parts, desc="teacher's targets", disable=not sys.stderr.isatty())]) # (images, D)
+    group_of, target_bank = torch.from_numpy(pairs.group), None
+    if args.cache_targets and target_dim:
+        target_bank = cached_targets(target_of, teacher, target_dim, train_pairs.images, args, device, micro)
 
     val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     val_target = None
@@ -566,7 +716,9 @@ def main(args):
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
-        images, ids, padding_mask, index = (x.to(device, non_blocking=True) for x in next(loader))
+        *inputs, index = next(loader)
+        images, ids, padding_mask, group = (x.to(device, non_blocking=True)
+                                            for x in (*inputs, group_of[index]))
         waited += time.time() - wait_start
         # a generator for each step: what was drawn before a kill need not be saved
         generator, kept = torch.Generator().manual_seed(args.seed * 2 ** 32 + step), None
@@ -578,10 +730,10 @@ def main(args):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         chunks = [slice(i, i + micro) for i in range(0, B, micro)]
-        target, group = None, group_of[index]
+        target = None
         words = word_targets(ids, padding_mask, tokenizer.vocab_size) if args.word_weight else None
         if args.kd_loss != "none":
-            target = (target_bank[index].float() if args.cache_targets else
+            target = (target_bank[index].to(device).float() if target_bank is not None else
                       torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
 
         def forward(c):
@@ -597,7 +749,7 @@ def main(args):
             # graph
             with torch.no_grad():
                 parts = [forward(c) for c in chunks]
-            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 x (B, D)
+            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 or 6 x (B, ..)
             loss, terms = loss_terms(outputs, target, group, queue, words, student, args)
             scaler.scale(loss).backward()
             for c in chunks:
@@ -612,7 +764,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             student.log_scale.clamp_(0, math.log(100)) # as CLIP
-        if args.queue_size:
+        if args.queue_size and args.kd_loss == "contrastive":
             new = F.normalize(target, dim=-1)[:args.queue_size], group[:args.queue_size]
             queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size]
                                                     for x, old in zip(new, queue))
@@ -633,12 +785,12 @@ def main(args):
                      f"and a lower --lr, or --dtype=float32.")
         if due[0]:
             means, seen = dict(zip(terms, table.double().mean(0).tolist())), len(rows)
-            ms = 1000 * (time.time() - since) / seen
+            ms, scale = 1000 * (time.time() - since) / seen, student.log_scale.exp().view(-1)[0].item()
             left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
             log(f"step {step:>6}/{args.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) +
-                f"  scale {student.log_scale.exp().item():.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  "
+                f"  scale {scale:.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  "
                 f"{ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
-                f"{left / 60:.1f} min left", **means, scale=student.log_scale.exp().item(), lr=lr,
+                f"{left / 60:.1f} min left", **means, scale=scale, lr=lr,
                 pairs_per_s=1000 * B / ms, ms=ms, wait_ms=1000 * waited / seen, memory_gb=peak_memory(device),
                 minutes_left=left / 60)
             rows, waited, since = [], 0.0, time.time()
@@ -654,18 +806,21 @@ def main(args):
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation mean recall "
           f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")
-    if os.path.exists(os.path.join(args.data_dir, args.data, "test_images.idx")):
-        command = ["retrieval", f"--ckpt={path}", f"--data={args.data}", f"--data_dir={args.data_dir}",
+    if os.path.exists(os.path.join(args.data_dir, first_set, "test_images.idx")):
+        command = ["retrieval", f"--ckpt={path}", f"--data={first_set}", f"--data_dir={args.data_dir}",
                    f"--device={device}", f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json",
                    f"--picture={args.out_dir}/retrieval.png"]
         print("$ python evaluate.py", *command)
         evaluate.main(command)
     print(f"{(time.time() - started) / 60:.1f} minutes in all")
     if args.kd_loss != "none":
-        new = dict(kd_loss="none", align_loss="contrastive", image_init="random", queue_size=0,
-                   out_dir=f"{args.out_dir}_clip")
+        new = dict(kd_loss="none", align_loss="contrastive", out_dir=f"{args.out_dir}_clip")
+        if args.image_init == "teacher":
+            new["image_init"] = "random"
+        after = copy.copy(args)
+        vars(after).update(new)
         same = [f"--{k}={getattr(args, k)}"
-                for k in args.given if k not in (*new, "cache_targets", "preset", "resume")]
+                for k in args.given if k not in (*new, *unread(after), "preset", "resume")]
         print("next, the same without the teacher:\n  python distill_multimodal.py "
               + " ".join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 

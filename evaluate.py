@@ -4,6 +4,7 @@ Measure a checkpoint and print a table. The metrics are pure functions, which th
     python evaluate.py retrieval                           # out/tiny/ckpt.pt on the OpenMoji test set
     python evaluate.py retrieval --ckpt=out/mine/ckpt.pt --data=coco --json=coco.json
     python evaluate.py retrieval --picture=retrieval.png   # what it finds, drawn as a grid
+    python evaluate.py zeroshot --task=imagenet            # CLIP's: the class whose prompts are closest
     python evaluate.py knn --task=cifar10                  # nearest neighbours of an image encoder's features
     python evaluate.py finetune --task=cifar10             # 15 epochs of finetuning
     python evaluate.py finetune --task=cifar10 --linear_probe --augment=none  # minutes: features are
@@ -18,6 +19,7 @@ list.
 import contextlib
 import functools
 import hashlib
+import importlib.resources
 import inspect
 import io
 import json
@@ -31,7 +33,7 @@ from collections import Counter, namedtuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (GPT2Tokenizer, Parser, fail, git_sha, init_weights, load_checkpoint, load_encoder,
@@ -96,6 +98,11 @@ def best_ranks(queries, query_owner, gallery, gallery_owner, chunk=256):
     return torch.cat(ranks)
 
 
+def percent(hits):
+    """Share of True in a bool tensor, times 100."""
+    return hits.double().mean().item() * 100
+
+
 def summary(i2t, t2i):
     """Three recalls each way -> the dict of retrieval_metrics; its means are None where a recall is None."""
     mean = lambda values: None if None in values else sum(values) / len(values)
@@ -118,7 +125,7 @@ def retrieval_metrics(image_emb, text_emb, text_to_image):
     """
     images, texts, owner = checked(image_emb, text_emb, text_to_image)
     index = torch.arange(len(images))
-    recalls = [[(ranks <= k).double().mean().item() * 100 for k in (1, 5, 10)] for ranks in
+    recalls = [[percent(ranks <= k) for k in (1, 5, 10)] for ranks in
                (best_ranks(images, index, texts, owner), best_ranks(texts, owner, images, index))]
     return summary(*recalls)
 
@@ -165,43 +172,68 @@ def chance_row(text_to_image, num_images):
 # -----------------------------------------------------------------------------
 # image-text retrieval: from a model to a table
 
-# R@1, 5, 10 image -> text, then text -> image, on the test sets of 5,000 and 1,000 images. (!): see NOTES
-PUBLISHED = {
-    "coco": {
-        "data2vec 2.0 image + text, unaligned": (0.02, 0.08, 0.19, 0.01, 0.10, 0.19),
-        "MM-D2V2, data2vec 2.0 teacher": (4.24, 12.12, 17.96, 1.77, 6.54, 10.91),
-        "MM-D2V2, BEiTv2 teacher": (31.72, 56.78, 67.9, 12.42, 31.05, 42.5),
-        "MM-D2V2 7": (30.24, 56.48, 67.46, 11.96, 30.48, 41.88),
-        "MM-D2V2 7_2": (32.78, 58.34, 69.3, 12.83, 31.85, 43.4),
-        "S-SMKE_CDL_MB": (53.54, 81.1, 89.52, 35.65, 66.0, 77.77),
-        "FLAVA": (42.74, 76.76, None, 38.38, 67.47, None),
-        "CLIP L/14-336": (58.4, 81.5, 88.1, 37.8, 62.4, 72.2)},
-    "flickr30k": {
-        "data2vec 2.0 image + text, unaligned (!)": (0.02, 0.12, 0.18, 0.02, 0.06, 0.12),
-        "MM-D2V2, data2vec 2.0 teacher (!)": (1.2, 4.88, 8.18, 0.54, 2.52, 4.58),
-        "MM-D2V2, BEiTv2 teacher (!)": (7.7, 26.18, 37.6, 4.08, 17.01, 24.26),
-        "MM-D2V2 7 (!)": (7.36, 26.42, 36.6, 3.7, 16.58, 23.84),
-        "MM-D2V2 7_2 (!)": (8.08, 27.92, 38.6, 4.14, 17.5, 24.82),
-        "S-SMKE_CDL_MB": (70.9, 92.1, 96.0, 52.72, 80.2, 87.46),
-        "FLAVA": (67.7, 94.0, None, 65.22, 89.38, None),
-        "CLIP L/14-336": (88.0, 98.7, 99.4, 68.7, 90.6, 95.2)}}
+TEST_IMAGES = {"coco": 5000, "flickr30k": 1000} # Karpathy's splits, five captions an image, COCO 10 more
+PUBLISHED = { # R@1, 5, 10 image -> text, then text -> image; on COCO, then on Flickr30K
+    "data2vec 2.0, unaligned": (0.02, 0.08, 0.19, 0.01, 0.1, 0.19, 0.02, 0.12, 0.18, 0.02, 0.06, 0.12),
+    "MM-D2V2, data2vec2 teacher": (4.24, 12.12, 17.96, 1.77, 6.54, 10.91, 1.2, 4.88, 8.18, 0.54, 2.52, 4.58),
+    "MM-D2V2, BEiTv2 teacher": (31.72, 56.78, 67.9, 12.42, 31.05, 42.5, 7.7, 26.18, 37.6, 4.08, 17.01, 24.26),
+    "MM-D2V2 7": (30.24, 56.48, 67.46, 11.96, 30.48, 41.88, 7.36, 26.42, 36.6, 3.7, 16.58, 23.84),
+    "MM-D2V2 7_2": (32.78, 58.34, 69.3, 12.83, 31.85, 43.4, 8.08, 27.92, 38.6, 4.14, 17.5, 24.82),
+    "SHRe_T, MLP": (37.06, 67.74, 79.7, 25.3, 54.73, 68.19, 49.9, 78.5, 88.5, 37.04, 67.34, 77.38),
+    "SHRe_T, MLP, 2 GPUs": (41.88, 71.86, 83.06, 29.4, 59.3, 72.06, 56.1, 83.5, 90.7, 41.8, 71.36, 81.14),
+    "SHRe_T, Transformer": (44.6, 75.3, 85.64, 31.69, 62.1, 74.48, 58.8, 85.6, 92.4, 43.92, 74.06, 82.8),
+    "S-SMKE": (51.66, 79.9, 88.66, 36.17, 66.55, 78.28, 64.5, 88.4, 93.0, 51.78, 78.54, 86.46),
+    "S-SMKE_CDL": (52.68, 80.56, 88.3, 36.5, 66.58, 78.28, 69.0, 89.2, 94.3, 51.48, 79.18, 86.66),
+    "S-SMKE_CDL_MB": (53.54, 81.1, 89.52, 35.65, 66.0, 77.77, 70.9, 92.1, 96.0, 52.72, 80.2, 87.46),
+    "S-SMKE_CDL_MB, finetuned": (56.2, 83.3, 91.1, 39.8, 69.2, 79.8, 82.0, 95.4, 98.0, 64.6, 87.5, 93.1),
+    "FLAVA": (42.74, 76.76, None, 38.38, 67.47, None, 67.7, 94.0, None, 65.22, 89.38, None),
+    "CLIP L/14-336": (58.4, 81.5, 88.1, 37.8, 62.4, 72.2, 88.0, 98.7, 99.4, 68.7, 90.6, 95.2),
+    "VLMo base, finetuned": (74.8, 93.1, 96.9, 57.2, 82.6, 89.8, 92.3, 99.4, 99.9, 79.3, 95.7, 97.8),
+    "VLMo, larger, finetuned": (83.1, 96.0, 98.2, 65.2, 86.5, 92.2, 96.8, 100, 100, 88.1, 98.4, 99.3),
+    "BEiT-3, finetuned": (84.8, 96.5, 98.3, 67.2, 87.7, 92.8, 98.0, 100, 100, 90.3, 98.7, 99.5)}
+MEDIAN_RANKS = { # COCO, image -> text and text -> image; which 5 x 1,000 pairs SHRe took was not published
+    "SHRe": (5.8, 6.0), "SHRe_T, MLP": (1.5, 2.0), "SHRe_T, MLP, 2 GPUs": (1.0, 1.04),
+    "SHRe_T, Transformer": (1.0, 1.0)}
 NOTES = {
-    "coco": "MM-D2V2 and S-SMKE were trained on COCO's training images: COCO is not zero-shot for them.",
-    "flickr30k": "(!) scored with a wrong index, each image five times with one valid caption each;\n"
-                 "corrected by the author later: expect much higher numbers from the same model here."}
+    "coco": "MM-D2V2, SHRe_T and S-SMKE were trained on COCO's training images: in-domain for them, and not\n"
+            "zero-shot as for CLIP.",
+    "flickr30k": "(!) scored with a wrong index, each image five times with one valid caption each; it was\n"
+                 "corrected later: expect much higher numbers from the same model here."}
 
 
-def retrieval_table(rows):
-    """rows: pairs of a name and a dict as from retrieval_metrics, None where none was published -> text."""
-    keys = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + ["mean"]
-    width = max(len(name) for name, _ in [("Model", {}), *rows])
-    cells = lambda values: "{:>8}{:>7}{:>7}  {:>8}{:>7}{:>7}  {:>7}".format(*values)
-    lines = [" " * width + f"{'Image -> Text':>22}  {'Text -> Image':>22}",
-             f"{'Model':{width}}" + cells(["R@1", "R@5", "R@10"] * 2 + ["mean"])]
-    lines.append("-" * len(lines[1]))
-    for name, row in rows:
-        lines.append(f"{name:{width}}" + cells(["-" if row[k] is None else f"{row[k]:.2f}" for k in keys]))
+def published_retrieval(data, split, num_images, num_captions):
+    """name -> what retrieval_metrics gives, as published for this test set; none for another or a part."""
+    if split != "test" or num_images != TEST_IMAGES.get(data) or num_captions // num_images != 5:
+        return {}
+    i = 6 * (data == "flickr30k")
+    wrong = lambda name: " (!)" * (i and name.startswith(("data2vec", "MM-D2V2")))
+    return {name + wrong(name): summary(row[i:i + 3], row[i + 3:i + 6]) for name, row in PUBLISHED.items()}
+
+
+def table(head, rows, published={}, column=16, above=""):
+    """head: over the names, then over the columns, which are `column` wide. rows: dict name -> as many
+    numbers, None where there is none; published: more of them, marked so."""
+    rows = rows | {f"{name}, published": row for name, row in published.items()}
+    width = max(map(len, [head[0], *rows]))
+    lines = [f"{'':{width}}{above}"] * bool(above)
+    lines += [f"{head[0]:{width}}" + "".join(f"{word:>{column}}" for word in head[1:])]
+    lines += ["-" * len(lines[-1])]
+    for name, row in rows.items():
+        cells = ["-" if x is None else f"{x:.2f}" for x in row]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
     return "\n".join(lines)
+
+
+def retrieval_table(rows, published={}):
+    """As table; rows and published: dict name -> what retrieval_metrics gives."""
+    keys = [f"{way}_{k}" for way in ("i2t", "t2i") for k in ("r1", "r5", "r10", "mean")] + ["mean"]
+    rows, published = ({name: [row[k] for k in keys] for name, row in x.items()} for x in (rows, published))
+    return table(["Model", *["R@1", "R@5", "R@10", "mean"] * 2, "mean"], rows, published, 7,
+                 f"{'Image -> Text':>28}{'Text -> Image':>28}{'both':>7}")
+
+
+# -----------------------------------------------------------------------------
+# from models to embeddings
 
 
 @contextlib.contextmanager
@@ -217,29 +249,46 @@ def evaluating(model):
             module.training = mode
 
 
-@torch.no_grad()
-def embed_pairs(model, pairs, batch_size, device, dtype, squash=False):
-    """Every image and every caption once, in order -> image_emb (N, D), text_emb (M, D), float32 on the CPU.
-    The model, already on device, runs in eval mode under autocast to dtype and gets its old mode back."""
-    def encode_images(batch):
-        images = torch.stack([eval_image(data, model.img_size, squash) for data in batch]) # (B, 3, H, W)
-        return model.encode_image(normalize(images.to(device)))
+def progress(batches, what):
+    return tqdm(batches, desc=what, leave=False, disable=len(batches) < 20 or not sys.stderr.isatty())
 
-    def encode_texts(batch):
+
+@torch.no_grad()
+def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collate=None):
+    """Every item once, in order, by encode: a batch of items, as collate makes it -> (B, D). Returns (n, D)
+    float32 on the CPU. The model, already on device, runs in eval mode under autocast to dtype and gets its
+    old mode back."""
+    loader = torch.utils.data.DataLoader(
+        items, batch_size, num_workers=num_workers, collate_fn=collate,
+        generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([encode(batch).float().cpu() for batch in progress(loader, "embedding")])
+
+
+class EvalImages(torch.utils.data.Dataset):
+    def __init__(self, images, size, squash=False):
+        self.images, self.size, self.squash = images, size, squash
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return eval_image(self.images[i], self.size, self.squash) # (3, H, W) uint8
+
+
+def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
+    """As embed; encode: pictures (B, 3, H, W) float32, normalised -> (B, D)."""
+    return embed(model, lambda batch: encode(normalize(batch.to(device))), EvalImages(images, size, squash),
+                 batch_size, device, dtype, num_workers)
+
+
+def embed_texts(model, texts, batch_size, device, dtype):
+    """As embed, by the model's encode_text."""
+    def encode(batch):
         ids, padding_mask = model.tokenizer.encode(batch, model.max_length) # (B, T) each
         return model.encode_text(ids.to(device), padding_mask.to(device))
 
-    embs = []
-    with evaluating(model):
-        for items, encode in (pairs.images, encode_images), (pairs.captions, encode_texts):
-            starts, out = range(0, len(items), batch_size), []
-            for i in tqdm(starts, desc="embedding", leave=False,
-                          disable=len(starts) < 20 or not sys.stderr.isatty()):
-                batch = [items[j] for j in range(i, min(i + batch_size, len(items)))]
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    out.append(encode(batch).float().cpu()) # (B, D)
-            embs.append(torch.cat(out))
-    return tuple(embs)
+    return embed(model, encode, texts, batch_size, device, dtype, collate=list)
 
 
 class Unaligned(torch.nn.Module):
@@ -257,9 +306,11 @@ class Unaligned(torch.nn.Module):
 
 
 def evaluate_retrieval(model, pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
-                       squash=False):
-    """embed_pairs, then retrieval_metrics -> (metrics, image_emb, text_emb)."""
-    image_emb, text_emb = embed_pairs(model, pairs, batch_size, device, dtype, squash)
+                       squash=False, num_workers=0):
+    """Each image and caption once, then retrieval_metrics -> (metrics, image_emb (N, D), text_emb (M, D))."""
+    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, batch_size, device,
+                             dtype, squash, num_workers)
+    text_emb = embed_texts(model, pairs.captions, batch_size, device, dtype)
     return retrieval_metrics(image_emb, text_emb, pairs.text_to_image), image_emb, text_emb
 
 
@@ -310,7 +361,9 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
             draw.rounded_rectangle(box, 8, MINT if frame else PALE, frame, 3)
             write(pairs.captions[item], x + 2, y + 2, cell - 4, cell - 4, 17, centred=True)
         else:
-            canvas.paste(ImageOps.fit(decode(pairs.images[item]), (cell, cell), Image.LANCZOS), (x, y))
+            image = decode(pairs.images[item]) # all of it, whatever its shape
+            w, h = (max(1, round(side * cell / max(image.size))) for side in image.size)
+            canvas.paste(image.resize((w, h), Image.LANCZOS), (x + (cell - w) // 2, y + (cell - h) // 2))
             draw.rounded_rectangle(box, 8, None, frame or LINE, 3 if frame else 1)
 
     # the first rows images ask with their first caption, the next rows with themselves
@@ -358,35 +411,16 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
 # image features and their nearest neighbours
 
 
-class EvalImages(torch.utils.data.Dataset):
-    def __init__(self, images, size):
-        self.images, self.size = images, size
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return eval_image(self.images[i], self.size) # (3, H, W) uint8
-
-
 def pool_tokens(tokens, pool):
     """An encoder's output (B, T, D) -> (B, D) float32: its CLS token, or, as the thesis does, the mean of all
     others."""
     return tokens[:, 0].float() if pool == "cls" else tokens[:, 1:].float().mean(1)
 
 
-@torch.no_grad()
 def image_features(encoder, pairs, batch_size, device, dtype, pool="mean", num_workers=0):
-    """Every image of a split once, in order -> (N, D) float32 on the CPU. The encoder, already on device,
-    runs in eval mode under autocast to dtype and gets its old mode back."""
-    loader = torch.utils.data.DataLoader(EvalImages(pairs.images, encoder.config["img_size"]), batch_size,
-                                         num_workers=num_workers)
-    out = []
-    with evaluating(encoder), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for images in tqdm(loader, desc="features", leave=False,
-                           disable=len(loader) < 20 or not sys.stderr.isatty()):
-            out.append(pool_tokens(encoder(normalize(images.to(device))), pool).cpu()) # (B, D)
-    return torch.cat(out)
+    """Every image of a split once, in order -> (N, D). As embed."""
+    return embed_images(encoder, lambda images: pool_tokens(encoder(images), pool), pairs.images,
+                        encoder.config["img_size"], batch_size, device, dtype, num_workers=num_workers)
 
 
 def knn_ranks(bank, bank_labels, queries, query_labels):
@@ -410,23 +444,77 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k):
     integers. Equal cosines rank in an order fixed once for all, as in retrieval_metrics."""
     if k < 1:
         raise ValueError(f"k must be at least 1, but is {k}")
-    ranks = knn_ranks(bank, bank_labels, queries, query_labels)
-    return (ranks <= min(k, len(bank))).double().mean().item() * 100
+    return percent(knn_ranks(bank, bank_labels, queries, query_labels) <= min(k, len(bank)))
 
 
 def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"),
                  dtype=torch.float32, pool="mean", num_workers=0):
     """Two labelled splits -> top1 and top3, queries searched in the bank, and reverse_top1 and reverse_top3,
     the bank's images searched among the queries; in percent."""
-    sides = [(image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers).to(device),
-              pairs.labels)
-             for pairs in (bank_pairs, query_pairs)]
+    features_of = lambda pairs: image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers)
+    sides = [(features_of(pairs).to(device), pairs.labels) for pairs in (bank_pairs, query_pairs)]
     result = {}
     for way, (bank, queries) in (("", sides), ("reverse_", sides[::-1])):
         ranks = knn_ranks(*bank, *queries)
-        result |= {f"{way}top{k}": (ranks <= min(k, len(bank[0]))).double().mean().item() * 100
-                   for k in (1, 3)}
+        result |= {f"{way}top{k}": percent(ranks <= min(k, len(bank[0]))) for k in (1, 3)}
     return result
+
+
+# -----------------------------------------------------------------------------
+# zero-shot classification: classes are prompts
+
+TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of one {}.", "a close-up of a {}.",
+             "a drawing of a {}.", "{}"] # where no package has CLIP's
+PUBLISHED_ZERO_SHOT = { # top-1 on ImageNet's 50,000, CLIP's 80 prompts
+    "SHRe_T, MLP (!)": 40.26, "SHRe_T, MLP, 2 GPUs (!)": 40.0, "SHRe_T, Transformer (!)": 44.57,
+    "S-SMKE": 30.4, "S-SMKE, token types": 30.3, "S-SMKE_CDL": 33.0, "S-SMKE_CDL_MB": 37.0,
+    "S-SMKE_CDL_MB, BEiTv2-FT teacher (!)": 34.6, "S-SMKE_CDL_MB, data2vec2 teacher": 24.5,
+    "S-SMKE_CDL_MB, DINO teacher": 37.5, "S-SMKE_CDL_MB, no teacher": 25.8, "Visual N-Grams": 11.5,
+    "CLIP L/14-336": 76.2, "TinyCLIP ViT-8M/16": 41.1, "TinyCLIP ViT-39M/16": 63.5, "MobileCLIP-S0": 67.8}
+
+
+def class_prompts(task, classes):
+    """What prompts call a set's classes, in the order of their labels, the templates of the prompts, and in
+    words where the two come from. Packages with CLIP's own are read if they are there."""
+    imagenet = classes and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    if not classes or imagenet and len(classes) != 1000:
+        fail(f"data set {task} has no names of classes{', only numbers of WordNet' * bool(imagenet)}: write "
+             f"them into its meta.json, in the order of the labels, as \"classes\": [\"cat\", \"dog\", ..]")
+    names, named_by = [name.replace("_", " ") for name in classes], "meta.json"
+    templates, made_by = TEMPLATES, "this script's"
+    try:
+        import open_clip # here, not above: optional
+        templates, made_by = open_clip.OPENAI_IMAGENET_TEMPLATES, "CLIP's for ImageNet"
+        if imagenet: # in the order of the sorted numbers, which our labels are
+            names, named_by = open_clip.IMAGENET_CLASSNAMES, "CLIP"
+    except ImportError:
+        if imagenet:
+            from torchvision.models import ResNet50_Weights # here, not above: see rand_augment_table
+            names, named_by = ResNet50_Weights.DEFAULT.meta["categories"], "torchvision"
+    if task in ("cifar10", "cifar100"):
+        with contextlib.suppress(ImportError, OSError): # optional too
+            file = importlib.resources.files("clip_benchmark") / "datasets"
+            text = (file / "en_zeroshot_classification_templates.json").read_text(encoding="utf-8")
+            templates, made_by = [x.replace("{c}", "{}") for x in json.loads(text)[task]], "CLIP's for CIFAR"
+    if templates is TEMPLATES:
+        print("not CLIP's prompts, so no published number compares; for them: pip install open_clip_torch")
+    return names, templates, f"named by {named_by}, {len(templates)} prompts for each: {made_by}"
+
+
+@torch.no_grad()
+def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
+    """One embedding a class, (C, D) float32 of length 1: the mean of its prompts' embeddings, each normalised
+    before, normalised again.
+
+    encode_text: list of at most batch_size strings -> (n, D), any float dtype and length. templates: strings
+    with {} for the name, or functions name -> prompt. ValueError without a class or template."""
+    fill = [template if callable(template) else template.format for template in templates]
+    prompts = [prompt(name) for name in classnames for prompt in fill]
+    if not prompts:
+        raise ValueError(f"{len(classnames)} classes and {len(fill)} templates give no prompt")
+    emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
+                     for i in progress(range(0, len(prompts), batch_size), "prompts")]) # (C * prompts, D)
+    return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1)
 
 
 # -----------------------------------------------------------------------------
@@ -450,18 +538,6 @@ def vision_rows(task):
     """name -> the two published numbers, for the models that have any on this task."""
     i = 2 * PUBLISHED_TASKS.index(task) if task in PUBLISHED_TASKS else 6
     return {name: row[i:i + 2] for name, row in PUBLISHED_VISION.items() if row[i:i + 2]}
-
-
-def vision_table(head, rows, column=16):
-    """head: over the names, then over the columns, which are `column` wide. rows: pairs of a name and as many
-    numbers, None where there is none."""
-    width = max(len(name) for name, _ in [(head[0], ()), *rows])
-    lines = [f"{head[0]:{width}}" + "".join(f"{word:>{column}}" for word in head[1:])]
-    lines.append("-" * len(lines[0]))
-    for name, row in rows:
-        cells = ["-" if x is None else f"{x:.2f}" for x in row]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
-    return "\n".join(lines)
 
 
 @functools.cache
@@ -737,7 +813,7 @@ PUBLISHED_GLUE = { # in the order of GLUE
     "CLIP": (33.5, 50.5, 55.2, 65.0, 53.9, 16.0, 25.4, 88.2)}
 GLUE_NOTE = """Chosen on dev, as published rows. F1 for MRPC and QQP, Spearman for STS-B, Matthews for CoLA,
 else accuracy; -mm: MNLI mismatched. Score: mean of the row without WNLI and -mm; +WNLI: with WNLI.
-(!) F1, Spearman and Matthews averaged over batches; MRPC on its test set."""
+(!) F1, Spearman and Matthews averaged over batches; MRPC on its test set. S-SMKE: under BERT's pooler."""
 
 
 def correlation(x, y):
@@ -860,37 +936,34 @@ def encode_examples(tokenizer, texts, max_length):
     return ids, torch.arange(ids.shape[1]) >= torch.tensor([len(row[0]) for row in rows])[:, None], segments
 
 
-def finetune_task(task, args, splits, model, kept, device, dtype):
-    """Trains the model (an Encoder, or a VisionLanguageModel's text encoder and shared blocks) and a new head
-    on one task, into args.out_dir; arguments and result as in train_epochs."""
-    (texts, labels), tower, B = splits["train"], getattr(model, "text_encoder", model), args.batch_size
-    classes, config, D = GLUE[task].classes, tower.config, tower.config["embed_dim"]
+def finetune_task(task, args, splits, encoder, kept, device, dtype):
+    """Trains a text encoder and a new head on one task, into args.out_dir; arguments and result as in
+    train_epochs."""
+    (texts, labels), B = splits["train"], args.batch_size
+    classes, config, D = GLUE[task].classes, encoder.config, encoder.config["embed_dim"]
     torch.manual_seed(args.seed)
     head = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(), torch.nn.Dropout(args.dropout),
                                torch.nn.Linear(D, len(classes or "1")))
     init_weights(head, D)
     if config["pooler"]: # BERT's own
-        head[0].load_state_dict({"weight": tower.pooler_weight, "bias": tower.pooler_bias})
-    model.train().to(device)
+        head[0].load_state_dict({"weight": encoder.pooler_weight, "bias": encoder.pooler_bias})
+    encoder.train().requires_grad_(True).to(device)
     head.to(device)
     if use_compile(args.compile, device):
-        tower.compile()
-    for name, p in model.named_parameters(): # not the image encoder, nor the heads of other losses
-        p.requires_grad_(tower is model or name.startswith(("text_encoder.", "blocks.", "token_type")))
-    trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+        encoder.compile()
+    trained = [*encoder.parameters(), *head.parameters()]
     groups = [{"params": trained, "peak_lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
     print(f"\n{task}: {sum(p.numel() for p in trained) / 1e6:.2f}M parameters, {B} examples a step, peak lr "
           f"{args.lr:g}, {'pretrained' if config['pooler'] else 'new'} pooler")
 
-    encode = lambda texts: encode_examples(model.tokenizer, texts, args.max_length)
+    encode = lambda texts: encode_examples(encoder.tokenizer, texts, args.max_length)
 
     def logits(encoded):
         ids, mask, segments = (x.to(device, non_blocking=True) for x in encoded)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = tower(ids, mask, token_type_ids=segments if config["token_types"] > 1 else None) # (B, T, D)
-            cls = x[:, 0] if tower is model else model.shared_cls(x, 0, mask) # (B, D)
-        return head(cls.float()) # (B, C)
+            x = encoder(ids, mask, token_type_ids=segments if config["token_types"] > 1 else None) # (B, T, D)
+        return head(x[:, 0].float()) # (B, C)
 
     def losses(batch, step):
         torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
@@ -900,7 +973,7 @@ def finetune_task(task, args, splits, model, kept, device, dtype):
     @torch.no_grad()
     def measure():
         result = {}
-        with evaluating(model), evaluating(head):
+        with evaluating(encoder), evaluating(head):
             for split, (texts, labels) in [*splits.items()][1:]: # mnli: matched and mismatched
                 out = torch.cat([logits(encode(texts[i:i + B])).cpu() for i in range(0, len(texts), B)])
                 found = out.argmax(1) if classes else out[:, 0]
@@ -913,7 +986,7 @@ def finetune_task(task, args, splits, model, kept, device, dtype):
             index = [i for _, _, i in batch]
             yield encode([texts[i] for i in index]), torch.from_numpy(labels[index])
 
-    return train_epochs(args, model, head, optimizer, len(texts) // B, batches, losses, measure, "examples",
+    return train_epochs(args, encoder, head, optimizer, len(texts) // B, batches, losses, measure, "examples",
                         "dev", [], kept, device, dtype, linear=True)
 
 
@@ -928,18 +1001,16 @@ def glue_row(scores):
 # -----------------------------------------------------------------------------
 # subcommands: each is a pair of functions, its flags and its work
 
-CKPT_HELP = "checkpoint of a distill script, with what is measured: image or text encoder, for retrieval both"
+CKPT_HELP = ("checkpoint of a distill script, with what is measured: image encoder, text encoder, or for "
+             "retrieval and zeroshot both")
+TRANSFORMS = ["images resized by the short side, centre crop", "images squashed to a square"] # args.squash
+WORKERS_HELP = "processes that decode images; 0 decodes between the steps"
 TEXT_ENCODER_HELP = ("instead of CKPT: a text encoder, data2vec2_text, bert, minilm or a checkpoint of "
                      "distill_text.py")
 
 
-def retrieval_flags(doc):
-    p = Parser(doc)
-    p.section("data")
-    p.knob("data", "openmoji", "name of the prepared pairs: DATA_DIR/NAME; for coco and flickr30k published "
-           "rows are printed")
-    p.knob("split", "test", "which of its splits")
-    p.knob("data_dir", "data", "folder of all prepared data sets")
+def two_tower_flags(p):
+    """The flags of the subcommands that judge an image encoder and a text encoder together."""
     p.knob("squash", False, "squash images to a square, as the thesis does, and do not crop")
     p.section("run")
     p.knob("ckpt", "out/tiny/ckpt.pt", CKPT_HELP)
@@ -950,66 +1021,121 @@ def retrieval_flags(doc):
            "without a network", type=str)
     p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it",
            type=str)
-    p.knob("batch_size", 256, "images or captions at a time: memory and speed", least=1)
+    p.knob("batch_size", 256, "images or texts at a time: memory and speed", least=1)
+    p.knob("num_workers", 0, WORKERS_HELP)
     run_flags(p)
+
+
+def two_towers(args, device):
+    """The model with encode_image and encode_text that the flags name, on device, and its name."""
+    if (args.image_encoder is None) != (args.text_encoder is None):
+        fail("--image_encoder and --text_encoder go together")
+    if args.image_encoder and "ckpt" in args.given:
+        fail("--ckpt is a model with both encoders: give it or --image_encoder and --text_encoder")
+    if args.image_encoder:
+        model = Unaligned(load_encoder(args.image_encoder, "image", args.image_path),
+                          load_encoder(args.text_encoder, "text", args.text_path))
+        return model.to(device), f"{args.image_encoder} + {args.text_encoder}"
+    model = load_checkpoint(args.ckpt)
+    if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):
+        fail(f"{args.ckpt} does not embed both images and text, and {args.command} needs a checkpoint that "
+             "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
+    return model.to(device), args.ckpt
+
+
+def retrieval_flags(p):
+    p.section("data")
+    p.knob("data", "openmoji", "name of the prepared pairs: DATA_DIR/NAME; for the test sets of coco and "
+           "flickr30k, if whole, published rows are printed")
+    p.knob("split", "test", "which of its splits")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
+    two_tower_flags(p)
     p.knob("picture", None, "draw some queries and what was found for them, as a PNG", type=str)
-    return p
 
 
 def retrieval(args):
     """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner."""
     device = pick_device(args.device)
-    if (args.image_encoder is None) != (args.text_encoder is None):
-        fail("--image_encoder and --text_encoder go together")
-    if args.image_encoder and "ckpt" in args.given:
-        fail("--ckpt is a model with both encoders: give it or --image_encoder and --text_encoder")
-    name = args.ckpt
-    if args.image_encoder:
-        name = f"{args.image_encoder} + {args.text_encoder}"
-        model = Unaligned(load_encoder(args.image_encoder, "image", args.image_path),
-                          load_encoder(args.text_encoder, "text", args.text_path)).to(device)
-    else:
-        model = load_checkpoint(args.ckpt).to(device)
-    if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):
-        fail(f"{args.ckpt} does not embed both images and text. Retrieval needs a checkpoint that "
-             "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
+    model, name = two_towers(args, device)
     pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
     N, M = len(pairs.images), len(pairs.captions)
-    print(f"{args.data} {args.split}: {N:,} images, {M:,} captions (all there are), images "
-          f"{'squashed to a square' if args.squash else 'resized by the short side, centre crop'}")
-    metrics, image_emb, text_emb = evaluate_retrieval(model, pairs, args.batch_size, device,
-                                                      pick_dtype(args.dtype, device), args.squash)
-    chance = chance_row(pairs.text_to_image, N)
-    published = PUBLISHED.get(args.data, {}) if args.split == "test" else {}
-    published = {name: summary(row[:3], row[3:]) for name, row in published.items()}
-    print(retrieval_table([(name, metrics), ("chance", chance)] +
-                          [(f"{name}, published", row) for name, row in published.items()]))
+    five = int(np.minimum(np.bincount(pairs.text_to_image), 5).sum())
+    print(f"{args.data} {args.split}: {N:,} images, {M:,} captions (all there are"
+          f"{f'; others take the first five, {five:,}' * (five < M)}), {TRANSFORMS[args.squash]}")
+    metrics, image_emb, text_emb = evaluate_retrieval(
+        model, pairs, args.batch_size, device, pick_dtype(args.dtype, device), args.squash, args.num_workers)
+    chance, published = chance_row(pairs.text_to_image, N), published_retrieval(args.data, args.split, N, M)
+    print(retrieval_table({name: metrics, "chance": chance}, published))
     if published:
         print(NOTES[args.data])
-    i2t, t2i = median_rank_chunks(image_emb, text_emb, pairs.text_to_image)
-    size = min(N, 1000)
-    print(f"median rank among {size:,}: image -> text {i2t:g}, text -> image {t2i:g} (1 = best, "
+    elif args.data in TEST_IMAGES:
+        print(f"no published rows: they are of {TEST_IMAGES[args.data]:,} test images, five captions each")
+    ranks, size = median_rank_chunks(image_emb, text_emb, pairs.text_to_image), min(N, 1000)
+    print(f"median rank among {size:,}: image -> text {ranks[0]:g}, text -> image {ranks[1]:g} (1 = best, "
           f"chance {(size + 1) / 2:g})")
-    result = {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
-              "captions": M, "metrics": metrics, "chance": chance, "published": published,
-              "median_rank": {"i2t": i2t, "t2i": t2i, "among": size, "chance": (size + 1) / 2}}
+    published_ranks = MEDIAN_RANKS if published and args.data == "coco" else {}
+    if published_ranks:
+        print(table(["Median rank", "Image -> Text", "Text -> Image"], {name: ranks}, published_ranks))
     if args.picture:
         draw_retrieval(pairs, image_emb, text_emb, args.picture)
         print(f"wrote {args.picture}")
-    return result
+    return {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
+            "captions": M, "metrics": metrics, "chance": chance, "published": published,
+            "median_rank": {"i2t": ranks[0], "t2i": ranks[1], "among": size, "chance": (size + 1) / 2,
+                            "published": published_ranks}}
+
+
+def zeroshot_flags(p):
+    p.section("data")
+    task_flags(p, "imagenet")
+    two_tower_flags(p)
+
+
+def zeroshot(args):
+    """Zero-shot classification as CLIP does it: a picture's class is the one whose prompts, embedded and
+    averaged, are closest to it. Measured on the split test, or val where there is none; for ImageNet's whole
+    val and CLIP's 80 prompts (pip install open_clip_torch) published rows are printed."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    split, pairs = labelled_splits(args.task, args.data_dir, args.command).popitem()
+    names, templates, words = class_prompts(args.task, pairs.meta.get("classes"))
+    N, C = len(pairs.images), len(names)
+    if len(unknown := np.setdiff1d(pairs.labels, np.arange(C))):
+        fail(f"data set {args.task} has the label {unknown[0]}, but its meta.json names {C} classes")
+    model, name = two_towers(args, device)
+    print(f"{args.task} {split}: {N:,} images of {C:,} classes, {words}; {TRANSFORMS[args.squash]}")
+    encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
+    weights = zero_shot_weights(encode_text, names, templates, args.batch_size) # (C, D)
+    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
+                             dtype, args.squash, args.num_workers) # (N, D)
+    ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
+    metrics = {f"top{k}": percent(ranks <= k) for k in (1, 3, 5)}
+    whole = (args.task, split, N, len(templates)) == ("imagenet", "val", 50_000, 80)
+    published = PUBLISHED_ZERO_SHOT if whole else {}
+    print(table([args.task, "top-1", "top-3", "top-5"],
+                {name: metrics.values(), "chance": [100 * min(k / C, 1) for k in (1, 3, 5)]},
+                {title: (top1, None, None) for title, top1 in published.items()}))
+    if published:
+        print("(!) the teacher learned from ImageNet's labels: not zero-shot")
+    return {"ckpt": name, "task": args.task, "split": split, "squash": args.squash, "images": N, "classes": C,
+            "prompts": len(templates), "source": words, "metrics": metrics, "published": published}
+
+
+def task_flags(p, task):
+    p.knob("task", task, "name of the prepared images with labels: DATA_DIR/NAME, for instance "
+           "imagenet or cifar100")
+    p.knob("data_dir", "data", "folder of all prepared data sets")
 
 
 def image_flags(p):
     """The flags of all subcommands that judge an image encoder by a labelled set."""
     p.section("data and encoder")
-    p.knob("task", "cifar10", "name of the prepared images with labels: DATA_DIR/NAME, for instance "
-           "imagenet or cifar100")
-    p.knob("data_dir", "data", "folder of all prepared data sets")
+    task_flags(p, "cifar10")
     p.knob("ckpt", "out/data2vec2/ckpt.pt", CKPT_HELP)
     p.knob("encoder", None, "instead of CKPT: a published encoder, downloaded once",
            choices=["data2vec2_image", "beitv2"])
     p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
-    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+    p.knob("num_workers", 0, WORKERS_HELP)
 
 
 def train_flags(p, epochs, lr, out_dir, compiled):
@@ -1040,7 +1166,7 @@ def run_flags(p):
 
 def one_encoder(args, modality):
     """The frozen Encoder that --ckpt or, by its name, --encoder or --text_encoder gives. Of a multimodal
-    checkpoint the image encoder alone, but for text the whole model: its shared blocks read on."""
+    checkpoint it is that tower alone, without what both share, as the thesis finetuned them."""
     flag = "encoder" if modality == "image" else "text_encoder"
     if getattr(args, flag):
         if "ckpt" in args.given:
@@ -1053,7 +1179,9 @@ def one_encoder(args, modality):
     if encoder.config["modality"] != modality:
         fail(f"{args.ckpt} is {'a text' if modality == 'image' else 'an image'} encoder, and {args.command} "
              f"needs one for {modality}: a checkpoint of distill_{modality}.py or distill_multimodal.py")
-    return encoder if modality == "image" else model
+    if hasattr(model, "tokenizer"):
+        encoder.tokenizer = model.tokenizer
+    return encoder
 
 
 def labelled_splits(task, data_dir, asks):
@@ -1074,15 +1202,13 @@ def labelled_splits(task, data_dir, asks):
     return splits
 
 
-def knn_flags(doc):
-    p = Parser(doc)
+def knn_flags(p):
     image_flags(p)
     p.section("run")
     p.knob("pool", "mean", "an image's feature: the mean of its patch tokens, or its CLS token",
            choices=["mean", "cls"])
     p.knob("batch_size", 256, "images at a time: memory and speed", least=1)
     run_flags(p)
-    return p
 
 
 def knn(args):
@@ -1096,19 +1222,16 @@ def knn(args):
           f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
     metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, pick_dtype(args.dtype, device),
                            args.pool, args.num_workers)
-    top1, top3, reverse_top1, reverse_top3 = metrics.values()
-    print(vision_table((args.encoder or args.ckpt, "top-1", "top-3"),
-                       [(f"train -> {name}", (top1, top3)),
-                        (f"{name} -> train", (reverse_top1, reverse_top3))]))
-    return {"ckpt": args.encoder or args.ckpt, "task": args.task, "split": name, "pool": args.pool,
+    top, ckpt = [*metrics.values()], args.encoder or args.ckpt
+    print(table([ckpt, "top-1", "top-3"], {f"train -> {name}": top[:2], f"{name} -> train": top[2:]}))
+    return {"ckpt": ckpt, "task": args.task, "split": name, "pool": args.pool,
             "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
 
 
 AUGMENT_KNOBS = ["crop_min", "flip", "magnitude", "erase", "mix_prob", "mixup", "cutmix"]
 
 
-def finetune_flags(doc):
-    p = Parser(doc)
+def finetune_flags(p):
     image_flags(p)
     p.knob("linear_probe", False, "freeze the encoder and train the head alone; with --augment=none its "
            "features are extracted once, which makes 15 epochs hardly longer than one")
@@ -1133,7 +1256,6 @@ def finetune_flags(doc):
     p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, tokens")
     train_flags(p, 15, 1e-3, "out/finetune", "auto")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    return p
 
 
 def finetune(args):
@@ -1196,8 +1318,7 @@ def finetune(args):
         """Percent of the split's images whose class is the first, and among the first five."""
         logits = head(features_of(splits[split]).to(device)) # (N, C)
         right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
-        return {"top1": right[:, 0].double().mean().item() * 100,
-                "top5": right.any(1).double().mean().item() * 100}
+        return {"top1": percent(right[:, 0]), "top5": percent(right.any(1))}
 
     def batches(step):
         """From this step on: images (B, 3, H, W) or features (B, D), and classes (B,)."""
@@ -1233,21 +1354,20 @@ def finetune(args):
         head.load_state_dict(kept["head"])
         metrics = measure(test)
     name, published = args.encoder or args.ckpt, vision_rows(args.task)
-    rows = [(name, (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None))]
-    rows += [(f"{name}, published", row) for name, row in published.items()]
-    print(vision_table((args.task, "Finetune", "Linear Probe"), rows))
+    row = (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None)
+    print(table([args.task, "Finetune", "Linear Probe"], {name: row}, published))
     print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of "
           f"{args.epochs}, the best on {val}; {(time.time() - start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB; wrote {os.path.join(args.out_dir, 'best.pt')}")
     return {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe,
             "augment": args.augment, "images": len(splits[test].images), "classes": C, "epochs": args.epochs,
-            "epoch": best["epoch"],
-            "chosen_on": val, "seed": args.seed, "metrics": metrics, "published": published}
+            "epoch": best["epoch"], "chosen_on": val, "seed": args.seed, "metrics": metrics,
+            "published": published}
 
 
-def glue_flags(doc):
+def glue_flags(p):
     own = [f"{t:>6}{x.batch_size:>6} per step,{x.epochs:>3} epochs, lr {x.lr:g}" for t, x in GLUE.items()]
-    p = Parser("\n".join([doc, "", "Where --batch_size, --epochs or --lr is None:", *own]))
+    p.description = "\n".join([p.description, "", "Where --batch_size, --epochs or --lr is None:", *own])
     p.section("data and encoder")
     p.knob("task", "all", "one of the nine tasks, or all in turn", choices=["all", *GLUE])
     p.knob("glue_dir", "data/glue", "folder of the tasks' folders, as the official archives unpack "
@@ -1262,32 +1382,29 @@ def glue_flags(doc):
     p.knob("dropout", 0.1, "share of what the pooler gives that is dropped in training", most=0.99)
     p.knob("weight_decay", 0.1, "AdamW, on everything")
     train_flags(p, None, None, "out/glue", "false") # batches have many lengths, and each is compiled anew
-    return p
 
 
 def glue(args):
-    """Finetunes a text encoder on GLUE's tasks, each from the same weights (CLS token, of a multimodal
-    checkpoint after its shared blocks -> pooler, tanh, dropout -> linear), and prints the dev scores. The
-    same command again skips finished tasks and continues an unfinished one."""
+    """Finetunes a text encoder (of a multimodal checkpoint without what images share) on GLUE's tasks, each
+    from the same weights (CLS token -> pooler, tanh, dropout -> linear), and prints the dev scores. The same
+    command again skips finished tasks and continues an unfinished one."""
     # -- all that can be wrong, with any task, before the first is trained
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, use_compile(args.compile, device))
     tasks = [*GLUE] if args.task == "all" else [args.task]
     splits = {task: read_glue(task, args.glue_dir, args.limit) for task in tasks}
-    model, name = one_encoder(args, "text"), args.text_encoder or args.ckpt
-    if not hasattr(model, "tokenizer"):
+    encoder, name = one_encoder(args, "text"), args.text_encoder or args.ckpt
+    if not hasattr(encoder, "tokenizer"):
         fail(f"{name} has no tokenizer: give a checkpoint of distill_text.py or distill_multimodal.py")
-    positions = getattr(model, "text_encoder", model).config["max_length"]
-    if args.max_length > positions:
+    if args.max_length > (positions := encoder.config["max_length"]):
         fail(f"--max_length={args.max_length}, but {name} has {positions} positions: give at most that")
-    start = {k: v.clone() for k, v in model.state_dict().items()}
+    start = {k: v.clone() for k, v in encoder.state_dict().items()}
     weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in start.values())).hexdigest()
     # may differ in a continued task; all else, and weights and examples, makes its number
     free = {"task", "glue_dir", "ckpt", "text_encoder", "path", "out_dir", "json", "device", "dtype",
             "compile", "log_interval", "save_interval", "resume", "given"}
-    kept = {}
-    runs, results = {}, {}
+    kept, runs, results = {}, {}, {}
     for task in tasks:
         own = {"out_dir": os.path.join(args.out_dir, task), "resume": False}
         for k in "batch_size", "epochs", "lr":
@@ -1313,9 +1430,9 @@ def glue(args):
     # -- each in turn
     for task, run in runs.items():
         if task not in results:
-            model.load_state_dict(start)
-            kept[task]["tokenizer"] = model.tokenizer.text
-            results[task] = finetune_task(task, run, splits[task], model, kept[task], device, dtype)
+            encoder.load_state_dict(start)
+            kept[task]["tokenizer"] = encoder.tokenizer.text
+            results[task] = finetune_task(task, run, splits[task], encoder, kept[task], device, dtype)
         if os.path.exists(best := os.path.join(run.out_dir, "best.pt")): # nothing is left to resume
             os.replace(best, os.path.join(run.out_dir, "ckpt.pt"))
         found = ", ".join(f"{k} {v:.2f}" for k, v in results[task].items() if k != "epoch")
@@ -1325,15 +1442,15 @@ def glue(args):
     row = glue_row(scores | {"mismatched": results.get("mnli", {}).get("mismatched")})
     published = {name: dict(zip(GLUE, values)) for name, values in PUBLISHED_GLUE.items()}
     mnli, *titles = [task.title for task in GLUE.values()]
-    print(vision_table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], [(name, row)] +
-                       [(f"{name}, published", glue_row(values)) for name, values in published.items()], 8))
+    print(table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], {name: row},
+                {name: glue_row(values) for name, values in published.items()}, 8))
     print(GLUE_NOTE)
     return {"ckpt": name, "split": "dev", "chosen_on": "dev", "seed": args.seed, "limit": args.limit,
             "tasks": results, "score": row[-2], "score_with_wnli": row[-1], "published": published}
 
 
-COMMANDS = {"retrieval": (retrieval_flags, retrieval), "knn": (knn_flags, knn),
-            "finetune": (finetune_flags, finetune), "glue": (glue_flags, glue)}
+COMMANDS = {"retrieval": (retrieval_flags, retrieval), "zeroshot": (zeroshot_flags, zeroshot),
+            "knn": (knn_flags, knn), "finetune": (finetune_flags, finetune), "glue": (glue_flags, glue)}
 
 
 def get_args(argv):
@@ -1348,8 +1465,9 @@ def get_args(argv):
               f"SUBCOMMAND one of: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     flags, work = COMMANDS[command]
-    parser = flags(inspect.getdoc(work)) # without the indentation
+    parser = Parser(inspect.getdoc(work)) # without the indentation
     parser.prog = f"evaluate.py {command}"
+    flags(parser)
     args = parser.parse(argv[1:])
     args.command = command
     return args

@@ -129,13 +129,14 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, embed_dim, hidden_dim):
+    def __init__(self, embed_dim, hidden_dim, norm=False):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim, eps=1e-6) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x))) # exact (erf) GELU: all our teachers use it
+        return self.fc2(self.norm(F.gelu(self.fc1(x)))) # exact (erf) GELU: all our teachers use it
 
 
 class Block(nn.Module):
@@ -154,14 +155,20 @@ class Block(nn.Module):
             nn.Parameter(torch.full((embed_dim,), float(layer_scale))) for _ in range(2))
         self.gamma_1, self.gamma_2 = scales
 
-    def forward(self, x, bias=None):
+    def forward(self, x, bias=None, return_hidden=False):
+        """x (B, T, D), bias as in Attention. With return_hidden also what the MLP's first layer makes of the
+        CLS token, before GELU, (B, 4D)."""
         scale_1 = 1.0 if self.gamma_1 is None else self.gamma_1
         scale_2 = 1.0 if self.gamma_2 is None else self.gamma_2
         if self.norm_first:
             x = x + scale_1 * self.attn(self.norm1(x), bias)
-            return x + scale_2 * self.mlp(self.norm2(x))
-        x = self.norm1(x + scale_1 * self.attn(x, bias))
-        return self.norm2(x + scale_2 * self.mlp(x))
+            mlp_in = self.norm2(x)
+            x = x + scale_2 * self.mlp(mlp_in)
+        else:
+            mlp_in = self.norm1(x + scale_1 * self.attn(x, bias))
+            x = self.norm2(mlp_in + scale_2 * self.mlp(mlp_in))
+        # computed again, which for one token of T costs nothing, and the MLP stays as it is
+        return (x, self.mlp.fc1(mlp_in[:, 0])) if return_hidden else x
 
 
 class PatchEmbed(nn.Module):
@@ -370,35 +377,49 @@ def feature_target(layers, padding_mask=None, instance_norm=True):
 
 
 class VisionLanguageModel(nn.Module):
-    """Image encoder and text encoder of `depth` blocks each, `shared_depth` blocks on top that both
-    modalities pass through (one after the other: they never attend to each other), and a head that predicts
-    the teacher.
+    """Image encoder and text encoder of `depth` blocks each, `blocks` on top that both modalities pass
+    through (one after the other: they never attend to each other), and a head that predicts the teacher.
 
     image, text   settings of the two Encoders (embed_dim must agree)
-    shared_depth  number of shared blocks; shared: their settings besides embed_dim, e.g. {"layer_scale": 0.2}
-    token_types   add a learned vector to what each encoder gives, one for text and one for images
+    shared_kind   "transformer": shared_depth blocks; shared: their settings besides embed_dim, e.g.
+                  {"layer_scale": 0.2}
+                  "mlp": SHRe's shared encoder, of the CLS token alone: Linear(D, 4D), GELU, LayerNorm,
+                  Linear(4D, D); its third linear layer is the head
+                  "projection": CLIP's, nothing shared: a linear layer without bias for text, one for images
+    token_types   add a learned vector to what each encoder gives, one for text and one for images;
+                  token_scale: initial value of a LayerScale on it, None for none
     head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token
                   itself
     max_length    text tokens it was trained with, if fewer than its text encoder takes
     words         a linear classifier of the vocabulary on the CLS token, for the word loss
+    align_levels  where the alignment loss compares image and text: 1, the embedding; 2, also the first layer
+                  of the MLP, shared or in the last shared block, before GELU
     """
 
     def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0,
-                 max_length=None, words=False):
+                 max_length=None, words=False, shared_kind="transformer", token_scale=None, align_levels=1):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        assert align_levels == 1 or shared_kind != "projection" and shared_depth, "no MLP to align in"
         self.image_encoder = Encoder("image", **image)
         self.text_encoder = Encoder("text", **text)
         D = self.image_encoder.config["embed_dim"]
         assert D == self.text_encoder.config["embed_dim"], (D, self.text_encoder.config["embed_dim"])
         shared = {"num_heads": self.image_encoder.config["num_heads"], **(shared or {})}
-        self.blocks = nn.ModuleList(Block(D, **shared) for _ in range(shared_depth))
+        number, make = {"transformer": (shared_depth, lambda: Block(D, **shared)),
+                        "mlp": (1, lambda: Mlp(D, 4 * D, norm=True)),
+                        "projection": (2, lambda: nn.Linear(D, D, bias=False))}[shared_kind]
+        self.blocks = nn.ModuleList(make() for _ in range(number))
         self.token_type = nn.Parameter(torch.empty(2, D)) if token_types else None # row 0 text, row 1 image
+        self.token_type_scale = (None if token_scale is None else
+                                 nn.Parameter(torch.full((D,), float(token_scale))))
         self.head = (nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else
                      nn.Identity())
         self.words = nn.Linear(D, self.text_encoder.config["vocab_size"]) if words else None
-        # its exponential multiplies the cosines of the contrastive loss; CLIP starts at 1 / 0.07
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # its exponential multiplies the cosines of the contrastive loss, one for each level; CLIP starts at
+        # 1 / 0.07
+        self.log_scale = nn.Parameter(torch.full((align_levels,) if align_levels > 1 else (),
+                                                 math.log(1 / 0.07)))
         init_weights(self.blocks, D)
         init_weights(self.head, D)
         if words: # all words are as likely at first
@@ -409,23 +430,33 @@ class VisionLanguageModel(nn.Module):
         self.img_size = self.image_encoder.config["img_size"]
         self.max_length = max_length or self.text_encoder.config["max_length"]
 
-    def shared_cls(self, x, modality, padding_mask=None):
-        """What an encoder gave (B, T, D), modality 0 text or 1 image -> CLS token after the shared blocks
-        (B, D)."""
+    def shared_levels(self, x, modality, padding_mask=None):
+        """What an encoder gave (B, T, D), modality 0 text or 1 image -> the CLS token at each of the
+        align_levels: [the embedding (B, D), the MLP's first layer (B, 4D)]."""
         if self.token_type is not None:
-            x = x + self.token_type[modality].to(x.dtype)
-        attend = None if padding_mask is None else ~padding_mask[:, None, None] # (B, 1, 1, T)
+            kind = self.token_type[modality]
+            x = x + (kind if self.token_type_scale is None else kind * self.token_type_scale).to(x.dtype)
+        if self.config["shared_kind"] == "projection":
+            return [self.blocks[modality](x[:, 0])]
+        if self.config["shared_kind"] == "mlp":
+            return [self.blocks[0](x[:, 0]), self.blocks[0].fc1(x[:, 0])][:self.config["align_levels"]]
+        attend, hidden = None if padding_mask is None else ~padding_mask[:, None, None], None # (B, 1, 1, T)
         for block in self.blocks:
-            x = block(x, attend)
-        return x[:, 0] # (B, D)
+            x, hidden = block(x, attend, return_hidden=True)
+        return [x[:, 0], hidden][:self.config["align_levels"]]
+
+    def shared_cls(self, x, modality, padding_mask=None):
+        """The embedding of shared_levels before it is normalised, (B, D)."""
+        return self.shared_levels(x, modality, padding_mask)[0]
 
     def forward(self, images, ids, padding_mask=None, kept=None):
         """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
-        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D). kept
-        (B, K): the patches to compute, None for all."""
-        image_cls = self.shared_cls(self.image_encoder(images, kept=kept), 1)
-        text_cls = self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask)
-        return image_cls, text_cls, self.head(image_cls), self.head(text_cls)
+        image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D); with two
+        align_levels also the inner ones, image_inner (B, 4D), text_inner (B, 4D). kept (B, K): the patches to
+        compute, None for all."""
+        image_cls, *image_inner = self.shared_levels(self.image_encoder(images, kept=kept), 1)
+        text_cls, *text_inner = self.shared_levels(self.text_encoder(ids, padding_mask), 0, padding_mask)
+        return image_cls, text_cls, self.head(image_cls), self.head(text_cls), *image_inner, *text_inner
 
     def encode_image(self, images):
         """Images (B, 3, H, W), ImageNet-normalised -> (B, D) float32, L2-normalised."""

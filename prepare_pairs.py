@@ -46,6 +46,7 @@ import heapq
 import io
 import ipaddress
 import json
+import math
 import os
 import queue
 import random
@@ -251,36 +252,38 @@ FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f
 MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
 
 
-# EXIF's ways to hold a camera
+# EXIF's ways to hold a camera; from 5 on, width and height change places
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
-def turn(image):
-    """A JPEG as its EXIF says it is held. Not by PIL's exif_transpose, which also writes the EXIF anew and
-    cannot where it is corrupt, as in some files of every large collection."""
+def held(image):
+    """How a JPEG was held, 1 .. 8: 1 is upright, and what is said where its EXIF is corrupt, as in some files
+    of every large collection. PIL's exif_transpose also writes the EXIF anew, which fails there."""
     try:
-        how = TURNS.get(image.getexif().get(0x0112))
+        how = image.getexif().get(0x0112) if image.format in ("JPEG", "MPO") and "exif" in image.info else 1
     except Exception: # what PIL raises here is as varied as the damage
-        how = None
-    return image.transpose(Image.Transpose[how]) if how else image
+        how = 1
+    return how if how in TURNS else 1
 
 
-def decode(data, reduce_to=0):
-    """Encoded picture -> RGB PIL image, transparent parts on white, rotated as its EXIF says. reduce_to: a
-    large JPEG may come at 1/2, 1/4 or 1/8, both sides at least so many pixels, in much less time."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
-        if reduce_to:
-            image.draft(None, (reduce_to, reduce_to))
-        image = turn(image)
+def decode(data, reduce=1):
+    """Encoded picture, or one that was opened only -> RGB PIL image, transparent parts on white, rotated as
+    its EXIF says. reduce: a JPEG may come this much smaller (1/2, 1/4 or 1/8, rounded up), which takes much
+    less time."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+    if reduce > 1 and image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
+        image.draft(None, [-(-n // reduce) for n in image.size])
+    if (how := held(image)) > 1:
+        image = image.transpose(Image.Transpose[TURNS[how]])
     if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
         image = image.point(lambda value: value * (1 / 256)).convert("L")
         image.info.pop("transparency", None)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load() # now, not at the first use
+    return image if image.mode == "RGB" else image.convert("RGB") # which would copy it
 
 
 class Bad(Exception):
@@ -314,7 +317,7 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
     whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
     try:
         if shrink or verify or not kept or not whole:
-            image = decode(body if kept else data, 0 if not kept else 2 * resize if shrink else 1)
+            image = decode(body if kept else data, max(1, side // (2 * resize)) if shrink else 8 if kept else 1)
     except Exception as e:
         raise Bad("damaged") from e
     if kept and not shrink:
@@ -346,8 +349,8 @@ def crop_box(width, height, scale_min, rng):
     ratio. rng: numpy Generator. Returns (left, upper, right, lower)."""
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, upper = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return left, upper, left + w, upper + h
@@ -356,10 +359,21 @@ def crop_box(width, height, scale_min, rng):
     return left, upper, left + w, upper + h
 
 
-def train_image(image, size, scale_min, rng):
-    """PIL image -> random resized crop, (3, size, size) uint8. Flip, colour and normalisation come later, a
-    batch at a time on the device: see augment."""
-    return to_tensor(image.resize((size, size), Image.BICUBIC, box=crop_box(*image.size, scale_min, rng)))
+def train_image(data, size, scale_min, rng, views=1):
+    """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from the
+    size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour and
+    normalisation come later, a batch at a time on the device: see augment."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    how = held(image)
+    if how >= 5:
+        width, height = height, width
+    boxes = [crop_box(width, height, scale_min, rng) for _ in range(views)]
+    least = min(min(right - left, lower - upper) for left, upper, right, lower in boxes)
+    image = decode(image, max(1, least // size) if how == 1 else 1) # turned, odd sizes would be off by half
+    by = round(width / image.width) # 1, 2, 4 or 8
+    boxes = [[n / by for n in box] for box in boxes]
+    return torch.stack([to_tensor(image.resize((size, size), Image.BICUBIC, box=box)) for box in boxes])
 
 
 def augment(images, generator, flip=0.5, rotate=0.0, color=0.0):

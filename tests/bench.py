@@ -2,16 +2,16 @@
 Benchmarks. They print rates and ratios measured in one run; nothing is asserted, since times are noisy.
 
     python tests/bench.py owt [--rounds=5] [--cores=0]      # some ten minutes on two cores
-    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64]      # some five minutes
+    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64]  # some five minutes
 
 owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
 encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
 alternating; and its peak memory for two sizes of text.
 
-download: prepare_pairs.py on a list of urls against img2dataset on the same list, from the same server on this
-machine, with the same number of threads in one process each, img2dataset's re-encoding, hashes and EXIF off;
-rows a second of the whole process, alternating. A quarter of the list is answered badly in 28 ways; what became of
-each row is checked. (pip install img2dataset, best into an environment of its own.)
+download: prepare_pairs.py on a list of urls against img2dataset on the same list, from the same server on
+this machine, with the same number of threads in one process each, img2dataset's re-encoding, hashes and EXIF
+off; rows a second of the whole process, alternating. A quarter of the list is answered badly in 28 ways; what
+became of each row is checked. (pip install img2dataset, best into an environment of its own.)
 """
 import argparse
 import contextlib
@@ -143,9 +143,9 @@ def owt(args):
 
 
 # what is answered badly between the photographs; neither side is kept waiting for these
-BAD = ["none", "gone", "forbidden", "broken", "busy", "busy_for_long", "no_content", "empty", "loop", "nowhere",
-       "to_file", "to_ftp", "to_nonsense", "opted_out", "html", "svg", "pixel", "strip", "bomb", "large",
-       "half_jpg", "half_png", "noise", "brotli", "cut", "bad_chunks", "no_http", "hang_up"]
+BAD = ["none", "gone", "forbidden", "broken", "busy", "busy_for_long", "no_content", "empty", "loop",
+       "nowhere", "to_file", "to_ftp", "to_nonsense", "opted_out", "html", "svg", "pixel", "strip", "bomb",
+       "large", "half_jpg", "half_png", "noise", "brotli", "cut", "bad_chunks", "no_http", "hang_up"]
 
 
 def check_rows(folder, rows):
@@ -186,12 +186,13 @@ def download(args):
                     f.write(f"{url}\tcaption of {n}\n")
                     g.write(f"{url}\tcaption of {n}\n")
             ours = [sys.executable, os.path.join(REPO, "prepare_pairs.py"), "--data=cc12m",
-                    f"--source={folder}/cc12m.tsv", f"--data_dir={folder}/data", "--allow_private", "--timeout=5",
-                    f"--threads={args.threads}", "--tries=2"]
+                    f"--source={folder}/cc12m.tsv", f"--data_dir={folder}/data", "--allow_private",
+                    "--timeout=5", f"--threads={args.threads}", "--tries=2"]
             theirs = [program, f"--url_list={folder}/named.tsv", "--input_format=tsv", "--url_col=url",
-                      "--caption_col=caption", f"--output_folder={folder}/theirs", "--output_format=webdataset",
-                      "--processes_count=1", f"--thread_count={args.threads}", "--disable_all_reencoding=True",
-                      "--extract_exif=False", "--compute_hash=None", "--timeout=5", "--retries=1"]
+                      "--caption_col=caption", f"--output_folder={folder}/theirs",
+                      "--output_format=webdataset", "--processes_count=1", f"--thread_count={args.threads}",
+                      "--disable_all_reencoding=True", "--extract_exif=False", "--compute_hash=None",
+                      "--timeout=5", "--retries=1"]
             rates = []
             for _ in range(args.rounds):
                 seconds = []
@@ -209,10 +210,12 @@ def download(args):
             server.kill()
     rates = np.array(rates)
     ratio = rates[:, 0] / rates[:, 1]
-    print(f"{args.urls:,} urls, {rows.bad:,} of them answered badly in {len(BAD)} ways, {args.threads} threads, "
-          f"{args.rounds} rounds; medians\n  prepare_pairs.py {np.median(rates[:, 0]):7.0f} urls a second\n"
-          f"  img2dataset      {np.median(rates[:, 1]):7.0f}\n  ratio {np.median(ratio):.2f} ({ratio.min():.2f} .. "
-          f"{ratio.max():.2f})\n  all {rows.good:,} photographs are there under their captions; the rest: "
+    print(f"{args.urls:,} urls, {rows.bad:,} of them answered badly in {len(BAD)} ways, "
+          f"{args.threads} threads, {args.rounds} rounds; medians\n"
+          f"  prepare_pairs.py {np.median(rates[:, 0]):7.0f} urls a second\n"
+          f"  img2dataset      {np.median(rates[:, 1]):7.0f}\n"
+          f"  ratio {np.median(ratio):.2f} ({ratio.min():.2f} .. {ratio.max():.2f})\n"
+          f"  all {rows.good:,} photographs are there under their captions; the rest: "
           + ", ".join(f"{cause} {count}" for cause, count in failed.items()) +
           f"\n  img2dataset kept {jpegs:,} files in its first shard of 10,000 rows")
 

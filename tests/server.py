@@ -1,7 +1,8 @@
 """
 A small web server that answers well and badly, for tests/test_download.py and tests/bench.py.
 
-    python tests/server.py 8000 [number of photographs to draw first]  # a process of its own; prints its address
+    python tests/server.py 8000 [number of photographs to draw first]  # a process of its own;
+                                                                       # prints its address
 
 /png/N is a picture whose colour says N, /jpg/N a JPEG of it, /photo/N a large one; every other first part of
 a path names an answer of ANSWERS. Connections stay open unless an answer ends them.
@@ -81,8 +82,8 @@ async def endless(writer, head):
 
 HTML = b"<!DOCTYPE html><html><body>Sorry, this picture is gone.</body></html>"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><rect width="9" height="9"/></svg>'
-# name -> function of (n, how often this path was asked for before, writer, own address): bytes, or a coroutine
-# that writes them; names that start with end_ or have a coroutine end the connection
+# name -> function of (n, how often this path was asked for before, writer, own address): bytes, or a
+# coroutine that writes them; names that start with end_ or have a coroutine end the connection
 ANSWERS = {
     "png": lambda n, seen, w, me: answer(picture(n), Content_Type="image/png"),
     "jpg": lambda n, seen, w, me: answer(picture(n, "JPEG"), Content_Type="image/jpeg"),
@@ -166,8 +167,8 @@ class Server:
                 if self.delay:
                     await asyncio.sleep(self.delay)
                 number = number.partition("?")[0]
-                data = ANSWERS.get(name, ANSWERS["none"])(int(number) if number.isdigit() else 0, seen, writer,
-                                                          self.url)
+                data = ANSWERS.get(name, ANSWERS["none"])(int(number) if number.isdigit() else 0, seen,
+                                                          writer, self.url)
                 if not isinstance(data, bytes):
                     await data
                     break
@@ -183,7 +184,8 @@ class Server:
     async def serve(self, ready=None):
         server = await asyncio.start_server(self.handle, "127.0.0.1", self.port, backlog=4096)
         self.port = server.sockets[0].getsockname()[1]
-        self.url, self.loop, self.stop = f"http://127.0.0.1:{self.port}", asyncio.get_running_loop(), asyncio.Event()
+        self.url, self.loop, self.stop = (f"http://127.0.0.1:{self.port}", asyncio.get_running_loop(),
+                                          asyncio.Event())
         if ready:
             ready.set()
         else:

@@ -62,7 +62,8 @@ def parse_command(line):
 
 
 def commands_in(text):
-    return re.findall(r"python \w+\.py(?: retrieval| knn| finetune| glue)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
+    commands = "|".join(evaluate.COMMANDS)
+    return re.findall(rf"python \w+\.py(?: (?:{commands})\b)?(?: --\w+(?:=[^\s;,`)]+)?)*", text)
 
 
 # -----------------------------------------------------------------------------
@@ -117,6 +118,7 @@ def test_equal_knobs_mean_the_same(capsys):
            "num_workers", "limit", "source", # of a loop, a preparation or a trial
            "task", # of images or of GLUE
            "mask_ratio", # predicted, or left out
+           "temperature", # of cosines or of logits
            "attn_bias", "target", "max_length"} # of images or of text
     texts = {name: help_of(name, capsys) for name in SCRIPTS}
     seen = set()
@@ -285,6 +287,18 @@ MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"),
               ("--kd_loss=none", "nothing to learn"), ("--kd_weight=0", "nothing to learn"),
               ("--kd_loss=none --align_loss=ranking --align_weight=0", "nothing to learn"),
               ("--queue_size=8", "--queue_size=8 is for --kd_loss=contrastive"),
+              ("--temperature=2", "--temperature=2.0 is for --kd_loss=kl, not --kd_loss=mse"),
+              ("--margin=0.3", "--margin=0.3 is for --align_loss=ranking"),
+              ("--align_levels=2", r"--align_levels=2 is for --align_loss=contrastive\|ranking"),
+              ("--kd_loss=none --align_loss=ranking --cache_targets", "--cache_targets=True is for"),
+              ("--shared=mlp --shared_depth=2", "--shared_depth=2 is for --shared=transformer"),
+              ("--shared=projection --align_loss=contrastive --align_levels=2", "needs a shared"),
+              ("--shared_depth=0 --align_loss=contrastive --align_levels=2", "needs a shared"),
+              ("--shared_init=text", "takes the last blocks of --text_init=data2vec2_text"),
+              ("--kd_loss=kl", "kl is for the logits of resnet50"),
+              ("--teacher=resnet50", "resnet50 for nothing else"),
+              ("--teacher=resnet50 --kd_loss=kl", "--image_init=teacher: kl is for"),
+              ("--teacher=resnet50 --kd_loss=kl --image_init=resnet50 --path=text.pt", "cannot be read"),
               ("--data_dir=no_tokenizer", "tokenizer.json is no tokenizer"),
               ("--data_dir=odd_tokenizer", "tokenizer.json is no tokenizer"),
               ("--preset=tiny --teacher=none.pt", "none.pt is neither"),
@@ -307,10 +321,9 @@ def test_wrong_input(bad, module, base, words, said, monkeypatch):
     if module is distill_image and words.startswith("--teacher=") and "img_size" not in words:
         base = ["--depth=1"] # the flags of --teacher=ema would be refused first
 
-    def decode(data):
+    def decode(data, reduce=1):
         raise AssertionError("a picture was decoded before the input was refused")
-    for m in (module, prepare_pairs):
-        monkeypatch.setattr(m, "decode", decode)
+    monkeypatch.setattr(prepare_pairs, "decode", decode)
     before = sorted(os.listdir())
     with pytest.raises(SystemExit) as e:
         module.main(module.get_args([*COMMON, f"--data_dir={bad.data_dir}", *base, *words.split()]))
@@ -381,7 +394,7 @@ def test_the_command_users_type_first(tmp_path):
     assert {line.split()[1] for line in commands} == {"prepare_pairs.py", "distill_image.py",
                                                       "distill_multimodal.py"}
     parsed = [parse_command(line) for line in commands]
-    assert parsed[0].preset == "tiny" and os.listdir(tmp_path) == []
+    assert parsed[0].data == "coco" and parsed[1].preset == "tiny" and os.listdir(tmp_path) == []
 
 
 def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):

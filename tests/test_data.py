@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 import prepare_pairs
 from model import Tokenizer, normalize
 from prepare_pairs import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image,
-                           openmoji_families, train_image, train_wordpiece)
+                           openmoji_families, to_tensor, train_image, train_wordpiece)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -107,7 +107,7 @@ def test_pairs_that_are_not_there(tiny_data, tmp_path):
         assert part in said
     os.mkdir(tmp_path / "openmoji")
     assert "half-written" in message(str(tmp_path), "openmoji")
-    assert "python prepare_pairs.py --data=coco" not in message(str(tmp_path), "coco") # which would not work
+    assert f"python prepare_pairs.py --data=coco --data_dir={tmp_path}" in message(str(tmp_path), "coco")
     assert "'dev'" in message(tiny_data, split="dev") \
         and "train, val, test" in message(tiny_data, split="dev")
 
@@ -385,11 +385,36 @@ def test_crop_box_falls_back_to_the_centre():
 def test_train_image():
     # brightness = column
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
-    crops = [train_image(ramp, 24, 0.1, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    crops = [train_image(encoded(ramp), 24, 0.1, np.random.default_rng(seed))[0] for seed in (0, 0, 1)]
     assert crops[0].shape == (3, 24, 24) and crops[0].dtype == torch.uint8
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+    views = train_image(encoded(ramp), 24, 0.1, np.random.default_rng(0), views=2)
+    assert torch.equal(views[0], crops[0]) and not torch.equal(views[1], crops[0])
     left, _, right, _ = crop_box(200, 100, 0.1, np.random.default_rng(0))
     assert abs(crops[0][0, 0, 0].item() - left) < 8 and abs(crops[0][0, 0, -1].item() - right) < 8
+
+
+@pytest.mark.parametrize("size", [(1000, 700), (641, 483), (250, 999)])
+@pytest.mark.parametrize("exif", [None, 6])
+def test_a_reduced_jpeg_gives_the_same_crops(size, exif):
+    """A large JPEG is decoded at 1/2, 1/4 or 1/8: the same crops, a little softer, never below their size."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8))
+    options = {}
+    if exif:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = exif
+    data = encoded(small.resize(size, Image.BICUBIC), "JPEG", quality=95, **options)
+    whole, reduced = decode(data), 0
+    for seed in range(20):
+        crop = train_image(data, 32, 0.3, np.random.default_rng(seed))[0]
+        box = crop_box(*whole.size, 0.3, np.random.default_rng(seed))
+        expected = to_tensor(whole.resize((32, 32), Image.BICUBIC, box=box))
+        away, aside = ((crop.float() - x.float())[:, 1:-1, 1:-1].abs().mean()
+                       for x in (expected, expected.roll(1, 2)))
+        assert away < aside / 2 # not by half a pixel
+        reduced += not torch.equal(crop, expected)
+    assert reduced == (0 if exif else 20)
 
 
 def test_eval_image_crops_or_squashes():

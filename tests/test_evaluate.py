@@ -3,11 +3,13 @@ The metrics against numbers worked out by hand and a second, slow implementation
 the command line.
 
     pytest tests/test_evaluate.py
+    pytest tests/test_evaluate.py -m slow      # as many pictures and captions as COCO's test set has
 """
 import io
 import json
 import math
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -18,9 +20,10 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
+from conftest import COLOURS, SHAPES, shape_png
 from evaluate import chance_row, knn_accuracy, median_rank, median_rank_chunks, retrieval_metrics
-from model import Encoder, save_checkpoint
-from prepare_pairs import Pairs
+from model import Encoder, VisionLanguageModel, save_checkpoint
+from prepare_pairs import Pairs, RecordWriter
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "i2t_mean", "t2i_mean", "mean"]
 
@@ -117,6 +120,33 @@ def test_recall_agrees_with_brute_force(N, M):
     for given in owner, owner.astype(np.int32), torch.from_numpy(owner):
         metrics = retrieval_metrics(images, texts, given)
         assert {k: metrics[k] for k in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("N, M", [(12, 12), (60, 60), (60, 301)])
+def test_recall_is_clip_benchmarks(N, M):
+    """Its recall is a share of a query's right answers; its retrieval score counts where that is not zero."""
+    from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+    owner = ragged_owners(N, M)
+    images = torch.nn.functional.normalize(randn(N, 16), dim=1)
+    texts = torch.nn.functional.normalize(images[owner] + 0.3 * randn(M, 16, seed=1), dim=1)
+    scores, positive = texts @ images.T, torch.from_numpy(owner)[:, None] == torch.arange(N) # (M, N) each
+    theirs = {f"{way}_r{k}": 100 * (recall_at_k(s, p, k) > 0).double().mean().item() for k in (1, 5, 10)
+              for way, s, p in (("i2t", scores.T, positive.T), ("t2i", scores, positive))}
+    ours = retrieval_metrics(images, texts, owner)
+    assert 10 < theirs["i2t_r1"] < 100 and {k: ours[k] for k in theirs} == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("N", [11, 301]) # odd: the median of an even number it rounds down
+def test_one_to_one_pairs_are_open_clips(N):
+    from open_clip_train.train import get_clip_metrics
+    images = torch.nn.functional.normalize(randn(N, 8), dim=1)
+    texts = torch.nn.functional.normalize(images + 0.8 * randn(N, 8, seed=1), dim=1)
+    theirs, ours = get_clip_metrics(images, texts, 100.0), retrieval_metrics(images, texts, np.arange(N))
+    ways = {"i2t": "image_to_text", "t2i": "text_to_image"}
+    for k in 1, 5, 10:
+        assert [ours[f"{way}_r{k}"] for way in ways] == pytest.approx(
+            [100 * theirs[f"{name}_R@{k}"] for name in ways.values()])
+    assert median_rank(images, texts) == tuple(theirs[f"{name}_median_rank"] for name in ways.values())
 
 
 def test_chunks_of_queries_change_nothing():
@@ -288,6 +318,20 @@ def test_knn_wrong_input(bank, labels, k):
         knn_accuracy(bank, labels, torch.ones(1, 2), [1], k)
 
 
+def test_knn_of_a_multimodal_checkpoint(tiny_data, tmp_path, monkeypatch):
+    """Its image encoder alone."""
+    monkeypatch.chdir(tmp_path)
+    shape = dict(embed_dim=32, num_heads=2, depth=1)
+    model = VisionLanguageModel(dict(img_size=32, patch_size=8, **shape), dict(vocab_size=50, **shape))
+    encoder = Encoder("image", img_size=32, patch_size=8, **shape)
+    encoder.load_state_dict(model.image_encoder.state_dict())
+    save_checkpoint("both.pt", model)
+    save_checkpoint("image.pt", encoder)
+    both, image = (evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", f"--ckpt={name}",
+                                  "--device=cpu"]) for name in ("both.pt", "image.pt"))
+    assert both["metrics"] == image["metrics"]
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys, pool):
     """Table, JSON and the numbers of evaluate_knn, which are those of features computed one by one."""
@@ -322,30 +366,58 @@ def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys, pool):
 # from a model to the table, the files and the picture
 
 
-def test_embed_pairs_keeps_order_and_mode():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_embedding_keeps_order_mode_and_random_numbers(num_workers):
     pairs, model = colour_pairs(), Colours()
     model.train()
     model.frozen.eval()
-    metrics, image_emb, text_emb = evaluate.evaluate_retrieval(model, pairs, batch_size=5)
+    state = torch.get_rng_state()
+    metrics, image_emb, text_emb = evaluate.evaluate_retrieval(model, pairs, batch_size=5,
+                                                               num_workers=num_workers)
     assert model.seen == [5, 5, 2] # each image once
     assert image_emb.shape == (12, 3) and text_emb.shape == (24, 3) and image_emb.dtype == torch.float32
     assert torch.allclose(image_emb[pairs.text_to_image], text_emb, atol=1e-5)
     assert metrics["mean"] == 100
     assert model.training and not model.frozen.training # a loop's frozen parts stay as they were
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_table_and_published_rows():
-    flava = evaluate.PUBLISHED["coco"]["FLAVA"]
-    rows = [("mine", evaluate.summary([1, 2, 3], [4, 5, 6.0])),
-            ("FLAVA", evaluate.summary(flava[:3], flava[3:]))]
-    lines = evaluate.retrieval_table(rows).splitlines()
-    assert lines[1].split() == ["Model"] + ["R@1", "R@5", "R@10"] * 2 + ["mean"]
-    assert lines[3].split() == ["mine", "1.00", "2.00", "3.00", "4.00", "5.00", "6.00", "3.50"]
-    assert lines[4].split() == ["FLAVA", "42.74", "76.76", "-", "38.38", "67.47", "-", "-"]
-    assert len({len(line) for line in lines[1:]}) == 1 # columns line up
-    # the thesis' own averages of its best early model: 51.39 and 28.11
-    seven = evaluate.PUBLISHED["coco"]["MM-D2V2 7"]
-    assert [sum(seven[:3]) / 3, sum(seven[3:]) / 3] == pytest.approx([51.39, 28.11], abs=0.01)
+def test_retrieval_table():
+    lines = evaluate.retrieval_table(
+        {"mine": evaluate.summary([1, 2, 3], [4, 5, 6.0])},
+        {"FLAVA": evaluate.published_retrieval("coco", "test", 5000, 25010)["FLAVA"]}).splitlines()
+    assert lines[1].split() == ["Model"] + ["R@1", "R@5", "R@10", "mean"] * 2 + ["mean"]
+    assert lines[3].split() == ["mine", *"1.00 2.00 3.00 2.00 4.00 5.00 6.00 5.00 3.50".split()]
+    assert lines[4].split() == ["FLAVA,", "published", *"42.74 76.76 - - 38.38 67.47 - - -".split()]
+    assert len({len(line) for line in lines}) == 1 # columns line up
+    assert [re.search(group, lines[0]).end() for group in ("-> Text", "-> Image", "both")] == [
+        len("FLAVA, published") + 7 * n for n in (4, 8, 9)] # each group ends above its last column
+
+
+def test_published_rows():
+    coco = evaluate.published_retrieval("coco", "test", 5000, 25010)
+    flickr = evaluate.published_retrieval("flickr30k", "test", 1000, 5000)
+    # the thesis' own averages of its best early model: 51.39 and 28.11, 23.46 and 14.71
+    assert [coco["MM-D2V2 7"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([51.39, 28.11], abs=0.01)
+    assert [flickr["MM-D2V2 7 (!)"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([23.46, 14.71],
+                                                                                           abs=0.01)
+    assert len(coco) == len(flickr) == 17 and not any("(!)" in name for name in coco)
+    assert [name for name in flickr if "(!)" in name] == [*flickr][:5]
+    for row in [*coco.values(), *flickr.values()]: # K grows, and so does recall
+        for way in "i2t", "t2i":
+            values = [row[f"{way}_r{k}"] for k in (1, 5, 10) if row[f"{way}_r{k}"] is not None]
+            assert values == sorted(values) and len(values) >= 2
+    assert coco["S-SMKE_CDL_MB"]["i2t_r1"] == 53.54 and flickr["S-SMKE_CDL_MB"]["t2i_r10"] == 87.46
+
+
+@pytest.mark.parametrize("data, split, images, captions, printed", [
+    ("coco", "test", 5000, 25010, True), ("coco", "test", 5000, 25000, True),
+    ("flickr30k", "test", 1000, 5000, True), ("coco", "val", 5000, 25010, False),
+    ("coco", "test", 1000, 5000, False), ("coco", "test", 5000, 5000, False),
+    ("flickr30k", "test", 1014, 5070, False), ("mine", "test", 5000, 25000, False),
+    ("openmoji", "test", 300, 300, False)])
+def test_published_rows_are_of_the_whole_test_set(data, split, images, captions, printed):
+    assert bool(evaluate.published_retrieval(data, split, images, captions)) == printed
 
 
 @pytest.mark.parametrize("text", ["frog", "woman playing water polo", "counterclockwise arrows button",
@@ -378,6 +450,22 @@ def test_picture_of_photographs_stays_small(tmp_path):
         pairs.images[i] = file.getvalue()
     evaluate.draw_retrieval(pairs, randn(30, 8), randn(30, 8, seed=1), str(tmp_path / "grid.png"))
     assert (tmp_path / "grid.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("size", [(400, 60), (60, 400), (3000, 4)])
+def test_picture_shows_whole_photographs(tmp_path, size):
+    """Both ends of a picture that is no square, which a square cut from its centre would lose."""
+    photo, file, across = Image.new("RGB", size, "yellow"), io.BytesIO(), size[0] > size[1]
+    end = (size[0] // 8, size[1]) if across else (size[0], size[1] // 8)
+    photo.paste("red", (0, 0, *end))
+    photo.paste("blue", (size[0] - end[0], 0, *size) if across else (0, size[1] - end[1], *size))
+    photo.save(file, "PNG")
+    pairs = colour_pairs(30, 1)
+    pairs.images = [file.getvalue()] * 30
+    evaluate.draw_retrieval(pairs, randn(30, 8), randn(30, 8, seed=1), str(tmp_path / "grid.png"), rows=1)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).astype(int)
+    for colour in (255, 0, 0), (0, 0, 255):
+        assert (np.abs(pixels - colour).max(-1) < 90).sum() >= 6 * 10 # six of it are drawn
 
 
 def test_picture_frames_the_right_answers(tmp_path):
@@ -421,19 +509,67 @@ def test_defaults_and_help(capsys):
     assert not stop.value.code and "python evaluate.py retrieval" in capsys.readouterr().out
 
 
-def test_retrieval_command(tmp_path, monkeypatch, capsys):
-    pairs = colour_pairs()
+@pytest.mark.parametrize("data, whole", [("flickr30k", True), ("coco", True), ("coco", False)])
+def test_retrieval_command(tmp_path, monkeypatch, capsys, data, whole):
+    pairs = colour_pairs(12, 5)
+    pairs.captions.append(pairs.captions[7]) # a sixth of its image, as some have in COCO
+    pairs.text_to_image = np.append(pairs.text_to_image, 1)
+    if whole:
+        monkeypatch.setattr(evaluate, "TEST_IMAGES", {data: 12})
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: Colours().eval())
     monkeypatch.setattr(evaluate, "Pairs", lambda data_dir, name, split, needs_captions: pairs)
-    argv = ["retrieval", "--ckpt=some/ckpt.pt", "--data=flickr30k", "--device=cpu", "--dtype=float32",
+    argv = ["retrieval", "--ckpt=some/ckpt.pt", f"--data={data}", "--device=cpu", "--dtype=float32",
             "--batch_size=5", f"--json={tmp_path}/r.json", f"--picture={tmp_path}/r.png"]
     result = evaluate.main(argv)
     said = capsys.readouterr().out
-    assert "12 images, 24 captions" in said and "median rank" in said and "chance" in said
-    assert "CLIP L/14-336, published" in said and "wrong index" in said
-    assert json.loads((tmp_path / "r.json").read_text()) == result
+    assert "12 images, 61 captions (all there are; others take the first five, 60)" in said
+    assert "median rank among 12:" in said and "\nchance " in said
+    assert ("CLIP L/14-336, published" in said) == bool(result["published"]) == whole
+    assert ("no published rows: they are of 5,000 test images" in said) == (not whole)
+    assert ("wrong index" in said) == (whole and data == "flickr30k")
+    assert ("in-domain" in said) == ("\nSHRe, published" in said) == (whole and data == "coco")
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(result))
     assert result["metrics"]["mean"] == 100 and result["median_rank"]["i2t"] == 1
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.png"]
+
+
+@pytest.mark.slow
+def test_coco_at_full_size(tiny_data, tmp_path, monkeypatch, capsys):
+    """5,000 pictures and 25,010 captions, laid out as prepared, through a small model: every published row,
+    and CLIP_benchmark's count of the same embeddings."""
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+    monkeypatch.chdir(tmp_path)
+    rng, owner = np.random.default_rng(0), np.append(np.repeat(np.arange(5000), 5), np.arange(10))
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    images, captions = (RecordWriter(f"data/coco/test_{what}") for what in ("images", "captions"))
+    for i in range(5000):
+        images.write(shape_png(*kinds[i % 24], rng))
+    for i in owner:
+        captions.write(" ".join([*kinds[i % 24], *rng.choice([*COLOURS, *SHAPES], 8)]).encode())
+    images.close()
+    captions.close()
+    np.save("data/coco/test_text_to_image.npy", owner)
+    with open("data/coco/meta.json", "w") as f:
+        json.dump({"splits": {"test": {"images": 5000, "captions": 25010}}}, f)
+    shape = dict(embed_dim=32, num_heads=2, depth=1)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(dict(img_size=32, patch_size=8, **shape), dict(vocab_size=200, **shape))
+    with open(os.path.join(tiny_data, "toy", "tokenizer.json")) as f:
+        save_checkpoint("both.pt", model, tokenizer=f.read())
+    monkeypatch.setattr(evaluate, "retrieval_metrics", lambda *args, real=retrieval_metrics: (
+        embs.extend(args), real(*args))[1])
+    embs = []
+    result = evaluate.main(["retrieval", "--ckpt=both.pt", "--data=coco", "--device=cpu", "--dtype=float32"])
+    said = capsys.readouterr().out
+    assert "5,000 images, 25,010 captions (all there are; others take the first five, 25,000)" in said
+    assert said.count(", published ") == 17 + 4 and "in-domain" in said and "median rank among 1,000" in said
+    texts_of_images, images_of_texts = embs[0] @ embs[1].T, embs[1] @ embs[0].T
+    positive = torch.from_numpy(owner)[:, None] == torch.arange(5000) # (M, N)
+    for k in 1, 5, 10:
+        for way, scores, right in (("i2t", texts_of_images, positive.T), ("t2i", images_of_texts, positive)):
+            recall = batchify(recall_at_k, scores, right, 100, "cpu", k=k) > 0
+            # a hundredth for scores that are equal, which it ranks in another order
+            assert result["metrics"][f"{way}_r{k}"] == pytest.approx(evaluate.percent(recall), abs=0.01)
 
 
 def test_checkpoint_of_one_modality_is_refused(monkeypatch):

@@ -442,12 +442,12 @@ def test_published_rows(capsys):
     assert evaluate.vision_rows("imagenet")["FLAVA"] == (None, 75.54) \
         and len(evaluate.vision_rows("imagenet")) == 8
     assert evaluate.vision_rows("cifar100")["BEiTv2"] == (91.1, 78.5) and evaluate.vision_rows("digits") == {}
-    lines = evaluate.vision_table(("imagenet", "Finetune", "Linear Probe"),
-                                  evaluate.vision_rows("imagenet").items()).splitlines()
+    lines = evaluate.table(["imagenet", "Finetune", "Linear Probe"], {},
+                           evaluate.vision_rows("imagenet")).splitlines()
     assert lines[0].split() == ["imagenet", "Finetune", "Linear", "Probe"] \
         and len({len(line) for line in lines}) == 1
-    assert lines[2].split() == ["DistilData2Vec2", "76.10", "71.10"] \
-        and lines[8].split() == ["FLAVA", "-", "75.54"]
+    assert lines[2].split() == ["DistilData2Vec2,", "published", "76.10", "71.10"] \
+        and lines[8].split() == ["FLAVA,", "published", "-", "75.54"]
 
 
 WRONG_OF_BOTH = [ # flags, what the message says

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import distill_image
 import distill_multimodal
 from distill_image import feature_loss, masked_loss, views_loss
-from distill_multimodal import contrastive_kd_loss, contrastive_loss, loss_terms, ranking_loss, word_targets
+from distill_multimodal import (contrastive_kd_loss, contrastive_loss, kl_loss, loss_terms, ranking_loss,
+                                word_targets)
 from model import Encoder, feature_target, random_patch_mask, save_checkpoint
 
 
@@ -99,6 +100,36 @@ def test_ranking_loss_equals_a_loop():
 
 
 # -----------------------------------------------------------------------------
+# Kullback-Leibler divergence
+
+
+def test_kl_loss_by_hand():
+    # teacher (1/2, 1/2), student (3/4, 1/4): log(2/3) / 2 + log(2) / 2; the second pair is equal, and the
+    # mean is over both. At temperature 2 the logits log 3, 0 are those of (sqrt 3, 1) / (1 + sqrt 3)
+    student = torch.tensor([[math.log(3), 0.0], [1.0, 4.0]])
+    teacher = torch.tensor([[5.0, 5.0], [3.0, 6.0]])
+    assert kl_loss(student, teacher, 1.0).item() \
+        == pytest.approx((math.log(2 / 3) + math.log(2)) / 2 / 2, abs=1e-6)
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    assert kl_loss(student, teacher, 2.0).item() \
+        == pytest.approx((math.log(0.5 / p) + math.log(0.5 / (1 - p))) / 2 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_loss_equals_torch(temperature):
+    student, teacher = 5 * unit(6, 10), 5 * unit(6, 10, seed=1)
+    p, q = (torch.distributions.Categorical(logits=x / temperature) for x in (teacher, student))
+    expected = torch.distributions.kl_divergence(p, q).mean().item()
+    assert kl_loss(student, teacher, temperature).item() == pytest.approx(expected, abs=1e-6)
+    assert kl_loss(teacher, student, temperature).item() != pytest.approx(expected, rel=1e-3)
+    assert kl_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
+    half = kl_loss(student.bfloat16(), teacher.bfloat16(), temperature)
+    assert half.dtype == torch.float32 and half.shape == ()
+    assert half.item() == pytest.approx(expected, rel=0.05)
+    assert kl_loss(1e4 * student, 1e4 * teacher, temperature).isfinite() # where a softmax would be 0 or 1
+
+
+# -----------------------------------------------------------------------------
 # contrastive distillation
 
 
@@ -146,18 +177,20 @@ def test_same_group_is_never_a_negative():
 
 def settings(**kwargs):
     return SimpleNamespace(**{"kd_loss": "mse", "kd_weight": 1.0, "kd_scale": 14.3, "align_loss": "none",
-                              "align_weight": 1.0, "label_smoothing": 0.0, "margin": 0.2, **kwargs})
+                              "align_weight": 1.0, "label_smoothing": 0.0, "margin": 0.2, "temperature": 1.0,
+                              **kwargs})
 
 
 @pytest.mark.parametrize("kd_loss,align_loss",
                          [("mse", "none"), ("l1", "ranking"), ("contrastive", "contrastive"),
-                          ("none", "contrastive")])
+                          ("none", "contrastive"), ("kl", "ranking")])
 def test_loss_terms(kd_loss, align_loss):
     image_cls, text_cls, image_out, text_out, target = (3 * unit(4, 6, seed=i) for i in range(5))
     group = torch.tensor([0, 1, 1, 2])
     queue = (unit(3, 6, seed=6), torch.tensor([1, 5, 6]))
     kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24,
           "l1": lambda out: (out - target).abs().sum() / 24,
+          "kl": lambda out: kl_loss(out, target, 2.0),
           "contrastive": lambda out: contrastive_kd_loss(out, target, group, queue, 14.3)}.get(kd_loss)
     image, text = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
     align = {"ranking": lambda: ranking_loss(image, text, 0.4), "contrastive":
@@ -165,7 +198,7 @@ def test_loss_terms(kd_loss, align_loss):
     expected = {**({"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}),
                 **({"align": align()} if align else {})}
     args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4,
-                    label_smoothing=0.1)
+                    label_smoothing=0.1, temperature=2.0)
     student = SimpleNamespace(log_scale=torch.tensor(1.5), words=None)
     total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, None, student,
                               args)
@@ -175,6 +208,25 @@ def test_loss_terms(kd_loss, align_loss):
     assert total.item() == pytest.approx(sum((3 if k == "align" else 2) * v.item()
                                              for k, v in expected.items()), abs=1e-4)
     assert total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("align_loss", ["contrastive", "ranking"])
+def test_two_levels_are_averaged(align_loss):
+    """The embedding with the first temperature, the inner layer with the second; the mean is weighted."""
+    image, text, image_inner, text_inner = (3 * unit(4, width, seed=i)
+                                            for i, width in enumerate((6, 6, 24, 24)))
+    student = SimpleNamespace(log_scale=torch.tensor([1.5, 2.5]), words=None)
+    args = settings(kd_loss="none", align_loss=align_loss, align_weight=3.0)
+    total, terms = loss_terms((image, text, image, text, image_inner, text_inner), None, None, None, None,
+                              student, args)
+    losses = []
+    for a, b, scale in ((image, text, 1.5), (image_inner, text_inner, 2.5)):
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        losses.append(ranking_loss(a, b, 0.2) if align_loss == "ranking" else
+                      contrastive_loss(a, b, math.exp(scale)))
+    assert losses[0].item() != pytest.approx(losses[1].item(), rel=0.01)
+    assert terms["align"].item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    assert total.item() == pytest.approx(3 * terms["align"].item(), rel=1e-6)
 
 
 def test_word_loss_by_hand():
@@ -200,19 +252,40 @@ def test_word_loss_by_hand():
 
 
 SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2",
-         "--text_depth=1", "--image_init=teacher", "--text_init=random", "--max_length=8", "--batch_size=12",
+         "--text_depth=1", "--text_init=random", "--max_length=8", "--batch_size=12",
          "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2", "--head",
-         "--token_types", "--dtype=float32", "--device=cpu", "--compile=False"]
+         "--token_types", "--freeze_embeddings=False", "--dtype=float32", "--device=cpu", "--compile=False"]
+
+
+class Classifier(torch.nn.Module):
+    """What load_pretrained("resnet50") gives: images to logits, in eval mode; here of ten classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3 * 16, 10)
+
+    def forward(self, images):
+        return 3 * self.fc(F.adaptive_avg_pool2d(images, 4).flatten(1))
 
 
 @pytest.mark.parametrize("flags", [
     ["--kd_loss=contrastive", "--align_loss=contrastive", "--queue_size=20", "--grad_clip=1"],
     ["--kd_loss=mse", "--align_loss=ranking", "--unit=image", "--word_weight=1", "--mask_ratio=0.5"],
-    ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"]], ids=lambda flags: flags[0][2:])
+    ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"],
+    ["--kd_loss=kl", "--temperature=2", "--align_loss=contrastive", "--align_levels=2",
+     "--shared_norm_first"],
+    ["--shared=mlp", "--kd_loss=kl", "--align_loss=ranking", "--align_levels=2", "--align_weight=0.1"],
+    ["--shared=mlp", "--align_loss=contrastive", "--align_levels=2", "--cache_targets"],
+    ["--shared=projection", "--kd_loss=none", "--align_loss=contrastive"],
+    ["--freeze_embeddings", "--kd_loss=l1", "--shared_depth=2"]], ids=lambda flags: "_".join(flags[:2]))
 def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monkeypatch):
     torch.manual_seed(0)
     teacher = str(tmp_path / "teacher.pt")
     save_checkpoint(teacher, Encoder("image", 24, 3, 2, img_size=32, patch_size=16), finished=True)
+    classifier = Classifier().requires_grad_(False)
+    monkeypatch.setattr(distill_multimodal, "load_pretrained", lambda name, path: classifier)
+    flags = [*flags, *(["--teacher=resnet50", "--image_init=random"] if "--kd_loss=kl" in flags else
+                       [f"--teacher={teacher}", "--image_init=teacher"])]
     metrics = {"i2t_r10": 0.0, "t2i_r10": 0.0, "mean": 0.0}
     monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval",
                         lambda *rest: (metrics, None, None))
@@ -230,8 +303,7 @@ def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monke
     for micro in (0, 4):
         out = str(tmp_path / f"out{micro}")
         distill_multimodal.main(distill_multimodal.get_args(
-            [*SMALL, *flags, f"--data_dir={tiny_data}", f"--teacher={teacher}", f"--out_dir={out}",
-             f"--micro_batch_size={micro}"]))
+            [*SMALL, *flags, f"--data_dir={tiny_data}", f"--out_dir={out}", f"--micro_batch_size={micro}"]))
         weights[micro] = torch.load(f"{out}/ckpt.pt", weights_only=True)["model"]
     whole, cached = gradients[:2], gradients[2:]
     assert len(whole) == len(cached) == 2

@@ -376,11 +376,85 @@ def test_token_types_and_shared_blocks_matter():
     assert "token_type" not in student(token_types=False).state_dict()
 
 
-def test_every_parameter_gets_a_gradient():
-    model = student()
+S_SMKE = dict(shared=dict(layer_scale=0.2, key_bias=False), token_scale=1e-5, align_levels=2)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@torch.no_grad()
+def test_levels_of_a_shared_block(norm_first):
+    """The inner level is what GELU gets in the last shared block, of the CLS token; the other outputs are
+    those of a model without it."""
+    model = student(align_levels=2, shared_depth=2, shared=dict(norm_first=norm_first))
+    seen = []
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out))
+    images, ids, padding_mask = batch()
+    outputs = model(images, ids, padding_mask)
+    in_block = [x[:, 0] for x in seen if x.ndim == 3] # of image, of text
+    assert_close(outputs[4], in_block[0], 1e-6)
+    assert_close(outputs[5], in_block[1], 1e-6)
+    assert outputs[4].shape == (3, 192) and model.log_scale.shape == (2,)
+    one = student(shared_depth=2, shared=dict(norm_first=norm_first))
+    one.load_state_dict({**model.state_dict(), "log_scale": model.log_scale[0]})
+    assert len(one(images, ids, padding_mask)) == 4
+    for a, b in zip(one(images, ids, padding_mask), outputs):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_shared_mlp_by_hand():
+    """SHRe's three linear layers of the CLS token: the third is the head's."""
+    model, (images, ids, padding_mask) = student(shared_kind="mlp", align_levels=2), batch()
+    w = model.state_dict()
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    outputs = model(images, ids, padding_mask)
+    encoded = (model.image_encoder(images), model.text_encoder(ids, padding_mask))
+    for k, x in enumerate(encoded): # text is row 0 of the token types
+        inner = (x[:, 0] + w["token_type"][1 - k]) @ w["blocks.0.fc1.weight"].T + w["blocks.0.fc1.bias"]
+        hidden = norm(inner * (1 + torch.erf(inner / math.sqrt(2))) / 2, "blocks.0.norm")
+        cls = hidden @ w["blocks.0.fc2.weight"].T + w["blocks.0.fc2.bias"]
+        out = norm(cls, "head.0") @ w["head.1.weight"].T + w["head.1.bias"]
+        for a, b in zip(outputs[k::2], (cls, out, inner), strict=True):
+            assert_close(a, b, 1e-4)
+    assert_close(model.encode_image(images), F.normalize(outputs[0], dim=-1), 1e-6)
+
+
+@torch.no_grad()
+def test_projections_of_clip():
+    model, (images, ids, padding_mask) = student(shared_kind="projection", token_types=False), batch()
+    w = model.state_dict()
+    assert {k for k in w if k.startswith("blocks")} == {"blocks.0.weight", "blocks.1.weight"} # no bias
+    text = model.text_encoder(ids, padding_mask)[:, 0] @ w["blocks.0.weight"].T
+    image = model.image_encoder(images)[:, 0] @ w["blocks.1.weight"].T
+    assert_close(model.encode_text(ids, padding_mask), F.normalize(text, dim=-1), 1e-6)
+    assert_close(model.encode_image(images), F.normalize(image, dim=-1), 1e-6)
+
+
+def test_token_types_with_a_scale():
+    """S-SMKE's: a LayerScale of 1e-5 on what is added."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel(IMAGE, TEXT, token_types=True, **S_SMKE)
+    assert model.token_type_scale.tolist() == pytest.approx([1e-5] * 48)
+    x = randn(2, 5, 48)
+    plain = VisionLanguageModel(IMAGE, TEXT, **{**S_SMKE, "token_scale": None})
+    plain.blocks.load_state_dict(model.blocks.state_dict())
+    for modality in (0, 1):
+        assert_close(model.shared_cls(x, modality),
+                     plain.shared_cls(x + 1e-5 * model.token_type[modality], modality), 1e-6)
+    assert not torch.equal(model.shared_cls(1e-3 * x, 0), model.shared_cls(1e-3 * x, 1))
+
+
+@pytest.mark.parametrize("kwargs", [{}, S_SMKE, dict(shared_kind="mlp", align_levels=2),
+                                    dict(shared_kind="projection")], ids=str)
+def test_every_parameter_gets_a_gradient(kwargs):
+    model = student(**kwargs)
     sum((x * randn(*x.shape, seed=i)).sum() for i, x in enumerate(model(*batch()))).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert without == ["log_scale"] # only the contrastive loss uses it
+    assert model.config["align_levels"] == model.log_scale.numel()
 
 
 def count(model):
@@ -397,6 +471,27 @@ def test_parameter_counts_of_the_published_models():
     # with the fixed positions
     assert round((count(image[12]) + image[12].pos_embed.numel()) / 1e6, 2) == 85.80
     assert round(count(bert) / 1e6, 2) == 66.36
+
+
+def test_parameter_counts_of_the_multimodal_systems():
+    """SHRe_T with a shared Transformer and S-SMKE are published as 117M, with the shared MLP as 114.2M: image
+    42.3, text 66.4, shared 5.5. Ours has 115.0: text and shared MLP are the same, but these six image blocks
+    have 43.1M, as the thesis says of its image student."""
+    image = dict(depth=6, norm_first=False, embed_norm=True)
+    bert = dict(depth=6, norm_first=False, eps=1e-12, positions="learned", embed_norm=True, token_types=2)
+    gpt2 = dict(depth=5, norm_first=False, eps=1e-5, positions="learned", embed_norm=True, vocab_size=50265)
+    block = dict(layer_scale=0.2, key_bias=False)
+    with torch.device("meta"):
+        mlp = VisionLanguageModel(image, bert, head_dim=1000, shared_kind="mlp", align_levels=2)
+        shre = VisionLanguageModel(image, bert, head_dim=1000, shared=block, align_levels=2)
+        smke = VisionLanguageModel(image, bert, head_dim=768, token_types=True,
+                                   **{**S_SMKE, "shared": block})
+        clip = VisionLanguageModel(image, bert, shared_kind="projection")
+        mmd2v2 = VisionLanguageModel({**image, "depth": 5}, gpt2, shared=dict(norm_first=False))
+    millions = [round(count(m) / 1e6, 2) for m in (mlp, shre, smke, clip, mmd2v2)]
+    assert millions == [114.98, 117.34, 117.17, 110.66, 117.56]
+    parts = (mlp.image_encoder, mlp.text_encoder, mlp.blocks, mlp.head)
+    assert [round(count(m) / 1e6, 2) for m in parts] == [43.12, 66.36, 4.73, 0.77] # the last two: 5.5
 
 
 def test_init_is_berts_and_scales_with_the_width():
@@ -427,6 +522,24 @@ def test_checkpoint_round_trip(tmp_path):
     texts = ["a red circle", "blue"]
     for a, b in zip(loaded.tokenizer.encode(texts, 12), Tokenizer(TOKENIZER).encode(texts, 12), strict=True):
         assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [dict(token_types=True, **S_SMKE), dict(shared_kind="mlp", align_levels=2),
+                                    dict(shared_kind="projection")], ids=str)
+def test_checkpoint_of_every_kind(tmp_path, kwargs):
+    model, (images, ids, padding_mask), path = student(**kwargs), batch(), str(tmp_path / "ckpt.pt")
+    save_checkpoint(path, model)
+    loaded = load_checkpoint(path)
+    for a, b in zip(loaded(images, ids, padding_mask), model(images, ids, padding_mask), strict=True):
+        assert torch.equal(a, b)
+    checkpoint = torch.load(path, weights_only=True) # as it was before there were kinds
+    for k in ("shared_kind", "token_scale", "align_levels"):
+        del checkpoint["config"][k]
+    old = student(shared=dict(norm_first=False))
+    torch.save({**checkpoint, "config": {**checkpoint["config"], "shared": {"norm_first": False}},
+                "model": old.state_dict()}, path)
+    assert torch.equal(load_checkpoint(path).encode_image(images), old.encode_image(images))
 
 
 @torch.no_grad()

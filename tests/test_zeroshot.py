@@ -1,0 +1,317 @@
+"""
+evaluate.py zeroshot: the arithmetic against open_clip's, CLIP_benchmark's and scikit-learn's, whose names and
+prompts a set gets, and the whole subcommand on toy pictures, by models that know and by models that do not.
+
+    pytest tests/test_zeroshot.py
+    pytest tests/test_zeroshot.py -m slow      # two full-size encoders from files in the published layout
+"""
+import json
+import os
+import shutil
+import sys
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
+from sklearn.metrics import top_k_accuracy_score
+
+import evaluate
+from conftest import COLOURS, SHAPES
+from evaluate import class_prompts, zero_shot_weights
+from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
+from prepare_pairs import Pairs
+from test_loops import flags
+from test_pretrained import FULL, published
+from test_text import write_full
+
+KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+SHAPE = dict(embed_dim=32, num_heads=2, depth=1)
+UNUSED_MODEL = SimpleNamespace(encode_image=None, img_size=224) # for tests that replace what would call it
+
+
+def embedding(texts, D=24):
+    """(n, D) float32: of each text its own random vector, of any length."""
+    rows = []
+    for text in texts:
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        rows.append(torch.randn(D, generator=generator) * (1 + len(text)))
+    return torch.stack(rows)
+
+
+def tokenizer(texts):
+    return SimpleNamespace(to=lambda device: texts)
+
+
+# -----------------------------------------------------------------------------
+# arithmetic
+
+
+def test_weights_by_hand():
+    # class a: prompts along 0 and 90 degrees, the second a thousand times longer -> 45 degrees;
+    # class b: both at 180 degrees
+    table = {"a x": [1.0, 0], "y a": [0, 1000], "b x": [-3, 0], "y b": [-0.1, 0]}
+    calls = []
+
+    def encode(texts):
+        calls.append(texts)
+        return torch.tensor([table[text] for text in texts], dtype=torch.float16)
+    weights = zero_shot_weights(encode, ["a", "b"], ["{} x", lambda name: f"y {name}"], batch_size=3)
+    assert weights.dtype == torch.float32
+    assert torch.allclose(weights, torch.tensor([[0.5 ** 0.5, 0.5 ** 0.5], [-1, 0]]), atol=1e-4)
+    assert calls == [["a x", "y a", "b x"], ["y b"]] # each once, in batches that may cut through a class
+
+
+@pytest.mark.parametrize("templates", [open_clip.OPENAI_IMAGENET_TEMPLATES, evaluate.TEMPLATES])
+@pytest.mark.parametrize("batch_size", [1, 37, 10_000])
+def test_weights_are_open_clips_and_clip_benchmarks(templates, batch_size):
+    names = list(open_clip.IMAGENET_CLASSNAMES[:20])
+    def encode(texts, normalize=False):
+        return F.normalize(embedding(texts), dim=1) if normalize else embedding(texts)
+
+    stand_in = SimpleNamespace(encode_text=encode)
+    ours = zero_shot_weights(embedding, names, templates, batch_size)
+    theirs = open_clip.build_zero_shot_classifier(stand_in, tokenizer, names, templates)
+    assert ours.shape == (20, 24) and torch.allclose(ours, theirs.T, atol=1e-6)
+    if isinstance(templates[0], str): # CLIP_benchmark's are strings with another name for the gap
+        templates = [template.replace("{}", "{c}") for template in templates]
+        theirs = zero_shot_classifier(stand_in, tokenizer, names, templates, "cpu", amp=False)
+        assert torch.allclose(ours, theirs.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("names, templates", [([], ["{}"]), (["a"], [])])
+def test_nothing_to_say(names, templates):
+    with pytest.raises(ValueError, match="give no prompt"):
+        zero_shot_weights(embedding, names, templates)
+
+
+# -----------------------------------------------------------------------------
+# names and prompts
+
+
+WNIDS = [f"n{i:08d}" for i in range(1000)]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without(name, ..): these packages cannot be imported."""
+    return lambda *names: [monkeypatch.setitem(sys.modules, name, None) for name in names]
+
+
+def test_imagenet_has_clips_names_and_prompts(capsys):
+    names, templates, words = class_prompts("imagenet", WNIDS)
+    assert names[:3] == ("tench", "goldfish", "great white shark") and len(names) == 1000
+    assert len(templates) == 80 and templates[0]("tench") == "a bad photo of a tench."
+    assert words == "named by CLIP, 80 prompts for each: CLIP's for ImageNet" and not capsys.readouterr().out
+
+
+def test_imagenet_without_open_clip(without, capsys):
+    without("open_clip")
+    names, templates, words = class_prompts("imagenet", WNIDS)
+    assert names[:2] == ["tench", "goldfish"] and len(names) == 1000 and templates is evaluate.TEMPLATES
+    assert words == "named by torchvision, 6 prompts for each: this script's"
+    assert "no published number compares; for them: pip install open_clip_torch" in capsys.readouterr().out
+
+
+def test_cifar_has_clips_prompts(without, capsys):
+    names, templates, words = class_prompts("cifar100", ["maple_tree", "pickup_truck"])
+    assert names == ["maple tree", "pickup truck"] and len(templates) == 18
+    assert templates[1].format(names[0]) == "a blurry photo of a maple tree."
+    assert words == "named by meta.json, 18 prompts for each: CLIP's for CIFAR"
+    without("clip_benchmark")
+    assert class_prompts("cifar100", ["cat"])[1:] == (
+        open_clip.OPENAI_IMAGENET_TEMPLATES, "named by meta.json, 80 prompts for each: CLIP's for ImageNet")
+    assert not capsys.readouterr().out
+    without("open_clip")
+    assert class_prompts("cifar10", ["cat"])[1] is evaluate.TEMPLATES
+    assert "pip install open_clip_torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes, said", [
+    (None, "data set toy has no names of classes: write them into its meta.json"),
+    ([], "has no names of classes: write"), (WNIDS[:100], "only numbers of WordNet")])
+def test_no_names(classes, said):
+    with pytest.raises(SystemExit, match=said):
+        class_prompts("toy", classes)
+
+
+# -----------------------------------------------------------------------------
+# the subcommand
+
+
+@pytest.fixture
+def run(tiny_data, tmp_path, monkeypatch):
+    """run(**flags) -> what the subcommand returns, for toy pictures whose 24 classes have names; both.pt is a
+    random model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(os.path.join(tiny_data, "toy"), "data/toy")
+    with open("data/toy/meta.json") as f:
+        meta = json.load(f)
+    with open("data/toy/meta.json", "w") as f:
+        json.dump({**meta, "classes": [kind.replace(" ", "_") for kind in KINDS]}, f)
+    with open("data/toy/tokenizer.json") as f:
+        tokenizer = f.read()
+    torch.manual_seed(0)
+    model = VisionLanguageModel(dict(img_size=32, patch_size=8, **SHAPE), dict(vocab_size=200, **SHAPE))
+    save_checkpoint("both.pt", model, tokenizer=tokenizer)
+    save_checkpoint("image.pt", Encoder("image", img_size=32, patch_size=8, **SHAPE))
+    save_checkpoint("text.pt", Encoder("text", vocab_size=200, **SHAPE), tokenizer=tokenizer)
+
+    def run(**changes):
+        knobs = dict(task="toy", ckpt="both.pt", device="cpu", dtype="float32", batch_size=7) | changes
+        return evaluate.main(["zeroshot", *flags({k: v for k, v in knobs.items() if v is not None})])
+    return run
+
+
+def accuracies(labels, scores):
+    """In percent, by scikit-learn: open_clip's own function does not run with today's NumPy."""
+    C = scores.shape[1]
+    return pytest.approx({f"top{k}": 100 * top_k_accuracy_score(labels, scores, k=k, labels=range(C))
+                          for k in (1, 3, 5)})
+
+
+@pytest.mark.parametrize("changes", [{}, dict(squash=True), dict(num_workers=1)])
+def test_command(run, capsys, tmp_path, changes):
+    """Table and JSON: scikit-learn's accuracy of the scores of one image and one prompt after the other."""
+    result = run(json="new/result.json", **changes)
+    said = capsys.readouterr().out
+    assert json.loads((tmp_path / "new/result.json").read_text()) == result
+    model, pairs = load_checkpoint("both.pt"), Pairs("data", "toy", "test")
+    classes = []
+    for kind in KINDS:
+        ids, mask = zip(*(model.tokenizer.encode([template(kind)], model.max_length)
+                          for template in open_clip.OPENAI_IMAGENET_TEMPLATES))
+        classes.append(torch.cat([model.encode_text(*one) for one in zip(ids, mask)]).mean(0))
+    images = [model.encode_image(evaluate.normalize(evaluate.eval_image(data, 32, "squash" in changes)[None]))
+              for data in pairs.images]
+    scores = torch.cat(images) @ F.normalize(torch.stack(classes), dim=1).T # (N, C)
+    assert result["metrics"] == accuracies(pairs.labels, scores)
+    assert (result["split"], result["images"], result["classes"], result["prompts"]) == ("test", 12, 24, 80)
+    lines = [line.split() for line in said.splitlines()]
+    assert ["both.pt", *(f"{result['metrics'][k]:.2f}" for k in ("top1", "top3", "top5"))] in lines
+    assert ["chance", "4.17", "12.50", "20.83"] in lines and "published" not in said
+    assert "12 images of 24 classes, named by meta.json, 80 prompts for each: CLIP's for ImageNet" in said
+    assert ("squashed to a square" in said) == ("squash" in changes)
+
+
+class Knowing(torch.nn.Module):
+    """A stand-in for a model that knows its toys: a picture's embedding is its mean colour, a prompt's that
+    of the training pictures of the kind it names. It notes what it is given."""
+
+    img_size, max_length = 32, 99
+
+    def __init__(self, train):
+        super().__init__()
+        self.tokenizer, self.prompts, self.images = SimpleNamespace(encode=self.encode), [], []
+        embs = torch.cat([self.encode_image(evaluate.normalize(evaluate.eval_image(data, 32)[None]))
+                          for data in train.images])
+        self.means = torch.stack([embs[train.labels == label].mean(0) for label in range(24)])
+
+    def encode(self, texts, max_length):
+        self.prompts.append(texts)
+        kinds = [next(i for i, kind in enumerate(KINDS) if kind in text) for text in texts]
+        return torch.tensor(kinds)[:, None], torch.zeros(len(texts), 1, dtype=torch.bool)
+
+    def encode_text(self, ids, padding_mask):
+        return self.means[ids[:, 0]]
+
+    def encode_image(self, images):
+        self.images.append(len(images))
+        white = evaluate.normalize(torch.full((1, 3, 1, 1), 255))
+        return (images - white).mean((2, 3))
+
+
+def test_a_model_that_knows(run, monkeypatch):
+    model = Knowing(Pairs("data", "toy", "train"))
+    model.images.clear()
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: model)
+    result = run()
+    assert result["metrics"]["top1"] >= 25 and result["metrics"]["top5"] == 100 # chance is 4 and 21
+    # prompts of the classes are embedded once, pictures too, both in batches
+    prompts = sum(model.prompts, [])
+    assert len(prompts) == len(set(prompts)) == 24 * 80 and max(map(len, model.prompts)) == 7
+    assert model.images == [7, 5]
+
+
+def test_accuracy_of_random_scores(monkeypatch):
+    """1,000 pictures, 30 classes: open_clip's classifier, scikit-learn's count of who is among the first."""
+    images, labels = torch.randn(1000, 16), np.random.default_rng(0).integers(0, 30, 1000)
+    pairs = SimpleNamespace(images=images, labels=labels, meta={"classes": [f"thing {i}" for i in range(30)]})
+    monkeypatch.setattr(evaluate, "labelled_splits", lambda *_: {"train": None, "test": pairs})
+    monkeypatch.setattr(evaluate, "two_towers", lambda *_: (UNUSED_MODEL, "mine"))
+    monkeypatch.setattr(evaluate, "embed_texts", lambda model, texts, *_: embedding(texts, 16))
+    monkeypatch.setattr(evaluate, "embed_images", lambda model, encode, images, *_: images)
+    result = evaluate.main(["zeroshot", "--task=mine", "--device=cpu"])
+    stand_in = SimpleNamespace(encode_text=lambda texts, normalize: F.normalize(embedding(texts, 16), dim=1))
+    weights = open_clip.build_zero_shot_classifier(
+        stand_in, tokenizer, pairs.meta["classes"], open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert result["metrics"] == accuracies(labels, F.normalize(images, dim=1) @ weights)
+
+
+def test_two_encoders_that_never_met(run, capsys):
+    result = run(ckpt=None, image_encoder="image.pt", text_encoder="text.pt")
+    assert result["ckpt"] == "image.pt + text.pt" and "\nimage.pt + text.pt " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, published", [
+    ({}, True), (dict(task="mine"), False), (dict(split="test"), False), (dict(images=49_999), False),
+    (dict(own_prompts=True), False)])
+def test_published_rows(monkeypatch, without, capsys, changes, published):
+    """Beside ImageNet's whole val and CLIP's 80 prompts only."""
+    case = dict(task="imagenet", split="val", images=50_000, own_prompts=False) | changes
+    if case["own_prompts"]:
+        without("open_clip")
+    N, labels = case["images"], np.arange(case["images"]) % 1000
+    pairs = SimpleNamespace(images=[b""] * N, labels=labels, meta={"classes": WNIDS})
+    monkeypatch.setattr(evaluate, "labelled_splits", lambda *_: {"train": None, case["split"]: pairs})
+    monkeypatch.setattr(evaluate, "two_towers", lambda *_: (UNUSED_MODEL, "mine.pt"))
+    monkeypatch.setattr(evaluate, "embed_texts", lambda model, texts, *_: embedding(texts, 4))
+    monkeypatch.setattr(evaluate, "embed_images", lambda model, _, images, *rest: torch.randn(len(images), 4))
+    result = evaluate.main(["zeroshot", f"--task={case['task']}", "--device=cpu", "--batch_size=4000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert bool(result["published"]) == published
+    assert any(line.startswith("S-SMKE_CDL_MB, published ") and line.split()[2:] == ["37.00", "-", "-"]
+               for line in lines) == published
+    assert any(line.startswith("SHRe_T, Transformer (!), published") for line in lines) == published
+    assert any("(!) the teacher learned from ImageNet's labels" in line for line in lines) == published
+    assert result["metrics"]["top1"] == pytest.approx(0.1, abs=0.15)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(task="openmoji"), "data set openmoji"), (dict(task="unnamed"), "has no names of classes"),
+    (dict(task="few"), "has the label 3, but its meta.json names 3 classes"),
+    (dict(task="bare"), "has no labels in its split"), (dict(ckpt="image.pt"), "does not embed both"),
+    (dict(ckpt="none.pt"), "no checkpoint at none.pt"), (dict(image_encoder="image.pt"), "go together"),
+    (dict(image_encoder="image.pt", text_encoder="text.pt"), "--ckpt is a model with both"),
+    (dict(device="gpu"), "is no device")])
+def test_wrong_input(run, tiny_data, changes, said):
+    for name in "unnamed", "few", "bare":
+        shutil.copytree("data/toy", f"data/{name}")
+    shutil.copy(os.path.join(tiny_data, "toy", "meta.json"), "data/unnamed/meta.json")
+    with open("data/few/meta.json") as f:
+        meta = json.load(f)
+    with open("data/few/meta.json", "w") as f:
+        json.dump({**meta, "classes": KINDS[:3]}, f)
+    os.remove("data/bare/test_labels.npy")
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit, match=said) as e:
+        run(json="new.json", **changes)
+    assert str(e.value.code).startswith("error: ") and sorted(os.listdir()) == before
+
+
+@pytest.mark.slow
+def test_full_size_encoders_that_never_met(run, tmp_path, capsys):
+    """data2vec 2.0's pair, 768 wide, 224 px, random weights: 1,920 prompts, and retrieval near chance."""
+    write_full(tmp_path / "text", "data2vec2_text")
+    torch.save({"model": published("data2vec2_image", **FULL)}, "image.pt")
+    pair = dict(ckpt=None, image_encoder="data2vec2_image", image_path="image.pt", batch_size=64,
+                text_encoder="data2vec2_text", text_path="text")
+    assert run(**pair)["prompts"] == 80
+    knobs = dict(pair, data="toy", device="cpu", dtype="float32")
+    result = evaluate.main(["retrieval", *flags({k: v for k, v in knobs.items() if v is not None})])
+    assert result["ckpt"] == "data2vec2_image + data2vec2_text" and result["metrics"]["i2t_r1"] < 50
+    assert capsys.readouterr().out.count("\ndata2vec2_image + data2vec2_text ") == 2
