@@ -38,6 +38,7 @@ the list. Where a list has no validation split, a hash of each url or file name 
 OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 Names of the emoji: the Python package `emoji`, from the Unicode CLDR.
 """
+import contextlib
 import csv
 import email.utils
 import glob
@@ -45,6 +46,7 @@ import hashlib
 import heapq
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -190,8 +192,9 @@ class Pairs:
         if name not in (*SOURCES, *LABELLED): # one's own set, or one that this version cannot make
             again = (f"It must hold packed records (README, \"Data format\"): prepare_pairs.py makes "
                      f"{', '.join(SOURCES)} and, with --source=FILE, a set of your own pictures with "
-                     f"captions, prepare_imagenet.py {', '.join(LABELLED)} and, with --source=DIR, a set from "
-                     f"folders of your own. To see a run now: python distill_multimodal.py --preset=tiny")
+                     f"captions, prepare_imagenet.py {', '.join(LABELLED)} and, with --source=DIR, a set "
+                     f"from folders of your own. To see a run now: python distill_multimodal.py "
+                     f"--preset=tiny")
         try:
             self.meta = read_meta(folder, name, split, again)
             prefix = os.path.join(folder, split)
@@ -250,6 +253,7 @@ Image.init()
 # no EPS, for one, which PIL hands to another program
 FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
 MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
+LARGE = threading.Semaphore(2) # pictures of more than ten million pixels that are decoded at once
 
 
 # EXIF's ways to hold a camera; from 5 on, width and height change places
@@ -257,7 +261,7 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
-def held(image):
+def orientation(image):
     """How a JPEG was held, 1 .. 8: 1 is upright, and what is said where its EXIF is corrupt, as in some files
     of every large collection. PIL's exif_transpose also writes the EXIF anew, which fails there."""
     try:
@@ -274,7 +278,7 @@ def decode(data, reduce=1):
     image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
     if reduce > 1 and image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
         image.draft(None, [-(-n // reduce) for n in image.size])
-    if (how := held(image)) > 1:
+    if (how := orientation(image)) > 1:
         image = image.transpose(Image.Transpose[TURNS[how]])
     if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
         image = image.point(lambda value: value * (1 / 256)).convert("L")
@@ -301,33 +305,39 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
     verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        kept = image.format in ("JPEG", "MPO", "PNG")
+        pixels, side = image.width * image.height, min(image.size)
+        if pixels > MAX_PIXELS:
+            raise Bad("too many pixels")
+        if side < min_side:
+            raise Bad("tiny")
+        shrink = 0 < resize < side
+        body = data if image.format == "PNG" else data.rstrip(b"\0") # half a download: zeros decode, to grey
+        whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
+        if kept and not shrink and whole and not verify:
+            return data
+        if data.count(b"\xff\xda") > 100 and image.format == "JPEG": # each scan is a pass over all of it
+            raise Bad("damaged")
+        with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
+            image = decode(body if kept else data,
+                           1 if not kept else max(1, side // (2 * resize)) if shrink else 8)
+            if kept and not shrink:
+                return data
+            if shrink:
+                side = min(image.size)
+                size = [max(resize, round(n * resize / side)) for n in image.size]
+                image = image.resize(size, Image.BICUBIC)
+            jpeg = io.BytesIO()
+            image.save(jpeg, "JPEG", quality=quality if shrink else 95)
+            return jpeg.getvalue()
+    except Bad:
+        raise
     except UnidentifiedImageError:
         raise Bad("not a picture" if data else "empty") from None
     except Image.DecompressionBombError:
         raise Bad("too many pixels") from None
     except Exception as e: # PIL raises nearly anything on broken files
         raise Bad("damaged") from e
-    side, kept = min(image.size), image.format in ("JPEG", "MPO", "PNG")
-    if image.width * image.height > MAX_PIXELS:
-        raise Bad("too many pixels")
-    if side < min_side:
-        raise Bad("tiny")
-    shrink = 0 < resize < side
-    body = data if image.format == "PNG" else data.rstrip(b"\0") # half a download: zeros decode, to grey
-    whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
-    try:
-        if shrink or verify or not kept or not whole:
-            image = decode(body if kept else data, max(1, side // (2 * resize)) if shrink else 8 if kept else 1)
-    except Exception as e:
-        raise Bad("damaged") from e
-    if kept and not shrink:
-        return data
-    if shrink:
-        side = min(image.size)
-        image = image.resize([max(resize, round(n * resize / side)) for n in image.size], Image.BICUBIC)
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=quality if shrink else 95)
-    return jpeg.getvalue()
 
 
 def to_tensor(image):
@@ -360,12 +370,12 @@ def crop_box(width, height, scale_min, rng):
 
 
 def train_image(data, size, scale_min, rng, views=1):
-    """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from the
-    size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour and
-    normalisation come later, a batch at a time on the device: see augment."""
+    """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from
+    the size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour
+    and normalisation come later, a batch at a time on the device: see augment."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
-    how = held(image)
+    how = orientation(image)
     if how >= 5:
         width, height = height, width
     boxes = [crop_box(width, height, scale_min, rng) for _ in range(views)]
@@ -492,6 +502,12 @@ def train_wordpiece(captions, vocab_size):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts = Counter(c for caption in captions for c in tokenizer.normalizer.normalize_str(caption))
+    letters = max(vocab_size // 4, 256)
+    if len(counts) > letters: # a web of many scripts: the rare ones leave room for words
+        common = {c for c, _ in counts.most_common(letters)} | {" "}
+        captions = ["".join(c if c in common else " " for c in tokenizer.normalizer.normalize_str(caption))
+                    for caption in captions]
     # the trainer numbers the pieces inside words in the order of a hash map, which changes from run to run
     # and breaks its ties; fed in order as special tokens they keep their numbers
     inside = sorted({"##" + c for caption in captions for c in tokenizer.normalizer.normalize_str(caption)})
@@ -601,23 +617,34 @@ def is_url(where):
 
 
 def clean(caption):
-    """One line of printable text, not longer than a page."""
+    """One line of printable text, not longer than a page; "" for what is no text."""
+    if not isinstance(caption, (str, int, float)):
+        return ""
     return " ".join("".join(c if c.isprintable() else " " for c in str(caption)[:10_000]).split())[:2000]
 
 
-def find_file(args, *patterns, url=None, gigabytes=0.0):
-    """The file that --source is, or that the folder --source holds by one of these names, or else the
+def find_file(args, *names, url=None, gigabytes=0.0):
+    """The file that --source is, or the first of these names (patterns) in the folder that it is, or else the
     download of url, made once."""
-    source = args.source or ""
-    for pattern in patterns:
-        if os.path.isfile(source) and glob.fnmatch.fnmatch(os.path.basename(source), pattern):
-            return source
-        for folder in (source, os.path.dirname(source)) if source else ():
-            if found := sorted(glob.glob(os.path.join(glob.escape(folder or "."), pattern))):
-                return found[0]
-    if url is None or args.source and not os.path.isdir(source):
-        fail(f"--data={args.data}: --source={args.source} is not, and does not hold, "
-             f"{' or '.join(patterns)}. See python prepare_pairs.py --help.")
+    source = args.source
+    if source and not os.path.exists(source):
+        fail(f"--source={source} is not there. See python prepare_pairs.py --help.")
+    if source and not os.path.isdir(source):
+        return source
+    found = [path for name in names if source
+             for path in sorted(glob.glob(os.path.join(glob.escape(source), name)))]
+    if len(found) > 1 and url is None: # of what can be downloaded, the first name is as good as the second
+        fail(f"--source={source} holds {', '.join(map(os.path.basename, found))}: give one of them")
+    if found:
+        return found[0]
+    if url is None:
+        fail(f"--data={args.data}: --source={source} is not, and does not hold, {' or '.join(names)}. "
+             f"See python prepare_pairs.py --help.")
+    return fetch(args, url, gigabytes)
+
+
+def fetch(args, url, gigabytes):
+    """The download of url, made once."""
     path = os.path.join(cache_folder(), args.data, url.rpartition("/")[2])
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -633,8 +660,8 @@ def read_list(path, read):
     """What read(path) gives; ends the program if the file is not what its name says."""
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, tarfile.TarError,
-            zipfile.BadZipFile, zlib.error, csv.Error) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RecursionError, zlib.error,
+            tarfile.TarError, zipfile.BadZipFile, csv.Error) as e:
         fail(f"{path} cannot be read as the list it should be ({type(e).__name__}: {e}). Half a download? "
              f"Remove it and fetch it again.")
 
@@ -646,37 +673,44 @@ def karpathy(args):
                      url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip")
 
     def read(path):
-        if path.endswith(".zip"):
-            with zipfile.ZipFile(path) as z, z.open(name) as f:
-                return json.load(f)["images"]
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)["images"]
-    images = read_list(path, read)
-    splits = read_list(path, lambda _: {(x["split"], str(x["filename"]), x["imgid"], [s["raw"] for s in x[
-        "sentences"]])[0] for x in images})
-    if other := splits - {"train", "restval", "val", "test"}:
-        fail(f"{path} has the splits {', '.join(map(str, other))}, which Karpathy's have not")
-    return path, images
+        with contextlib.ExitStack() as stack:
+            if path.endswith(".zip"):
+                f = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(name))
+            else:
+                f = stack.enter_context(open(path, encoding="utf-8"))
+            images = json.load(f)["images"]
+        for x in images:
+            x["filename"], x["imgid"], [s["raw"] for s in x["sentences"]]
+            if x["split"] not in ("train", "restval", "val", "test"):
+                raise ValueError(f"the split {x['split']!r}, which Karpathy's have not")
+            if args.data == "coco" and x["filepath"] not in ("train2014", "val2014"):
+                raise ValueError(f"the folder {x['filepath']!r}, which COCO has not")
+        return images
+    return path, read_list(path, read)
 
 
-def pictures(folders, subfolder="", url=None, gigabytes=0.0, args=None):
-    """A function from file name to bytes: out of the first that exists of <folder>/<subfolder>/ and
-    <folder>/<subfolder>.zip, or the download of such a zip."""
+def coco_pictures(args, folders, part, gigabytes):
+    """A function from file name to bytes, out of the folder or archive train2014 or val2014."""
     for folder in folders:
-        plain, packed = os.path.join(folder, subfolder), os.path.join(folder, f"{subfolder}.zip")
-        if subfolder and os.path.isfile(packed):
-            return read_list(packed, partial(zipped, subfolder, args.max_mb * 1e6))
+        plain, packed = os.path.join(folder, part), os.path.join(folder, f"{part}.zip")
         if os.path.isdir(plain):
-            return partial(read_picture, plain)
-    packed = find_file(args, f"{subfolder}.zip", url=url, gigabytes=gigabytes)
-    return read_list(packed, partial(zipped, subfolder, args.max_mb * 1e6))
+            return partial(read_picture, plain, args.max_mb * 1e6)
+        if os.path.isfile(packed):
+            return read_list(packed, partial(zipped, part, args.max_mb * 1e6))
+    packed = fetch(args, f"http://images.cocodataset.org/zips/{part}.zip", gigabytes)
+    return read_list(packed, partial(zipped, part, args.max_mb * 1e6))
 
 
-def read_picture(folder, name):
+def read_picture(folder, max_bytes, name):
+    path = os.path.join(folder, name)
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise Bad("outside the folder")
     try:
-        with open(os.path.join(folder, name), "rb") as f:
+        if not os.path.isfile(path): # nor a device, a pipe
+            raise Bad("no such file")
+        if os.path.getsize(path) > max_bytes:
+            raise Bad("too many bytes")
+        with open(path, "rb") as f:
             return f.read()
     except (OSError, ValueError):
         raise Bad("no such file") from None
@@ -692,8 +726,10 @@ def zipped(subfolder, max_bytes, path):
             return z.read(f"{subfolder}/{name}")
         except KeyError:
             raise Bad("no such file") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError):
-            raise Bad("damaged") from None
+        except Bad:
+            raise
+        except Exception as e: # of one of zipfile's four decompressors
+            raise Bad("damaged") from e
     return read
 
 
@@ -701,8 +737,7 @@ def find_coco(args):
     """COCO 2014 in Karpathy's splits: 82,783 + 30,504 (restval) training images, 5,000 and 5,000."""
     path, images = karpathy(args)
     folders = [args.images] if args.images else [args.source or "", os.path.dirname(args.source or "")]
-    read = {part: pictures([f for f in folders if f], part, args=args, gigabytes=gigabytes,
-                           url=f"http://images.cocodataset.org/zips/{part}.zip")
+    read = {part: coco_pictures(args, [f for f in folders if f], part, gigabytes)
             for part, gigabytes in (("train2014", 13.5), ("val2014", 6.6))
             if any(x.get("filepath") == part for x in images)}
 
@@ -713,8 +748,6 @@ def find_coco(args):
 
     def read_image(where):
         part, _, name = where.partition("/")
-        if part not in read:
-            raise Bad("no such file")
         return read[part](name)
     return Source(path, rows, read_image, "captions CC BY 4.0; pictures under the terms of Flickr",
                   ("train", "val", "test"))
@@ -732,18 +765,20 @@ def find_flickr30k(args):
     def rows():
         for x in images:
             yield Row(str(x["imgid"]), x["filename"], [s["raw"] for s in x["sentences"]], x["split"])
-    return Source(path, rows, partial(read_picture, folders[0]),
+    return Source(path, rows, partial(read_picture, folders[0], args.max_mb * 1e6),
                   "research only; pictures under the terms of Flickr", ("train", "val", "test"))
 
 
 def tsv_rows(*files):
-    """Rows of (path, column of the url, split) files: two columns, no header, no quoting."""
+    """Rows of (path, column of the url, split) files: two columns, no header, no quoting. What is a tab too
+    many is the caption's."""
     for path, column, split in files:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
             for n, line in enumerate(f):
-                cells = line.rstrip("\r\n").split("\t")
-                url, caption = (cells[column].strip(), cells[1 - column]) if len(cells) == 2 else ("", "")
-                yield Row(f"{split or 'train'}-{n}", url, [caption], split)
+                line = line.rstrip("\r\n")
+                left, _, right = line.partition("\t") if column == 0 else line.rpartition("\t")
+                url, caption = (left, right) if column == 0 else (right, left)
+                yield Row(f"{split or 'train'}-{n}", url.strip(), [caption], split)
 
 
 def find_tsv(args):
@@ -771,19 +806,18 @@ def find_sbu(args):
     def read(path):
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as f:
-                return json.load(f)
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isreg() and member.name.endswith("sbu-captions-all.json"):
-                    return json.load(tar.extractfile(member))
-        raise KeyError("sbu-captions-all.json")
-    lists = read_list(path, read)
-    urls, captions = read_list(path, lambda _: (lists["image_urls"], lists["captions"]))
-    if len(urls) != len(captions):
-        fail(f"{path}: {len(urls):,} urls and {len(captions):,} captions")
-    return Source(path, lambda: (Row(str(n), url, [caption])
-                                 for n, (url, caption) in enumerate(zip(urls, captions))),
-                  None, "none stated; the pictures belong to their owners")
+                lists = json.load(f)
+        else:
+            with tarfile.open(path) as tar:
+                inside = [m for m in tar if m.isreg() and m.name.endswith("sbu-captions-all.json")]
+                lists = json.load(tar.extractfile(inside[0])) if inside else {}
+        urls, captions = lists["image_urls"], lists["captions"]
+        if len(urls) != len(captions):
+            raise ValueError(f"{len(urls):,} urls and {len(captions):,} captions")
+        return [str(url or "") for url in urls], captions
+    pairs = read_list(path, read)
+    return Source(path, lambda: (Row(str(n), url, [text]) for n, (url, text) in enumerate(zip(*pairs))), None,
+                  "none stated; the pictures belong to their owners")
 
 
 COLUMNS = {"where": ("image", "file_name", "filename", "filepath", "path", "file", "url"),
@@ -793,6 +827,8 @@ COLUMNS = {"where": ("image", "file_name", "filename", "filepath", "path", "file
 def find_own(args):
     """Pictures of one's own, or urls, with captions in a table."""
     path = find_file(args, "*.csv", "*.tsv", "*.jsonl")
+    if not path.endswith((".csv", ".tsv", ".jsonl")):
+        fail(f"--source={path} is no .csv, .tsv or .jsonl")
 
     def read(path):
         csv.field_size_limit(2 ** 24)
@@ -800,7 +836,9 @@ def find_own(args):
             if path.endswith(".jsonl"):
                 return [json.loads(line) for line in f if line.strip()]
             text = (line.replace("\0", " ") for line in f)
-            return list(csv.DictReader(text, delimiter="\t" if path.endswith(".tsv") else ","))
+            if path.endswith(".tsv"):
+                return list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
+            return list(csv.DictReader(text, strict=True)) # a quote too many is an error, no row of the rest
     lines, groups = read_list(path, read), {}
     names = list(lines[0]) if lines and isinstance(lines[0], dict) else []
     column = {what: next((n for n in names if str(n).strip().lower() in known), None)
@@ -816,21 +854,23 @@ def find_own(args):
         if split not in (None, "train", "val", "test"):
             fail(f"{path}, row {n + 1}: split {split!r} is none of train, val, test")
         where = str(where or "").strip()
+        where = where if is_url(where) or not where else os.path.normpath(where)
         row = groups.setdefault(where, Row(str(n + 1), where, [], split))
         if row.split != split:
             fail(f"{path}, row {n + 1}: {where} is in two splits")
-        row.captions.extend(text if isinstance(text, list) else [text or ""])
+        row.captions.extend(text if isinstance(text, list) else [text])
     folder = args.images or os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         fail(f"--images={args.images} is no folder")
-    return Source(path, lambda: iter(groups.values()), partial(read_picture, folder), "that of the source",
-                  ("train", "val", "test"))
+    return Source(path, lambda: iter(groups.values()), partial(read_picture, folder, args.max_mb * 1e6),
+                  "that of the source", ("train", "val", "test"))
 
 
 # -----------------------------------------------------------------------------
 # urls: strangers' servers, most of which mean well
 
-USER_AGENT = "Mozilla/5.0 (compatible; distill-pairs/1.0; training data for research)"
+ROBOT = "distill-pairs"
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; training data for research)"
 MAX_REDIRECTS, MAX_WAIT = 5, 120 # seconds; a longer Retry-After is for another pass
 MAX_VAL = 5000 # pictures held out of a list that has no validation split
 MAX_LATER = 200_000 # rows that wait to be asked again, before no more are begun
@@ -847,10 +887,14 @@ FINAL = {"no caption", "no url", "again in the list", "bad url", "not http", "pr
 def is_public(address):
     """Whether an address is of the internet: not this machine, not its neighbours, no multicast."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = [getattr(ip, k, None) for k in ("ipv4_mapped", "sixtofour")]
-    if ip in ipaddress.ip_network("64:ff9b::/96"): # NAT64
-        inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
-    return all(i.is_global and not i.is_multicast for i in [ip, *filter(None, inner)])
+    if ip.version == 6:
+        inner = ip.ipv4_mapped
+        if ip in ipaddress.ip_network("64:ff9b::/96"): # NAT64
+            inner = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
+        if inner is None and (ip.sixtofour or ip not in ipaddress.ip_network("2000::/3")):
+            return False
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast
 
 
 def connections(allow_private):
@@ -868,13 +912,15 @@ def connections(allow_private):
             addresses = [a for *_, a in found if allow_private or is_public(a[0])]
             if not addresses:
                 raise Bad("private address")
-            for address in addresses:
+            for address in addresses[:4]: # of which one name may have thousands
                 try:
                     sock = socket.create_connection(address[:2], self.timeout)
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     return sock
                 except OSError as e:
                     error = e
+            if isinstance(error, TimeoutError):
+                raise exceptions.ConnectTimeoutError(str(error))
             raise exceptions.NewConnectionError(self, str(error))
 
         def request(self, *args, **kwargs):
@@ -891,9 +937,17 @@ class Web:
     slot = threading.local() # .waiting: [when this thread's answer is due, the connection that it waits for]
 
     def __init__(self, args):
-        import urllib3 # here, not above: sets without urls do without it
+        import urllib3 # here, not above: nothing else needs it
+        from requests.certs import where as where_certificates # the system may have none
         self.errors, self.args = urllib3.exceptions, args
-        self.pool = urllib3.PoolManager(num_pools=2 * args.threads, maxsize=args.threads)
+        # at most 64 x 32 idle connections; what a process may have open is often 1,024 without need
+        self.pool = urllib3.PoolManager(num_pools=min(args.threads, 64), maxsize=min(args.threads, 32),
+                                        ca_certs=where_certificates())
+        if sys.platform != "win32":
+            import resource # Unix only
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            most = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
         classes = connections(args.allow_private)
         bases = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
         self.pool.pool_classes_by_scheme = {
@@ -901,6 +955,7 @@ class Web:
         self.headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity",
                         "Accept": "image/jpeg,image/png;q=0.9,image/*;q=0.8"}
         self.timeout = urllib3.Timeout(connect=args.timeout, read=args.timeout)
+        self.answered = None # (host, port) that did last
         self.held = {} # host -> (when it may be asked again, how often it has put us off since it answered)
         self.threads = {} # id -> its slot.waiting
 
@@ -919,12 +974,12 @@ class Web:
         waiting[:] = due, None
         try:
             return self.follow(url, due)
+        except errors.NewConnectionError: # which is a TimeoutError of theirs
+            raise Bad("no connection", 0) from None
         except errors.TimeoutError:
             raise Bad("time-out", 0) from None
         except (errors.LocationParseError, errors.LocationValueError, UnicodeError):
             raise Bad("bad url") from None
-        except errors.NewConnectionError:
-            raise Bad("no connection", 0) from None
         except errors.SSLError:
             raise Bad("TLS error") from None
         except (errors.HTTPError, OSError, ValueError) as e: # ValueError: of nonsense in headers
@@ -932,6 +987,16 @@ class Web:
                       "cut off" if "IncompleteRead" in str(e) else "broken answer", 0) from None
         finally:
             waiting[1] = None
+
+    def online(self):
+        """Whether a host that answered before, or example.com, which is there for all, takes a connection."""
+        for host in filter(None, (self.answered, ("example.com", 80))):
+            try:
+                socket.create_connection(host, self.args.timeout).close()
+                return True
+            except OSError:
+                pass
+        return False
 
     def follow(self, url, due):
         for _ in range(MAX_REDIRECTS + 1):
@@ -954,7 +1019,10 @@ class Web:
                     raise
                 r = self.get(url)
             try:
-                self.check_headers(r, host)
+                self.answered = host, parts.port or (443 if parts.scheme.lower() == "https" else 80)
+                self.check_status(r, host)
+                if opted_out(r.headers):
+                    raise Bad("opted out")
                 if r.status not in REDIRECTS:
                     return self.body(r, due)
                 if not r.headers.get("Location"):
@@ -975,22 +1043,15 @@ class Web:
         return self.pool.request("GET", url, headers=self.headers, redirect=False, retries=False,
                                  preload_content=False, decode_content=False, timeout=self.timeout)
 
-    def check_headers(self, r, host):
-        for said in r.headers.getlist("X-Robots-Tag"):
-            name, colon, _ = said.partition(":")
-            if colon and "," not in name and name.strip().lower() != "distill-pairs":
-                continue # it speaks to another robot
-            if OPT_OUT & set(re.split(r"[,:\s]+", said.lower())):
-                raise Bad("opted out")
-        if r.headers.get("TDM-Reservation", "").strip() == "1":
-            raise Bad("opted out")
+    def check_status(self, r, host):
+        until, times = self.held.get(host, (0, 0))
         if r.status in BUSY:
             wait = retry_after(r.headers.get("Retry-After", ""))
-            until, times = self.held.get(host, (0, 0))
             if 0 < wait <= MAX_WAIT and time.monotonic() > until:
                 self.held[host] = time.monotonic() + wait, times + 1
             raise Bad(f"http {r.status}", wait if wait <= MAX_WAIT else None)
-        self.held.pop(host, None)
+        if times:
+            self.held[host] = until, 0
         if r.status not in (200, *REDIRECTS):
             raise Bad(f"http {r.status}")
 
@@ -1015,14 +1076,24 @@ class Web:
                 raise Bad("damaged") from None
             if len(data) > most:
                 raise Bad("too many bytes")
-        elif encoding not in ("identity", ""):
-            raise Bad("unknown encoding")
-        return bytes(data)
+        return bytes(data) # another encoding: what it is shows when it is decoded
+
+
+def opted_out(headers):
+    """Whether an answer asks not to be trained on: X-Robots-Tag, in general or for us, or TDM-Reservation."""
+    for said in headers.getlist("X-Robots-Tag"):
+        # the values of some directives are no words; what follows "name:" speaks to the robot of that name
+        said = re.sub(r"(max-[a-z-]+|unavailable_after)\s*:[^,]*", "", said.lower())
+        general, *named = re.split(r"([\w*-]+)\s*:", said)
+        ours = [general, *(words for name, words in zip(named[::2], named[1::2]) if name in ("*", ROBOT))]
+        if OPT_OUT & set(re.split(r"[,\s]+", ",".join(ours))):
+            return True
+    return headers.get("TDM-Reservation", "").strip() == "1"
 
 
 def retry_after(header):
     """Seconds that a Retry-After asks for, given as such or as a date; 0 without."""
-    if header.strip().isdigit():
+    if re.fullmatch("[0-9]{1,9}", header.strip()):
         return int(header)
     when = email.utils.parsedate_tz(header)
     return max(0, email.utils.mktime_tz(when) - time.time()) if when else 0
@@ -1034,10 +1105,10 @@ def retry_after(header):
 
 def work_through(jobs, work, threads, tries, tick):
     """Yields (job, what work(job) gave or the Bad that it raised) in the order in which they end, `threads`
-    at a time; few are under way, so that memory stays flat. What may come right later is tried `tries` times,
-    after 1, 2, 4.. seconds or as long as the server asks for. tick: called about once a second."""
+    at a time; no more than 2 x threads results wait to be taken. What may come right later is tried `tries`
+    times, after 1, 2, 4.. seconds or as long as the server asks for. tick: called about once a second."""
     jobs, results, later, lock = iter(jobs), queue.Queue(2 * threads), [], threading.Lock()
-    order, running, stopped = iter(range(sys.maxsize)), set(), threading.Event()
+    order, running, stopped = itertools.count(), [0], threading.Event()
 
     def take():
         while not stopped.is_set():
@@ -1046,9 +1117,9 @@ def work_through(jobs, work, threads, tries, tick):
                     return heapq.heappop(later)[2:]
                 if len(later) < MAX_LATER:
                     for job in jobs:
-                        running.add(id(job))
+                        running[0] += 1
                         return job, 0
-                if not running:
+                if not running[0]:
                     return None
             time.sleep(0.05)
 
@@ -1073,11 +1144,13 @@ def work_through(jobs, work, threads, tries, tick):
                             heapq.heappush(later, (time.monotonic() + wait, next(order), job,
                                                    attempt + (not e.held)))
                         continue
+                except Exception as e: # nothing that a stranger sends ends the run
+                    outcome = Bad(f"unexpected {type(e).__name__}")
                 put((job, outcome))
                 with lock:
-                    running.discard(id(job))
+                    running[0] -= 1
             put(None)
-        except BaseException as e: # a mistake of ours must not look like an end
+        except BaseException as e: # of jobs: must not look like an end
             put(e)
 
     for _ in range(threads):
@@ -1117,6 +1190,18 @@ class Ledger:
         ends = {split: (array("Q"), array("Q")) for split in splits}
         self.file = open(os.path.join(folder, "rows.jsonl"), "a+b")
         lock(self.file, folder)
+        self.file.seek(0)
+        try:
+            begun = json.loads(self.file.readline() or "null")
+        except ValueError: # torn
+            begun = None
+        if begun not in (None, head):
+            other = ", ".join(f"{k} {begun.get(k)}, now {v}" for k, v in head.items() if v != begun.get(k))
+            fail(f"{folder} was begun with {other}. Remove it to start again, or bring the old list and "
+                 f"flags back.")
+        for name in os.listdir(folder): # from here on it is not whole, until meta.json is there again
+            if name == "meta.json" or re.search(r"\.tmp\d+$", name):
+                os.remove(os.path.join(folder, name))
         prefixes = {split: [os.path.join(folder, f"{split}_{what}") for what in ("images", "captions")]
                     for split in splits}
         sizes = {}
@@ -1133,11 +1218,6 @@ class Ledger:
                 break
             if line[-1:] != b"\n":
                 break
-            if not good and entry != head:
-                other = ", ".join(f"{k} {entry.get(k)}, now {v}" for k, v in head.items()
-                                  if v != entry.get(k))
-                fail(f"{folder} was begun with {other}. Remove it to start again, or bring the old list and "
-                     f"flags back.")
             if good:
                 row, split, cause, image_end, caption_ends, digest = entry
                 if not cause and (image_end > sizes[split][0] or caption_ends[-1] > sizes[split][1]):
@@ -1181,9 +1261,9 @@ class Ledger:
         for writer in (w for pair in self.writers.values() for w in pair):
             writer.file.flush()
             os.fsync(writer.file.fileno())
-        self.file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        lines, self.lines = self.lines, [] # first: Ctrl-C may come in between, and flush again
+        self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self.file.flush()
-        self.lines.clear()
 
     def close(self):
         """The files of the splits that have pictures, under their final names."""
@@ -1206,7 +1286,7 @@ def survey(source):
     for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", mininterval=1,
                                  disable=not sys.stderr.isatty())):
         hashes.append(hash_of(row.where))
-        everything.update(f"{row.where}\t{row.captions}\n".encode("utf-8", "replace"))
+        everything.update(f"{row.where}\t{row.captions}\t{row.split}\n".encode("utf-8", "replace"))
         if not row.where:
             dropped[n] = "no url" if source.read is None else "no file name"
         elif not any(clean(c) for c in row.captions):
@@ -1228,27 +1308,42 @@ def prepare_rows(args):
     done = ~np.isin(ledger.cause, [0, *again])
     done[np.fromiter(dropped, np.int64, len(dropped))] = True
     every = 200 if num_rows > 20_000 else 20 # one in so many is held out, if the list does not say which
-    limit = {split: args.limit or sys.maxsize for split in source.splits}
+    limit, beyond = args.limit or sys.maxsize, 0
     web = Web(args)
     free = shutil.disk_usage(folder).free / 1e9
     print(f"{source.name}: {num_rows:,} rows, {len(dropped):,} of them without file or caption or listed "
-          f"twice, {int(done.sum()) - len(dropped):,} done; {free:.0f} GB are free (a picture of the web takes "
-          f"some 150 kB, with --resize=256 some 20)", flush=True)
+          f"twice, {int(done.sum()) - len(dropped):,} done; {free:.0f} GB are free (a picture of the web "
+          f"takes some 150 kB, with --resize=256 some 20)", flush=True)
 
     def jobs():
         for n, row in enumerate(source.rows()):
             split = row.split or ("val" if hash_of(row.where) % every == 0 else "train")
-            if row.split is None:
-                if ledger.count("train") >= limit["train"]:
-                    return
-                limit["val"] = min(args.limit or MAX_VAL, MAX_VAL)
-            if not done[n] and ledger.count(split) < limit[split]:
+            if enough(row.split is None):
+                return
+            if done[n] or ledger.count(split) >= limit:
+                continue
+            if row.split is None and split == "val" and ledger.count("val") >= MAX_VAL:
+                nonlocal beyond
+                beyond += 1
+            else:
                 yield n, row, split
+
+    def enough(held_out):
+        """Whether every split that the list names has as many pictures as were asked for."""
+        return all(ledger.count(split) >= limit for split in (("train",) if held_out else source.splits))
 
     def work(job):
         where = job[1].where
         data = web(where) if source.read is None or is_url(where) else source.read(where)
         return to_record(data, args.resize, args.quality, args.min_side)
+
+    def offline(silent):
+        """Ends the program if it is the network that is down, and not these hosts."""
+        if not web.online():
+            ledger.flush()
+            fail(f"the last {len(silent)} urls found no connection: is there a network? They do not count "
+                 f"as asked. Give the same command again to go on; without --retry to leave it at what is "
+                 f"there.")
 
     flushed, silent = time.time(), []
     with tqdm(desc=args.data, total=int((~done).sum()), unit=" rows", mininterval=0.5 if sys.stderr.isatty()
@@ -1262,23 +1357,28 @@ def prepare_rows(args):
                         outcome = Bad("same small picture")
                 if isinstance(outcome, Bad) and str(outcome) in OFFLINE:
                     silent.append((n, split, str(outcome)))
-                    if len(silent) > max(300, 5 * args.threads):
-                        ledger.flush()
-                        fail(f"the last {len(silent)} urls found no connection: is there a network? They do "
-                             f"not count as asked. Give the same command again to go on.")
-                    continue
+                    if len(silent) < max(300, 5 * args.threads):
+                        continue
+                    offline(silent)
+                    outcome = None # it is among them
                 for failure in silent: # the network is there, so it was they
                     ledger.add(*failure)
-                bar.update(1 + len(silent))
+                bar.update(len(silent) + (outcome is not None))
                 silent.clear()
-                if isinstance(outcome, Bad):
+                if outcome is None:
+                    pass
+                elif isinstance(outcome, Bad):
                     ledger.add(n, split, str(outcome))
-                elif ledger.count(split) < limit[split]:
+                elif ledger.count(split) < limit:
                     ledger.add(n, split, "", outcome, [c for c in map(clean, row.captions) if c], small)
+                    if enough(row.split is None): # others may wait for their next try
+                        break
                 if time.time() - flushed > FLUSH_SECONDS:
                     ledger.flush()
                     flushed = time.time()
                     bar.set_postfix(pictures=sum(map(ledger.count, ledger.splits)), refresh=False)
+            if silent and not web.answered:
+                offline(silent)
             for failure in silent:
                 ledger.add(*failure)
             ledger.flush()
@@ -1288,12 +1388,14 @@ def prepare_rows(args):
         except OSError as e: # a full disk
             fail(f"{folder}: {e}. Give the same command again to go on.")
     failed = Counter(ledger.causes[i] for i in ledger.cause.tolist() if i > 1) + Counter(dropped.values())
+    failed += Counter({f"held out beyond {MAX_VAL:,}": beyond})
     asked = sum(map(ledger.count, ledger.splits)) + failed.total()
     print(f"{failed.total():,} of {asked:,} rows did not become pairs" + ":" * bool(failed))
     for cause, count in failed.most_common():
         print(f"  {count:>12,} {100 * count / asked:5.1f} %  {cause}")
     if not ledger.count("train"):
-        fail(f"{source.name}: no training picture came of it")
+        fail(f"{source.name}: no training picture came of it. Mend what is listed above and give the same "
+             f"command with --retry, or remove {folder}.")
     ledger.close()
     splits = [split for split in ledger.splits if ledger.count(split)]
     meta = {"data": args.data, "made_by": "prepare_pairs.py", "source": source.name,
@@ -1317,7 +1419,8 @@ def prepare_rows(args):
         for n, row in enumerate(source.rows()):
             if ledger.causes[ledger.cause[n]] == "pair":
                 cells = ledger.splits[ledger.split[n]], str(ledger.image[n]), row.id, row.where
-                f.write(("\t".join(cells) + "\n").encode("utf-8", "replace"))
+                line = "\t".join(cell.replace("\t", " ") for cell in cells)
+                f.write(f"{line}\n".encode("utf-8", "replace"))
     save_atomic(os.path.join(folder, "used.tsv"), write_used)
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
@@ -1389,13 +1492,13 @@ def main(args):
     if os.path.exists(done):
         with open(done, encoding="utf-8") as f:
             meta = json.load(f)
-        options = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality", "vocab_size")
+        options = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality")
         other = [k for k in options if meta.get(k) != getattr(args, k)]
         if other:
             fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it "
                  f"to prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
-        if args.retry or meta.get("limit") and not 0 < args.limit <= meta["limit"]:
-            os.remove(done) # it is not whole until this is there again
+        if args.retry or meta["vocab_size"] != args.vocab_size \
+                or meta.get("limit") and not 0 < args.limit <= meta["limit"]:
             meta = None
         else:
             print(f"{folder} is already prepared; remove it to do it again" +

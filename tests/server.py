@@ -82,6 +82,9 @@ async def endless(writer, head):
 
 HTML = b"<!DOCTYPE html><html><body>Sorry, this picture is gone.</body></html>"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><rect width="9" height="9"/></svg>'
+WIDE = io.BytesIO() # no JPEG can be so wide
+Image.new("P", (65_535, 40)).save(WIDE, "GIF")
+WIDE = WIDE.getvalue()
 # name -> function of (n, how often this path was asked for before, writer, own address): bytes, or a
 # coroutine that writes them; names that start with end_ or have a coroutine end the connection
 ANSWERS = {
@@ -122,6 +125,9 @@ ANSWERS = {
     "strip": lambda n, seen, w, me: answer(picture(n, "PNG", (3000, 9))),
     "bomb": lambda n, seen, w, me: answer(png_claiming(30_000, 30_000)),
     "large": lambda n, seen, w, me: answer(png_claiming(9_000, 9_000)),
+    "scans": lambda n, seen, w, me: answer(photograph(n)[:-2] + b"\xff\xda\0\x08" * 200 + b"\xff\xd9"),
+    "wide": lambda n, seen, w, me: answer(WIDE),
+    "robots_404": lambda n, seen, w, me: answer(HTML, "404 Not Found", X_Robots_Tag="noindex"),
     "half_jpg": lambda n, seen, w, me: answer(photograph(n)[:30_000]),
     "half_png": lambda n, seen, w, me: answer(picture(n)[:2000]),
     "zeros": lambda n, seen, w, me: answer(photograph(n)[:30_000] + bytes(30_000)),

@@ -36,7 +36,8 @@ OUTCOMES = {
     "to_nonsense": "bad url", "opted_out": "opted out", "reserved": "opted out", "html": "not a picture",
     "svg": "not a picture", "noise": "not a picture", "pixel": "tiny", "strip": "tiny",
     "bomb": "too many pixels", "large": "too many pixels", "half_jpg": "damaged", "half_png": "damaged",
-    "zeros": "damaged", "not_gzip": "damaged", "brotli": "unknown encoding", "too_long": "too many bytes",
+    "zeros": "damaged", "not_gzip": "damaged", "brotli": "", "scans": "damaged", "wide": "damaged",
+    "robots_404": "http 404", "too_long": "too many bytes",
     "gzip_bomb": "too many bytes", "endless": "too many bytes", "cut": "cut off", "bad_chunks": "cut off",
     "no_http": "broken answer", "hang_up": "broken answer", "bad_length": "broken answer", "slow": "too slow",
     "slow_head": "too slow", "silent": "time-out"}
@@ -46,6 +47,7 @@ URLS = { # the same of urls that no server answers
     "file:///etc/passwd": "not http", "http://no-such-host.invalid/a.png": "no such host",
     "http://169.254.169.254/latest": "private address", "http://10.0.0.1/a.png": "private address",
     "http://[::1]/a.png": "private address",
+    "http://127.0.0.1:1/a.png": "no connection",
     "http://[::ffff:127.0.0.1]/a.png": "private address"}
 FAST = ["--threads=32", "--timeout=0.4", "--tries=2", "--max_mb=1"]
 
@@ -178,10 +180,11 @@ def test_rows_that_are_not_asked_for(server, tmp_path, capsys):
         f.write(f"{url}4\ttwo\tmore\n")
     prepare("--data=cc12m", f"--source={tmp_path}/cc12m.tsv", f"--data_dir={tmp_path}", *FAST)
     with open(tmp_path / "cc12m" / "meta.json") as f:
-        assert json.load(f)["failed"] == {"no url": 3, "no caption": 1, "again in the list": 1}
-    assert (set(server.asked) == {"/png/1", "/png/3"}
-            and "5 of 7 rows did not become pairs" in capsys.readouterr().out)
-    assert sorted(check_pictures(tmp_path, dict(reversed(rows)).items())) == [url + "1", url + "3"]
+        assert json.load(f)["failed"] == {"no url": 1, "no caption": 2, "again in the list": 1}
+    assert (set(server.asked) == {"/png/1", "/png/3", "/png/4"}
+            and "4 of 7 rows did not become pairs" in capsys.readouterr().out)
+    rows = [*reversed(rows), (url + "4", "two more")] # a tab too many is the caption's
+    assert sorted(check_pictures(tmp_path, dict(rows).items())) == [url + "1", url + "3", url + "4"]
 
 
 def test_a_host_that_asks_for_time_gets_it(server, tmp_path):
@@ -212,7 +215,9 @@ def test_a_host_that_asks_for_time_gets_it(server, tmp_path):
     ("192.168.0.1", False), ("172.16.0.1", False), ("169.254.169.254", False), ("0.0.0.0", False),
     ("100.64.0.1", False), ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False),
     ("fe80::1%eth0", False), ("fc00::1", False), ("ff02::1", False), ("::ffff:10.0.0.1", False),
-    ("::ffff:8.8.8.8", True), ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False)])
+    ("::ffff:8.8.8.8", True), ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False),
+    ("64:ff9b::808:808", True), ("fec0::1", False), ("::127.0.0.1", False),
+    ("::ffff:0:127.0.0.1", False), ("64:ff9b:1::7f00:1", False)])
 def test_public_addresses(address, public):
     assert prepare_pairs.is_public(address) == public
 
@@ -257,7 +262,7 @@ def test_connections_are_used_again(server):
 
 
 @pytest.mark.parametrize("header, seconds", [("3", 3), ("", 0), ("soon", 0), ("-5", 0),
-                                             ("Thu, 01 Jan 1970 00:00:00 GMT", 0)])
+                                             ("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("9" * 5000, 0)])
 def test_retry_after(header, seconds):
     assert prepare_pairs.retry_after(header) == seconds
 
@@ -323,6 +328,11 @@ def test_another_list_is_refused(server, tmp_path):
     write_list(tmp_path, [*rows, (f"{server.url}/png/99", "new")])
     with pytest.raises(SystemExit, match="was begun with rows 21, now 22"):
         prepare(*words, "--retry")
+    assert len(Pairs(str(tmp_path), "cc12m", "train").images) > 10 # what was whole is still there
+    write_list(tmp_path, rows)
+    prepare(*words, "--vocab_size=300") # the tokeniser alone is made again
+    with open(tmp_path / "cc12m" / "tokenizer.json") as f:
+        assert len(json.load(f)["model"]["vocab"]) <= 300 and server.asked["/png/0"] == 1
 
 
 def test_without_a_network(tmp_path, monkeypatch):
@@ -335,6 +345,72 @@ def test_without_a_network(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is there a network.*Give the same command again"):
         prepare("--data=cc12m", f"--source={tmp_path}", f"--data_dir={tmp_path}", "--threads=32", "--tries=1")
     assert outcomes(tmp_path) == {}
+
+
+def test_dead_hosts_are_no_dead_network(server, tmp_path):
+    """Hundreds of urls in a row that lead nowhere: a host that answered tells that the network is there."""
+    rows = [(f"{server.url}/png/{n}", f"caption {n}") for n in range(5)]
+    rows += [(f"http://127.0.0.1:1/{n}", f"dead {n}") for n in range(400)]
+    rows += [(f"{server.url}/png/{n}", f"caption {n}") for n in range(5, 10)]
+    write_list(tmp_path, rows)
+    prepare("--data=cc12m", f"--source={tmp_path}", f"--data_dir={tmp_path}", "--tries=1", *FAST[:2])
+    assert Counter(outcomes(tmp_path).values()) == {"": 10, "no connection": 400}
+
+
+def test_held_out_rows_beyond_what_is_needed_are_counted(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_pairs, "MAX_VAL", 2)
+    write_list(tmp_path, [(f"{server.url}/png/{n}", f"caption {n}") for n in range(200)])
+    prepare("--data=cc12m", f"--source={tmp_path}", f"--data_dir={tmp_path}", "--threads=1", *FAST[1:])
+    with open(tmp_path / "cc12m" / "meta.json") as f:
+        meta = json.load(f)
+    beyond = meta["failed"]["held out beyond 2"]
+    assert beyond > 2 and meta["splits"]["train"]["images"] == 198 - beyond
+
+
+def test_interrupted_while_it_notes(server, tmp_path, monkeypatch):
+    """Ctrl-C between the lines of rows.jsonl and their being forgotten: none is written twice."""
+    rows = [(f"{server.url}/png/{n}", f"caption {n}") for n in range(40)]
+    write_list(tmp_path, rows)
+    words = ["--data=cc12m", f"--source={tmp_path}", f"--data_dir={tmp_path}", *FAST]
+    flush, calls = prepare_pairs.Ledger.flush, []
+
+    class Interrupted(io.BytesIO):
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data)
+            self.file.flush()
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 1:
+            self.file, file = Interrupted(self.file), self.file
+            try:
+                return flush(self)
+            finally:
+                self.file = file
+        return flush(self)
+    monkeypatch.setattr(prepare_pairs.Ledger, "flush", interrupted)
+    with pytest.raises(SystemExit, match="stopped. Give the same command"):
+        prepare(*words)
+    prepare(*words)
+    assert sorted(check_pictures(tmp_path, rows)) == sorted(url for url, _ in rows)
+
+
+@pytest.mark.parametrize("values, out", [
+    (["noai"], True), (["max-snippet: 20, noai"], True), (["max-image-preview:none, noimageai"], True),
+    (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], True), (["*: noai"], True), (["none"], True),
+    (["distill-pairs: noindex"], True), (["all", "NOAI"], True), (["otherbot: noai, noindex"], False),
+    (["noai, otherbot: all"], True), (["max-image-preview: none"], False), (["all"], False), ([], False)])
+def test_opting_out(values, out):
+    import urllib3
+    headers = urllib3.HTTPHeaderDict([("X-Robots-Tag", value) for value in values])
+    assert prepare_pairs.opted_out(headers) == out
 
 
 def test_resized_while_it_comes(server, tmp_path):

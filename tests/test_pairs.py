@@ -146,10 +146,10 @@ def test_coco_that_is_not_all_there(tmp_path, monkeypatch):
     (lambda f: (f / "train2014.zip").write_bytes((f / "train2014.zip").read_bytes()[:5000]),
      "train2014.zip cannot be read as the list it should be .*BadZipFile.*Half a download"),
     (lambda f: (f / "caption_datasets.zip").write_bytes(b"PK"), "caption_datasets.zip cannot be read"),
-    (lambda f: (f / "dataset_coco.json").write_text('{"images": [{"filename": "a"}]}'), "KeyError: 'split'"),
+    (lambda f: (f / "dataset_coco.json").write_text('{"images": [{"filename": "a"}]}'), "KeyError: 'imgid'"),
     (lambda f: (f / "dataset_coco.json").write_text("[]"), "dataset_coco.json cannot be read"),
     (lambda f: (f / "dataset_coco.json").write_text(json.dumps(coco_json(4)).replace("restval", "dev")),
-     "has the splits dev"),
+     "the split 'dev', which"),
     (lambda f: (f / "dataset_coco.json").write_text('{"images": []}'), "no training picture")])
 def test_damaged_lists(tmp_path, spoil, said):
     write_coco(tmp_path)
@@ -302,8 +302,11 @@ def write_own(folder, name):
         (folder / name).write_text("".join(json.dumps(x) + "\n" for x in grouped.values()))
     else:
         with open(folder / name, "w", newline="", encoding="utf-8-sig" if "csv" in name else "utf-8") as f:
-            writer = csv.writer(f, delimiter="\t" if name.endswith(".tsv") else ",")
-            writer.writerows([("Image", "caption", "split"), *rows])
+            table = [("Image", "caption", "split"), *rows]
+            if name.endswith(".tsv"): # no quoting: a quote is a quote
+                f.writelines("\t".join(row) + "\n" for row in table)
+            else:
+                csv.writer(f).writerows(table)
     return rows
 
 
@@ -345,10 +348,49 @@ def test_own_pictures_stay_in_their_folder(tmp_path):
     prepare("--data=mine", f"--source={tmp_path}/captions.csv", f"--images={tmp_path}",
             f"--data_dir={tmp_path}/data")
     with open(tmp_path / "data" / "mine" / "meta.json") as f:
-        assert json.load(f)["failed"] == {"outside the folder": 3, "no such file": 1}
+        assert json.load(f)["failed"] == {"outside the folder": 2, "no such file": 1} # two are one path
+
+
+def test_captions_that_are_none(tmp_path):
+    """null and objects are no captions; numbers are. ./a and a are one picture."""
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    lines = [{"image": "0.png", "captions": ["x", None]}, {"image": "1.png", "captions": {"en": "a dog"}},
+             {"image": "2.png", "captions": 7}, {"image": "./0.png", "captions": "again"},
+             {"image": "3.png", "captions": None}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({**x, "split": "train"}) + "\n" for x in lines))
+    prepare("--data=mine", f"--source={tmp_path}", f"--data_dir={tmp_path}/data")
+    pairs = Pairs(str(tmp_path / "data"), "mine", "train")
+    assert sorted(pairs.captions[:]) == ["7", "again", "x"] and len(pairs.images) == 2
+    with open(tmp_path / "data" / "mine" / "meta.json") as f:
+        assert json.load(f)["failed"] == {"no caption": 2}
+
+
+def test_the_source_that_was_named_is_read(tmp_path):
+    """Never another file that lies beside it."""
+    write_own(tmp_path, "captions.csv")
+    (tmp_path / "other.jsonl").write_text('{"image": "a/5.png", "caption": "other", "split": "train"}\n')
+    prepare("--data=mine", f"--source={tmp_path}/other.jsonl", f"--data_dir={tmp_path}/data")
+    assert Pairs(str(tmp_path / "data"), "mine", "train").captions[:] == ["other"]
+    for source, said in (("captoins.csv", "captoins.csv is not there"),
+                         (".", "holds captions.csv, other.jsonl: give one")):
+        with pytest.raises(SystemExit, match=said):
+            prepare("--data=more", f"--source={tmp_path}/{source}", f"--data_dir={tmp_path}/data")
+    (tmp_path / "part1.tsv").write_text("http://127.0.0.1:1/a\ta\n")
+    (tmp_path / "cc12m.tsv").write_text("http://127.0.0.1:1/a\ta\nhttp://127.0.0.1:1/b\tb\n")
+    args = prepare_pairs.get_args(["--data=cc12m", f"--source={tmp_path}/part1.tsv"])
+    assert len(list(prepare_pairs.find_tsv(args).rows())) == 1
+
+
+def test_rare_letters_leave_room_for_words():
+    """Captions in more letters than the vocabulary has tokens."""
+    captions = ["a red apple on a table", "the red house"] * 50 + [chr(0x4E00 + n) for n in range(3000)]
+    vocab = json.loads(prepare_pairs.train_wordpiece(captions, 1500))["model"]["vocab"]
+    assert len(vocab) <= 1500 and {"red", "apple", "table"} <= set(vocab)
 
 
 @pytest.mark.parametrize("text, said", [
+    ("image,caption\nx.png,\"y\nz.png,w\n", "unexpected end of data"),
     ("a,b\nx.png,y\n", "has the columns 'a', 'b', none of image, file_name"),
     ("image,title\nx.png,y\n", "none of caption, captions, text"), ("", r"has the columns \(none\)"),
     ("image,caption,split\nx.png,y,trian\n", "row 1: split 'trian' is none of train, val, test"),
@@ -362,10 +404,10 @@ def test_own_tables_that_are_wrong(tmp_path, text, said):
 
 @pytest.mark.parametrize("words, said", [
     ("--data=mine", "is none of openmoji, coco.*--source=captions.csv"),
-    ("--data=mine --source=none", "none is not, and does not hold"),
+    ("--data=mine --source=none", "none is not there"),
     ("--data=../x --source=none", "no name for a folder"), ("--data=cifar10", "made by prepare_imagenet.py"),
     ("--resize=256", "--resize is not for openmoji"), ("--data=coco --size=64", "--size is for openmoji"),
-    ("--data=sbu --source=none", "none is not, and does not hold")])
+    ("--data=sbu --source=none", "none is not there")])
 def test_flags_that_are_wrong(tmp_path, words, said):
     with pytest.raises(SystemExit, match=said):
         prepare_pairs.main(prepare_pairs.get_args([*words.split(), f"--data_dir={tmp_path}/data"]))
