@@ -316,13 +316,15 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
         whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
         if kept and not shrink and whole and not verify:
             return data
-        if data.count(b"\xff\xda") > 100 and image.format == "JPEG": # each scan is a pass over all of it
+        if image.info.get("progressive") and data.count(b"\xff\xda") > 100: # each scan is a pass over it all
             raise Bad("damaged")
         with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
-            image = decode(body if kept else data,
-                           1 if not kept else max(1, side // (2 * resize)) if shrink else 8)
-            if kept and not shrink:
+            if kept and not shrink: # small and grey is enough to see whether it is sound
+                image = Image.open(io.BytesIO(body), formats=FORMATS)
+                image.draft("L", [-(-n // 8) for n in image.size])
+                image.load()
                 return data
+            image = decode(body if kept else data, max(1, side // (2 * resize)) if shrink else 1)
             if shrink:
                 side = min(image.size)
                 size = [max(resize, round(n * resize / side)) for n in image.size]
@@ -954,6 +956,7 @@ class Web:
             scheme: type("Pool", (bases[scheme],), {"ConnectionCls": classes[scheme]}) for scheme in bases}
         self.headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity",
                         "Accept": "image/jpeg,image/png;q=0.9,image/*;q=0.8"}
+        self.parse, self.retries = urllib3.util.parse_url, urllib3.Retry(False, redirect=False)
         self.timeout = urllib3.Timeout(connect=args.timeout, read=args.timeout)
         self.answered = None # (host, port) that did last
         self.held = {} # host -> (when it may be asked again, how often it has put us off since it answered)
@@ -1000,26 +1003,25 @@ class Web:
 
     def follow(self, url, due):
         for _ in range(MAX_REDIRECTS + 1):
-            try:
-                parts = urllib.parse.urlsplit(url)
-                host = parts.hostname
-            except ValueError:
-                raise Bad("bad url") from None
-            if parts.scheme.lower() not in ("http", "https"):
-                raise Bad("not http" if parts.scheme else "bad url")
+            if (scheme := re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*):", url)) is None:
+                raise Bad("bad url")
+            if scheme[1].lower() not in ("http", "https"):
+                raise Bad("not http")
+            parts = self.parse(url)
+            host = parts.host
             if not host:
                 raise Bad("bad url")
             until, times = self.held.get(host, (0, 0))
             if (wait := until - time.monotonic()) > 0: # its other urls wait as well, unless it is hopeless
                 raise Bad("http 429", wait if times < self.args.tries else None, held=True)
             try:
-                r = self.get(url)
+                r = self.get(parts)
             except self.errors.ProtocolError: # it may have hung up on a connection that we had kept
                 if getattr(self.slot.waiting[1], "asked", 0) < 2 or time.monotonic() > due:
                     raise
-                r = self.get(url)
+                r = self.get(parts)
             try:
-                self.answered = host, parts.port or (443 if parts.scheme.lower() == "https" else 80)
+                self.answered = host, parts.port or (443 if parts.scheme == "https" else 80)
                 self.check_status(r, host)
                 if opted_out(r.headers):
                     raise Bad("opted out")
@@ -1039,9 +1041,11 @@ class Web:
                 r.release_conn()
         raise Bad("too many redirects")
 
-    def get(self, url):
-        return self.pool.request("GET", url, headers=self.headers, redirect=False, retries=False,
-                                 preload_content=False, decode_content=False, timeout=self.timeout)
+    def get(self, parts):
+        pool = self.pool.connection_from_host(parts.host, parts.port, parts.scheme)
+        return pool.urlopen("GET", parts.request_uri, headers=self.headers, timeout=self.timeout,
+                            redirect=False, retries=self.retries, assert_same_host=False,
+                            preload_content=False, decode_content=False)
 
     def check_status(self, r, host):
         until, times = self.held.get(host, (0, 0))
@@ -1060,7 +1064,7 @@ class Web:
         most, data = int(self.args.max_mb * 1e6), bytearray()
         if int(r.headers.get("Content-Length") or 0) > most:
             raise Bad("too many bytes")
-        while chunk := r.read1(1 << 16):
+        while chunk := r.read1(1 << 18):
             data += chunk
             if len(data) > most:
                 raise Bad("too many bytes")

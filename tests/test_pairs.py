@@ -326,8 +326,10 @@ def test_own_urls(tmp_path):
     """A table may name urls, and files beside them."""
     with Server() as server:
         (tmp_path / "0.png").write_bytes(picture(0))
-        lines = [{"url": "0.png", "caption": "number 0"}, {"url": None, "caption": "x"}, {"caption": "y"}]
-        lines += [{"url": f"{server.url}/png/{n}", "caption": f"number {n}"} for n in range(1, 40)]
+        lines = [{"url": "0.png", "caption": "number 0", "split": "train"}, {"url": None, "caption": "x"},
+                 {"caption": "y"}]
+        lines += [{"url": f"{server.url}/png/{n}", "caption": f"number {n}",
+                   "split": "val" if n == 7 else None} for n in range(1, 40)]
         (tmp_path / "urls.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         prepare("--data=mine", f"--source={tmp_path}/urls.jsonl", f"--data_dir={tmp_path}/data",
                 "--allow_private")
