@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (PRETRAINED, Encoder, Parser, fail, feature_target, git_sha, init_weights, keep_blocks,
-                   kept_patches, load_encoder, load_weights, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, random_patch_mask, save_checkpoint, trim_log, use_compile)
+from model import (PRETRAINED, Encoder, Parser, WholeBatch, fail, gather, git_sha, init_weights, join_ranks,
+                   keep_blocks, kept_patches, load_encoder, load_weights, loader_processes, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
+                   split_batch, sum_over_ranks, trim_log, use_compile)
 from prepare_pairs import Pairs, augment, eval_image, train_image
 
 # -----------------------------------------------------------------------------
@@ -85,7 +86,8 @@ def get_args(argv=None):
     p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners",
            most=180)
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
-    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+    p.knob("num_workers", loader_processes(), "processes that decode images, for each rank; 0 decodes "
+           "between the steps")
     p.section("model")
     p.knob("teacher", "data2vec2_image", "data2vec2_image or beitv2 (downloaded once), a checkpoint of this "
            "script, or ema: an exponential moving average of the student itself")
@@ -123,8 +125,9 @@ def get_args(argv=None):
     p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; "
            "it rises linearly to 1", most=1)
     p.section("optimisation")
-    p.knob("batch_size", 256, "images per optimiser step", least=1)
-    p.knob("micro_batch_size", 0, "images per forward pass, 0: all; gradients are accumulated over the batch")
+    p.knob("batch_size", 256, "images per optimiser step, over all ranks", least=1)
+    p.knob("micro_batch_size", 0, "images per forward pass of each rank, 0: all; gradients are "
+           "accumulated over the batch")
     p.knob("max_steps", 50040, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
@@ -153,17 +156,17 @@ def get_args(argv=None):
 def feature_loss(student, teacher, images, args, autocast):
     """Eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all
     elements; or what --target, --instance_norm and --criterion make of it."""
-    def target_of(layers):
-        x = feature_target(layers[-1:] if args.target == "last" else layers, None,
-                           args.instance_norm) # (n, T, D)
+    def target_of(encoder, x):
+        x = encoder(x, embedded=args.share_embed, instance_norm=args.instance_norm,
+                    target_layers=1 if args.target == "last" else len(encoder.blocks)) # (n, T, D)
         return x[:, :1] if args.target == "cls" else x
 
     with autocast:
         with torch.no_grad():
             x = teacher.embed(images) if args.share_embed else images
-            target = target_of(teacher(x, return_layers=True, embedded=args.share_embed))
-        layers = student(x, return_layers=True, embedded=args.share_embed)
-    return {"mse": F.mse_loss, "l1": F.l1_loss}[args.criterion](target_of(layers), target)
+            target = target_of(teacher, x)
+        out = target_of(student, x)
+    return {"mse": F.mse_loss, "l1": F.l1_loss}[args.criterion](out, target)
 
 
 def masked_loss(student, heads, teacher, images, patch_mask, target_layers, autocast):
@@ -172,7 +175,7 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
     patches. patch_mask (n, N), True where hidden. Mean over hidden patches and channels."""
     with autocast:
         with torch.no_grad():
-            target = feature_target(teacher(images, return_layers=True)[-target_layers:])
+            target = teacher(images, target_layers=target_layers) # (n, T, D)
         out = heads["predict"](student(images, patch_mask=patch_mask,
                                        mask_token=heads.mask_token)).float() # (n, T, D)
     whole = F.layer_norm(target[:, 1:].mean(1), target.shape[-1:]) # (n, D)
@@ -186,6 +189,8 @@ def views_loss(student, heads, views, kept, temperature, autocast):
     with autocast:
         z = heads["project"](student(torch.cat(views), kept=kept.transpose(0, 1).flatten(0, 1))[:, 0])
     z = F.normalize(z.float(), dim=-1) # (2n, 128)
+    if torch.is_grad_enabled(): # in training, with what the other ranks have; validation is one's alone
+        z = torch.cat([gather(x) for x in z.chunk(2)])
     logits = (z @ z.T / temperature).fill_diagonal_(float("-inf")) # (2n, 2n), nobody finds itself
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
@@ -251,8 +256,7 @@ def check(args):
              f"nor a file.\n"
              f"To make a teacher, nothing to download:\n"
              f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    split_batch(args)
     if args.micro_batch_size and args.teacher == "ema" and args.objective == "views":
         fail("--objective=views compares all images of a batch, so it takes no --micro_batch_size: "
              "lower --batch_size")
@@ -281,6 +285,7 @@ def check(args):
 
 def main(args):
     # -- set up
+    rank, world = join_ranks(ready=False)
     check(args)
     train = Pairs(args.data_dir, args.data, "train")
     val = Pairs(args.data_dir, args.data, "val" if "val" in train.meta["splits"] else "test")
@@ -335,13 +340,13 @@ def main(args):
 
     # -- data
     images = TrainImages(train, size, args)
-    B, micro, num_units = args.batch_size, args.micro_batch_size or args.batch_size, len(images.images_of)
+    B, (n, micro), num_units = args.batch_size, split_batch(args), len(images.images_of)
     if B > num_units:
         fail(f"--batch_size={B}, but an epoch has {num_units} units (--unit={args.unit}). "
              f"Use at most that many.")
     print(f"{len(train.images):,} training images, {min(len(val.images), 5000):,} of {len(val.images):,} for "
           f"validation; {num_units // B} steps of {B} per epoch (one epoch = every {args.unit} once); "
-          f"{B} = {B // micro} x {micro} images per step")
+          f"{B} = {world} x {n // micro} x {micro} images per step (ranks x micro-batches x images)")
 
     def inputs_of(raw, generator, augmented=True):
         """Crops (n, c, 3, H, W) uint8 -> all that is random about a batch: c tensors of images and, for
@@ -389,7 +394,11 @@ def main(args):
             param_group["weight_decay"] = decay # load_state_dict brought the old one back
         scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
-    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+    if not rank: # the first validates and writes for all
+        trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+        # ImageNet's may lie class by class
+        chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
+        val_images = torch.stack([eval_image(val.images[i], size) for i in chosen])
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()
@@ -407,18 +416,13 @@ def main(args):
         with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **record}) + "\n")
 
-    # ImageNet's may lie class by class
-    chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
-    val_images = torch.stack([eval_image(val.images[i], size) for i in chosen])
-
     @torch.no_grad()
     def validate():
         """The training loss on the validation images in fixed order; crops only for views, masks always the
         same."""
         generator, losses, views = (torch.Generator().manual_seed(0), [],
                                     self_distilled and args.objective == "views")
-        for start in range(0, len(val_images), micro):
-            raw = val_images[start:start + micro][:, None] # (n, 1, 3, H, W)
+        for raw in val_images[:, None].split(args.micro_batch_size or B): # (n, 1, 3, H, W)
             inputs = inputs_of(raw.expand(-1, 2, -1, -1, -1) if views else raw, generator, views)
             losses.append(loss_of(*inputs).item() * len(raw))
         loss = sum(losses) / len(val_images)
@@ -436,27 +440,30 @@ def main(args):
                 **{f"knn_{name}_{k}": round(v, 3) for k, v in metrics.items()})
 
     # -- loop
-    loader = iter(torch.utils.data.DataLoader(images,
-                                              batch_sampler=batch_order(num_units, B, args.seed, step),
-                                              num_workers=args.num_workers, pin_memory=device.type == "cuda"))
+    join_ranks(ready=True)
+    order = (batch[rank * n:(rank + 1) * n] for batch in batch_order(num_units, B, args.seed, step))
+    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
+                                              pin_memory=device.type == "cuda"))
     # rows: loss, norm of steps not logged
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
-        raw = next(loader) # (B, crops, 3, H, W) uint8
+        raw = next(loader) # (n, crops, 3, H, W) uint8
         waited += time.time() - wait_start
         # a generator for each step: what was drawn before a kill need not be saved
         generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        total, inputs = 0.0, inputs_of(raw, generator) # for the whole batch: micro-batches change nothing
-        for start in range(0, B, micro):
+        with WholeBatch(): # drawn for all images at once: ranks and micro-batches change nothing
+            total, inputs = 0.0, inputs_of(raw, generator)
+        for start in range(0, n, micro):
             c = slice(start, start + micro)
             loss = loss_of(*(x[c] for x in inputs)) * (micro / B)
             scaler.scale(loss).backward()
             total = total + loss.detach()
+        sum_over_ranks([total, *(p.grad for _, p in named)])
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], args.grad_clip or float("inf"))
         if scaler.is_enabled(): # it skips a step whose gradient overflowed
@@ -469,6 +476,8 @@ def main(args):
             with torch.no_grad():
                 torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
         step += 1
+        if rank:
+            continue
 
         rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
         due = [step % n == 0 or step == args.max_steps
@@ -499,6 +508,10 @@ def main(args):
             save()
 
     # -- end
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}")

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, cache_folder, fail, git_sha,
-                   is_finished, keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights,
-                   normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   random_patch_mask, save_atomic, save_checkpoint, trim_log, use_compile)
-from prepare_pairs import augment, eval_image, open_pairs, train_image
+from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder, fail, gather,
+                   git_sha, is_finished, join_ranks, keep_blocks, kept_patches, load_encoder, load_pretrained,
+                   load_weights, loader_processes, normalize, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, random_patch_mask, save_atomic, save_checkpoint, split_batch,
+                   sum_over_ranks, trim_log, use_compile)
+from prepare_pairs import SOURCES, augment, eval_image, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -51,20 +53,20 @@ PRESETS = {
                        out_dir="out/mmd2v2_7_2"),
     # SHRe (eq. 28-31) with Transformers as encoders: the logits of a supervised ResNet-50, a shared MLP, the
     # ranking loss inside it. The thesis' own, SHRe_T, has --align_loss=contrastive, at the MLP's logits too;
-    # later --shared=transformer --batch_size=512 --lr=2e-4 --max_steps=44636 --warmup_steps=4463 with it. Its
-    # teacher is timm's resnet50.a1_in1k: --path takes that file. Eq. 31 is as written, where ranking is a sum
-    # over 256 pairs; --align_weight=0.004 makes it a mean, as the other term is.
+    # later --shared=transformer --batch_size=512 --lr=2e-4 --max_steps=44636 --warmup_steps=4463 with it (and
+    # --align_weight=1). Its teacher is timm's resnet50.a1_in1k: --path takes that file. Eq. 30 is a sum over
+    # 256 pairs, which would drown the other term; the weight makes it the mean over them.
     "shre": dict(teacher="resnet50", text_init="bert", freeze_embeddings=False, depth=6, text_depth=6,
                  shared="mlp", shared_norm_first=True, head=True, kd_loss="kl", kd_weight=0.5,
-                 align_loss="ranking", align_levels=2, crop_min=0.9, lr=1e-4, max_steps=89273,
-                 warmup_steps=8927, eval_interval=5000, out_dir="out/shre"),
+                 align_loss="ranking", align_weight=1 / 256, align_levels=2, crop_min=0.9, lr=1e-4,
+                 max_steps=89273, warmup_steps=8927, eval_interval=5000, out_dir="out/shre"),
     # CLIP's loss and projections on the encoders of smke, no teacher
     "clip": dict(text_init="bert", freeze_embeddings=False, depth=6, text_depth=6, shared="projection",
                  kd_loss="none", align_loss="contrastive", crop_min=0.9, batch_size=512, lr=2e-4,
                  max_steps=44636, warmup_steps=4463, eval_interval=5000, out_dir="out/clip"),
     # S-SMKE with contrastive distillation and memory bank: 11.2 hours on two RTX 4090 in the thesis.
     # Different here: all 512 pairs on one card (--micro_batch_size=256 if they do not fit), a queue that
-    # starts empty, no image as its own negative
+    # starts empty, no image as its own negative; the teacher sees the student's crop, there one of its own
     "smke": dict(final_norm=False, text_init="bert", freeze_embeddings=False, depth=6, text_depth=6,
                  shared_norm_first=True, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
                  queue_size=65536, align_loss="contrastive", align_levels=2, crop_min=0.9, batch_size=512,
@@ -98,6 +100,8 @@ MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "tex
 READ_WITH = {"temperature": ("kd_loss", "kl"), "kd_scale": ("kd_loss", "contrastive"),
              "queue_size": ("kd_loss", "contrastive"), "kd_target": ("kd_loss", "mse l1 contrastive"),
              "cache_targets": ("kd_loss", "mse l1 kl contrastive"), "margin": ("align_loss", "ranking"),
+             "kd_weight": ("kd_loss", "mse l1 kl contrastive"),
+             "align_weight": ("align_loss", "contrastive ranking"),
              "label_smoothing": ("align_loss", "contrastive"),
              "align_levels": ("align_loss", "contrastive ranking"),
              "shared_depth": ("shared", "transformer"), "shared_norm_first": ("shared", "transformer")}
@@ -122,7 +126,8 @@ def get_args(argv=None):
     p.knob("mask_ratio", 0.0, "share of each image's patches hidden from the student in training: left out, "
            "which saves their time for more steps or a larger batch (FLIP, Li et al. 2023); "
            "teacher and evaluation see all", most=0.99)
-    p.knob("num_workers", 0, "processes that decode images; 0 decodes between the steps")
+    p.knob("num_workers", loader_processes(), "processes that decode images, for each rank; 0 decodes "
+           "between the steps")
     p.section("model")
     p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint "
            "of distill_image.py; for --kd_loss=kl resnet50")
@@ -186,9 +191,9 @@ def get_args(argv=None):
            "which ties captions that share a word; helps where pairs are few")
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
     p.section("optimisation")
-    p.knob("batch_size", 256, "pairs per optimiser step", least=2)
-    p.knob("micro_batch_size", 0, "pairs per forward pass, 0: all; the result is the same (gradient "
-           "caching), memory falls, one forward pass more is paid")
+    p.knob("batch_size", 256, "pairs per optimiser step, over all ranks", least=2)
+    p.knob("micro_batch_size", 0, "pairs per forward pass of each rank, 0: all; the result is the same "
+           "(gradient caching), memory falls, one forward pass more is paid")
     p.knob("max_steps", 40000, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
@@ -218,7 +223,7 @@ def contrastive_loss(image, text, logit_scale, label_smoothing=0.0):
     """Eq. 27: mean of the cross-entropies of image to text and text to image, each a mean over the batch; the
     other pairs of the batch are the negatives. image, text (B, D), L2-normalised; logit_scale multiplies the
     cosines."""
-    logits = logit_scale * image.float() @ text.float().T # (B, B)
+    logits = torch.as_tensor(logit_scale).float() * image.float() @ text.float().T # (B, B)
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own, label_smoothing=label_smoothing)
             + F.cross_entropy(logits.T, own, label_smoothing=label_smoothing)) / 2
@@ -229,7 +234,8 @@ def ranking_loss(image, text, margin):
     cos(x_i, y_j)). image, text (B, D), L2-normalised. 0 for B = 1."""
     cosine = image.float() @ text.float().T # (B, B)
     violation = (margin - cosine.diagonal()[:, None] + cosine).clamp(min=0)
-    return violation.sum() - violation.diagonal().sum()
+    own = torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)
+    return violation.masked_fill(own, 0).sum()
 
 
 def kl_loss(student_logits, teacher_logits, temperature):
@@ -371,8 +377,8 @@ def validation_batch(pairs, tokenizer, args):
 def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
     """The target of every training image, from the evaluation transform, as (images, dim) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
-    the images' index, so that no run reads what was made from others."""
-    digest = hashlib.sha256(f"{args.kd_target} {args.img_size}".encode())
+    the images' index (the lengths of the records), so that no run reads what was made from others."""
+    digest = hashlib.sha256(f"{args.kd_target} {args.img_size} {args.dtype} {device.type}".encode())
     for x in teacher.state_dict().values(): # the final norm is among them, or not
         digest.update(x.cpu().numpy().tobytes())
     for part in getattr(images, "datasets", [images]): # of sets that were joined
@@ -391,13 +397,17 @@ def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
         loader = torch.utils.data.DataLoader(evaluate.EvalImages(images, args.img_size, False), batch_size,
                                              num_workers=args.num_workers)
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
-            f.write(target_of(normalize(batch.to(device))).cpu().numpy().astype("<f2").tobytes())
+            target = target_of(normalize(batch.to(device))).half().cpu()
+            if not target.isfinite().all():
+                fail(f"--teacher={args.teacher} gives targets that are not finite in half precision: run "
+                     f"without --cache_targets, or with --dtype=float32")
+            f.write(target.numpy().astype("<f2").tobytes())
     if not os.path.exists(path):
         save_atomic(path, write)
     try: # mode c: torch wants to be able to write, nothing here does
         return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), dim))
-    except ValueError as e:
-        fail(f"{path} is damaged ({e}). Remove it and run again.")
+    except (ValueError, EOFError):
+        fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
 
 
 # -----------------------------------------------------------------------------
@@ -421,8 +431,9 @@ def needs_teacher(args):
 
 def what_is_missing(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start."""
-    problems = [f"data set {name} is not in {args.data_dir}/" for name in args.data.split(",")
-                if not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
+    missing = [name for name in args.data.split(",")
+               if not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
+    problems = [f"data set {name} is not in {args.data_dir}/" for name in missing]
     asked = ([("teacher", args.teacher)] * needs_teacher(args) +
              [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
@@ -432,8 +443,9 @@ def what_is_missing(args):
                  if getattr(args, k) and not os.path.exists(getattr(args, k))]
     if problems:
         fail("\n  ".join(["cannot start:", *problems]) + "\n"
-             "Pairs are prepared by, for one (19 GB are downloaded; --source takes files that are there):\n"
-             f"  python prepare_pairs.py --data=coco --data_dir={args.data_dir}\n"
+             + "".join(f"Pairs are prepared by: python prepare_pairs.py --data={name} "
+                       f"--data_dir={args.data_dir}{' --source=DIR' * (name in ('flickr30k', 'cc3m'))}\n"
+                       for name in missing if name in SOURCES) +
              f"Published weights are downloaded when first needed, to {cache_folder()}, or read from\n"
              "--path, --image_path and --text_path.\n"
              "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
@@ -459,7 +471,8 @@ def prepare_tiny(args):
     here = os.path.dirname(os.path.abspath(__file__))
     for script, *flags in commands:
         print("$ python", script, *flags, flush=True)
-        done = subprocess.run([sys.executable, os.path.join(here, script), *flags])
+        alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
+        done = subprocess.run([sys.executable, os.path.join(here, script), *flags], env=alone)
         if done.returncode:
             fail(f"{script} ended with exit code {done.returncode}; its message is above")
 
@@ -469,8 +482,7 @@ def check(args):
     if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
         fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; "
              f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    split_batch(args)
     if (args.kd_loss == "none" or not args.kd_weight) \
             and (args.align_loss == "none" or not args.align_weight) and not args.word_weight:
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
@@ -493,14 +505,16 @@ def check(args):
                                        or args.shared_norm_first or args.text_init == "random"):
         fail("--shared_init=text takes the last blocks of --text_init=data2vec2_text, bert or minilm, for "
              "--shared=transformer --shared_norm_first=False, at least one")
-    if args.align_levels == 2 and (args.shared == "projection" or not args.shared_depth):
+    if args.align_levels == 2 and (args.shared == "projection"
+                                   or args.shared == "transformer" and not args.shared_depth):
         fail("--align_levels=2 needs a shared MLP or a shared block: --shared_depth=1")
 
 
 def unread(args):
     """The flags that were given and that the values of others leave without effect."""
-    return [k for k, (flag, values) in READ_WITH.items()
-            if k in args.given and getattr(args, k) and getattr(args, flag) not in values.split()]
+    plain = get_args([]) # to give a flag its default says nothing
+    return [k for k, (flag, values) in READ_WITH.items() if k in args.given
+            and getattr(args, k) != getattr(plain, k) and getattr(args, flag) not in values.split()]
 
 
 def build_student(args, sources, vocab_size, head_dim):
@@ -550,22 +564,26 @@ def build_student(args, sources, vocab_size, head_dim):
         encoder.load_state_dict(weights[modality])
         if args.freeze_embeddings: # what stands before the blocks
             for name, p in encoder.named_parameters():
-                p.requires_grad_("embed" not in name and name != "cls_token")
+                p.requires_grad_("embed" not in name and "relative_position" not in name
+                                 and name != "cls_token")
     return student
 
 
 def main(args):
     # -- set up
     started = time.time()
+    rank, world = join_ranks(ready=False)
     check(args)
     device = pick_device(args.device)
     if args.preset == "tiny":
         prepare_tiny(args)
     what_is_missing(args)
     dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
+    changed = [f"--{k}" for k in args.given if k in MODEL_KNOBS or k.startswith(("kd_", "align_", "teacher"))
+               or k in ("data", "margin", "temperature", "queue_size", "final_norm")]
     if args.preset in PUBLISHED:
         print(f"preset {args.preset}, published COCO R@1, image to text / text to image: "
-              f"{PUBLISHED[args.preset]}")
+              f"{PUBLISHED[args.preset]}" + f" (but changed here: {', '.join(changed)})" * bool(changed))
     print_settings(args, device, dtype, compiled)
     torch.manual_seed(args.seed)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -587,13 +605,14 @@ def main(args):
                  f"--text_init=bert; of a set that prepare_pairs.py makes, remove the folder and "
                  f"prepare it again")
     pairs = TrainPairs(train_pairs, tokenizer, args)
-    B, micro = args.batch_size, args.micro_batch_size or args.batch_size
+    B, (n, micro) = args.batch_size, split_batch(args)
     if B > pairs.num_units:
         fail(f"--batch_size={B}, but an epoch has {pairs.num_units} units (--unit={args.unit}). "
              f"Use at most that many.")
     print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
           f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} "
-          f"per epoch (one epoch = every {args.unit} once); {B} = {B // micro} x {micro} pairs per step")
+          f"per epoch (one epoch = every {args.unit} once); {B} = {world} x {n // micro} x {micro} pairs "
+          f"per step (ranks x micro-batches x pairs)")
 
     # -- teacher: frozen, whatever the student becomes
     teacher = None
@@ -626,7 +645,8 @@ def main(args):
     trained, total, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (
         [p for p in student.parameters() if p.requires_grad], student.parameters(),
         teacher.parameters() if target_dim else []))
-    print(f"student {total:.2f}M parameters, {trained:.2f}M of them trained; teacher {frozen:.2f}M, frozen")
+    print(f"student {total:.2f}M parameters, {trained:.2f}M of them trained; "
+          + (f"teacher {frozen:.2f}M, frozen" if frozen else "no teacher"))
     if target_dim and not args.head and target_dim != args.embed_dim:
         fail(f"the teacher is {target_dim} wide, the student {args.embed_dim}: add --head")
     if target_dim and args.kd_loss != "kl" and teacher.config["img_size"] != args.img_size:
@@ -634,7 +654,7 @@ def main(args):
 
     # -- optimizer: no decay for biases, norms, positions, tokens
     decayed = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim >= 2
-               and "embed.weight" not in n and "pos_embed" not in n and "token" not in n]
+               and all(word not in n for word in ("embed.weight", "pos_embed", "token", "relative_position"))]
     rest = [p for p in student.parameters() if p.requires_grad and all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}],
@@ -655,7 +675,9 @@ def main(args):
         step, best = checkpoint["step"], checkpoint["best"]
         if checkpoint["queue"] and args.queue_size:
             queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
-    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+    if not rank: # the first validates and writes for all
+        trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+        val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     if compiled: # in place: the weights keep their names
         student.compile()
         if teacher is not None:
@@ -676,7 +698,6 @@ def main(args):
     if args.cache_targets and target_dim:
         target_bank = cached_targets(target_of, teacher, target_dim, train_pairs.images, args, device, micro)
 
-    val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     val_target = None
 
     @torch.no_grad()
@@ -684,7 +705,8 @@ def main(args):
         """Retrieval on the validation split, and the distillation loss there for image and for text."""
         nonlocal val_target
         student.eval()
-        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, micro, device, dtype)
+        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, micro, device, dtype,
+                                                    num_workers=args.num_workers)
         record = {f"val_{k}": round(v, 3) for k, v in metrics.items()}
         if args.kd_loss != "none":
             outputs, targets = [], []
@@ -707,9 +729,10 @@ def main(args):
             f"{best['step']}){kd}", **record)
 
     # -- loop
-    loader = iter(torch.utils.data.DataLoader(pairs,
-                                              batch_sampler=batch_order(pairs.num_units, B, args.seed, step),
-                                              collate_fn=pairs.collate, num_workers=args.num_workers,
+    join_ranks(ready=True)
+    order = (batch[rank * n:(rank + 1) * n] for batch in batch_order(pairs.num_units, B, args.seed, step))
+    loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=pairs.collate,
+                                              num_workers=args.num_workers,
                                               pin_memory=device.type == "cuda"))
     # rows: terms of steps not logged
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
@@ -722,39 +745,42 @@ def main(args):
         waited += time.time() - wait_start
         # a generator for each step: what was drawn before a kill need not be saved
         generator, kept = torch.Generator().manual_seed(args.seed * 2 ** 32 + step), None
-        images = augment(images, generator, args.flip, args.rotate, args.color)
-        if args.mask_ratio:
-            kept = kept_patches(random_patch_mask(B, (args.img_size // args.patch_size) ** 2, args.mask_ratio,
-                                                  generator)).to(device)
+        with WholeBatch(): # drawn for all pairs at once: ranks change nothing
+            images = augment(images, generator, args.flip, args.rotate, args.color)
+            if args.mask_ratio:
+                kept = kept_patches(random_patch_mask(n, (args.img_size // args.patch_size) ** 2,
+                                                      args.mask_ratio, generator)).to(device)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        chunks = [slice(i, i + micro) for i in range(0, B, micro)]
-        target = None
-        words = word_targets(ids, padding_mask, tokenizer.vocab_size) if args.word_weight else None
+        chunks = [slice(i, i + micro) for i in range(0, n, micro)]
+        # what the loss reads is of the whole batch, (B, ..), on every rank
+        group, target, words = gather(group), None, None
+        if args.word_weight:
+            words = gather(word_targets(ids, padding_mask, tokenizer.vocab_size))
         if args.kd_loss != "none":
-            target = (target_bank[index].to(device).float() if target_bank is not None else
-                      torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
+            target = gather(target_bank[index].to(device).float() if target_bank is not None else
+                            torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
 
         def forward(c):
             with autocast:
                 return student(images[c], ids[c], padding_mask[c], None if kept is None else kept[c])
 
         if len(chunks) == 1:
-            loss, terms = loss_terms(forward(chunks[0]), target, group, queue, words, student, args)
-            scaler.scale(loss).backward()
+            outputs = forward(chunks[0])
         else:
             # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs
             # without graph, the gradient of the loss with respect to them, then each micro-batch again, with
             # graph
             with torch.no_grad():
                 parts = [forward(c) for c in chunks]
-            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 or 6 x (B, ..)
-            loss, terms = loss_terms(outputs, target, group, queue, words, student, args)
-            scaler.scale(loss).backward()
-            for c in chunks:
-                used = [(x, whole.grad[c]) for x, whole in zip(forward(c), outputs) if whole.grad is not None]
-                torch.autograd.backward(*zip(*used))
+            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 or 6 x (n, ..)
+        loss, terms = loss_terms([gather(x) for x in outputs], target, group, queue, words, student, args)
+        scaler.scale(loss / world).backward() # each rank has the whole loss: its share
+        for c in chunks if len(chunks) > 1 else ():
+            used = [(x, own.grad[c]) for x, own in zip(forward(c), outputs) if own.grad is not None]
+            torch.autograd.backward(*zip(*used))
+        sum_over_ranks([p.grad for p in student.parameters()])
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.grad_clip or float("inf"))
         if scaler.is_enabled(): # it skips a step whose gradient overflowed
@@ -769,6 +795,8 @@ def main(args):
             queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size]
                                                     for x, old in zip(new, queue))
         step += 1
+        if rank:
+            continue
 
         terms = {"loss": loss, **terms, "norm": norm}
         # stays on the device: no waiting for it
@@ -802,19 +830,23 @@ def main(args):
             save()
 
     # -- end
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation mean recall "
           f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")
     if os.path.exists(os.path.join(args.data_dir, first_set, "test_images.idx")):
         command = ["retrieval", f"--ckpt={path}", f"--data={first_set}", f"--data_dir={args.data_dir}",
-                   f"--device={device}", f"--dtype={args.dtype}", f"--json={args.out_dir}/retrieval.json",
-                   f"--picture={args.out_dir}/retrieval.png"]
+                   f"--device={device}", f"--dtype={args.dtype}", f"--num_workers={args.num_workers}",
+                   f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
         print("$ python evaluate.py", *command)
         evaluate.main(command)
     print(f"{(time.time() - started) / 60:.1f} minutes in all")
     if args.kd_loss != "none":
-        new = dict(kd_loss="none", align_loss="contrastive", out_dir=f"{args.out_dir}_clip")
+        new = dict(kd_loss="none", align_loss="contrastive", align_weight=1.0, out_dir=f"{args.out_dir}_clip")
         if args.image_init == "teacher":
             new["image_init"] = "random"
         after = copy.copy(args)
@@ -822,7 +854,7 @@ def main(args):
         same = [f"--{k}={getattr(args, k)}"
                 for k in args.given if k not in (*new, *unread(after), "preset", "resume")]
         print("next, the same without the teacher:\n  python distill_multimodal.py "
-              + " ".join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
+              + shlex.join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 
 
 if __name__ == "__main__":

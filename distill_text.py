@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (PRETRAINED, Encoder, Parser, check_resume, fail, feature_target, git_sha, keep_blocks,
+from model import (PRETRAINED, Encoder, Parser, check_resume, fail, git_sha, join_ranks, keep_blocks,
                    load_encoder, load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   save_checkpoint, trim_log, use_compile)
+                   save_checkpoint, split_batch, sum_over_ranks, trim_log, use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -70,8 +70,9 @@ def get_args(argv=None):
     p.knob("criterion", "mse", "distance: mean squared or mean absolute error over all elements",
            choices=["mse", "l1"])
     p.section("optimisation")
-    p.knob("batch_size", 256, "sequences per optimiser step", least=1)
-    p.knob("micro_batch_size", 0, "sequences per forward pass, 0: all; gradients are accumulated")
+    p.knob("batch_size", 256, "sequences per optimiser step, over all ranks", least=1)
+    p.knob("micro_batch_size", 0, "sequences per forward pass of each rank, 0: all; gradients are "
+           "accumulated")
     p.knob("max_steps", 60000, "optimiser steps", least=1)
     p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
     p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
@@ -104,16 +105,17 @@ def feature_loss(student, teacher, ids, padding_mask, args, autocast):
     channels, sum over real tokens (target=cls: CLS tokens); or what --instance_norm, --criterion make of it.
     ids (n, T), padding_mask (n, T) or None. float32 scalar; the caller divides by the tokens of the whole
     batch, since a mean in each micro-batch would weigh the tokens of short sequences more."""
-    def target_of(layers):
-        x = feature_target(layers[-1:] if args.target == "last" else layers, padding_mask, args.instance_norm)
+    def target_of(encoder):
+        x = encoder(ids, padding_mask, instance_norm=args.instance_norm,
+                    target_layers=1 if args.target == "last" else len(encoder.blocks))
         return x[:, :1] if args.target == "cls" else x # (n, T, D)
 
     with autocast:
         with torch.no_grad():
-            target = target_of(teacher(ids, padding_mask, return_layers=True))
-        layers = student(ids, padding_mask, return_layers=True)
+            target = target_of(teacher)
+        out = target_of(student)
     distance = {"mse": F.mse_loss, "l1": F.l1_loss}[args.criterion]
-    error = distance(target_of(layers), target, reduction="none").mean(-1) # (n, T), or (n, 1) for CLS alone
+    error = distance(out, target, reduction="none").mean(-1) # (n, T), or (n, 1) for CLS alone
     if padding_mask is not None:
         error = error.masked_fill(padding_mask[:, :error.shape[1]], 0.0)
     return error.sum()
@@ -199,8 +201,7 @@ def check(args):
     """What the flags cannot say by themselves, before time is spent."""
     if args.teacher not in PRETRAINED and not os.path.isfile(args.teacher):
         fail(f"--teacher={args.teacher} is neither bert, data2vec2_text nor minilm, nor a file")
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
+    split_batch(args)
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     check_resume(args)
@@ -228,6 +229,7 @@ def prepare(args):
 
 def main(args):
     # -- set up
+    rank, world = join_ranks(ready=False)
     check(args)
     device = pick_device(args.device)
     prepare(args)
@@ -257,12 +259,13 @@ def main(args):
     # -- data
     train, val = (Sequences(Tokens(args.data_dir, args.data, split, tokenizer), tokenizer, args.max_length)
                   for split in ("train", "val"))
-    B, micro = args.batch_size, args.micro_batch_size or args.batch_size
+    B, (n, micro) = args.batch_size, split_batch(args)
     if B > len(train):
         fail(f"--batch_size={B}, but an epoch has {len(train)} sequences. Use at most that many.")
     val_ids, val_mask = val.batch(np.linspace(0, len(val) - 1, min(len(val), 2000)).astype(int))
     print(f"{len(train):,} training sequences, {len(val_ids):,} of {len(val):,} for validation; "
-          f"{len(train) // B} steps of {B} per epoch; {B} = {B // micro} x {micro} sequences per step")
+          f"{len(train) // B} steps of {B} per epoch; {B} = {world} x {n // micro} x {micro} sequences per "
+          f"step (ranks x micro-batches x sequences)")
 
     def loss_of(ids, padding_mask, whole):
         """The share of these sequences in the loss of a batch, whole: its padding mask; all on the CPU."""
@@ -302,7 +305,8 @@ def main(args):
             param_group["weight_decay"] = decay # load_state_dict brought the old one back
         scaler.load_state_dict(checkpoint["scaler"])
         step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
-    trim_log(os.path.join(args.out_dir, "log.jsonl"), step if checkpoint else -1)
+    if not rank: # the first validates and writes for all
+        trim_log(os.path.join(args.out_dir, "log.jsonl"), step if checkpoint else -1)
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()
@@ -333,22 +337,24 @@ def main(args):
         return record
 
     # -- loop
+    join_ranks(ready=True)
     batches = batch_order(len(train), B, args.seed, step)
-    start = start or validate()
+    start = start or rank or validate()
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: loss, norm
     student.train()
     while step < args.max_steps:
         wait_start = time.time()
-        ids, padding_mask = train.batch(next(batches)) # (B, T) each
+        ids, padding_mask = train.batch(next(batches)) # (B, T) each; all of it, to count the tokens
         waited += time.time() - wait_start
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         total = 0.0
-        for part in zip(ids.split(micro), padding_mask.split(micro)):
+        for part in zip(*(x[rank * n:(rank + 1) * n].split(micro) for x in (ids, padding_mask))):
             loss = loss_of(*part, padding_mask)
             scaler.scale(loss).backward()
             total = total + loss.detach()
+        sum_over_ranks([total, *(p.grad for _, p in named)])
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], args.grad_clip or float("inf"))
         if scaler.is_enabled(): # it skips a step whose gradient overflowed
@@ -357,6 +363,8 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if rank:
+            continue
 
         rows.append(torch.stack([total, norm.float()])) # stays on the device: no waiting for it
         intervals = args.log_interval, args.eval_interval, args.save_interval
@@ -386,6 +394,10 @@ def main(args):
             save()
 
     # -- end
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}")

@@ -173,6 +173,7 @@ def chance_row(text_to_image, num_images):
 # image-text retrieval: from a model to a table
 
 TEST_IMAGES = {"coco": 5000, "flickr30k": 1000} # Karpathy's splits, five captions an image, COCO 10 more
+TEST_CAPTIONS = {"coco": (25_010, 25_000), "flickr30k": (5_000,)} # all there are, or the first five each
 PUBLISHED = { # R@1, 5, 10 image -> text, then text -> image; on COCO, then on Flickr30K
     "data2vec 2.0, unaligned": (0.02, 0.08, 0.19, 0.01, 0.1, 0.19, 0.02, 0.12, 0.18, 0.02, 0.06, 0.12),
     "MM-D2V2, data2vec2 teacher": (4.24, 12.12, 17.96, 1.77, 6.54, 10.91, 1.2, 4.88, 8.18, 0.54, 2.52, 4.58),
@@ -203,7 +204,7 @@ NOTES = {
 
 def published_retrieval(data, split, num_images, num_captions):
     """name -> what retrieval_metrics gives, as published for this test set; none for another or a part."""
-    if split != "test" or num_images != TEST_IMAGES.get(data) or num_captions // num_images != 5:
+    if split != "test" or num_images != TEST_IMAGES.get(data) or num_captions not in TEST_CAPTIONS[data]:
         return {}
     i = 6 * (data == "flickr30k")
     wrong = lambda name: " (!)" * (i and name.startswith(("data2vec", "MM-D2V2")))
@@ -477,7 +478,7 @@ def class_prompts(task, classes):
     """What prompts call a set's classes, in the order of their labels, the templates of the prompts, and in
     words where the two come from. Packages with CLIP's own are read if they are there."""
     imagenet = classes and all(re.fullmatch(r"n\d{8}", name) for name in classes)
-    if not classes or imagenet and len(classes) != 1000:
+    if not classes or imagenet and (len(classes) != 1000 or list(classes) != sorted(classes)):
         fail(f"data set {task} has no names of classes{', only numbers of WordNet' * bool(imagenet)}: write "
              f"them into its meta.json, in the order of the labels, as \"classes\": [\"cat\", \"dog\", ..]")
     names, named_by = [name.replace("_", " ") for name in classes], "meta.json"
@@ -1036,6 +1037,9 @@ def two_towers(args, device):
         model = Unaligned(load_encoder(args.image_encoder, "image", args.image_path),
                           load_encoder(args.text_encoder, "text", args.text_path))
         return model.to(device), f"{args.image_encoder} + {args.text_encoder}"
+    if args.image_path or args.text_path:
+        fail("--image_path and --text_path are files of published encoders: say which, with --image_encoder "
+             "and --text_encoder")
     model = load_checkpoint(args.ckpt)
     if not all(hasattr(model, name) for name in ("encode_image", "encode_text", "tokenizer")):
         fail(f"{args.ckpt} does not embed both images and text, and {args.command} needs a checkpoint that "
@@ -1097,7 +1101,7 @@ def zeroshot(args):
     val and CLIP's 80 prompts (pip install open_clip_torch) published rows are printed."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    split, pairs = labelled_splits(args.task, args.data_dir, args.command).popitem()
+    split, pairs = labelled_splits(args.task, args.data_dir, args.command, ("val", "test")).popitem()
     names, templates, words = class_prompts(args.task, pairs.meta.get("classes"))
     N, C = len(pairs.images), len(names)
     if len(unknown := np.setdiff1d(pairs.labels, np.arange(C))):
@@ -1110,7 +1114,8 @@ def zeroshot(args):
                              dtype, args.squash, args.num_workers) # (N, D)
     ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
     metrics = {f"top{k}": percent(ranks <= k) for k in (1, 3, 5)}
-    whole = (args.task, split, N, len(templates)) == ("imagenet", "val", 50_000, 80)
+    whole = (args.task, split, N, len(templates)) == ("imagenet", "val", 50_000, 80) \
+        and words.startswith("named by CLIP,")
     published = PUBLISHED_ZERO_SHOT if whole else {}
     print(table([args.task, "top-1", "top-3", "top-5"],
                 {name: metrics.values(), "chance": [100 * min(k / C, 1) for k in (1, 3, 5)]},
@@ -1184,18 +1189,21 @@ def one_encoder(args, modality):
     return encoder
 
 
-def labelled_splits(task, data_dir, asks):
-    """A set's splits by name: train and val, test or both. All have labels, and train has every label. asks:
-    what needs them, for the messages."""
-    there = Pairs(data_dir, task, "train").meta["splits"]
-    splits = {s: Pairs(data_dir, task, s) for s in ("train", "val", "test") if s in there}
-    if len(splits) == 1:
+def labelled_splits(task, data_dir, asks, names=("train", "val", "test")):
+    """A set's splits of these names: val, test or both, and train. All have labels, and train has every
+    label. asks: what needs them, for the messages."""
+    folder = os.path.join(data_dir, task)
+    first = names[0] if "train" in names else next(
+        (s for s in names if os.path.exists(os.path.join(folder, f"{s}_images.idx"))), "test")
+    there = Pairs(data_dir, task, first).meta["splits"]
+    splits = {s: Pairs(data_dir, task, s) for s in names if s in there}
+    if not {"val", "test"} & set(splits):
         fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
     for s, pairs in splits.items():
         if pairs.labels is None:
             fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it "
                  f"with a set that has them, digits: python prepare_imagenet.py --data=digits")
-        unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist()
+        unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist() if "train" in splits else []
         if unknown:
             fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has "
                  f"({len(unknown)} such labels): their images can only be wrong")

@@ -16,9 +16,11 @@ L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool
 import argparse
 import base64
 import collections
+import datetime
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -35,6 +37,7 @@ import zipfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -279,7 +282,8 @@ class Encoder(nn.Module):
             bias = self.alibi[None, :, :T, :T] # (1, h, T, T)
         elif self.config["attn_bias"] != "none":
             bias = self.relative_position_bias_table[block][self.relative_position_index[:T, :T]] # (T, T, h)
-            bias = bias.permute(2, 0, 1)[None] # (1, h, T, T)
+            # contiguous, else CUDA's fused kernels refuse it and (B, h, T, T) logits are written out
+            bias = bias.permute(2, 0, 1)[None].contiguous() # (1, h, T, T)
         if tokens is not None and bias is not None:
             bias = bias[0][:, tokens[:, :, None], tokens[:, None]].transpose(0, 1) # (B, h, K, K)
         if padding_mask is None:
@@ -288,26 +292,38 @@ class Encoder(nn.Module):
         return ~keys if bias is None else bias.masked_fill(keys, float("-inf"))
 
     def forward(self, x, padding_mask=None, return_layers=False, token_type_ids=None, patch_mask=None,
-                mask_token=None, embedded=False, kept=None):
+                mask_token=None, embedded=False, kept=None, target_layers=0, instance_norm=True):
         """The last block's output (B, T, D), after the final norm if there is one; with return_layers the
         list of every block's output, never normed after the block. Position 0 is the CLS token. embedded: x
         is what embed() gave, here or in another encoder. kept (B, K) int64: the patches of each image that
-        the blocks see; the others are left out and cost nothing (FLIP, Li et al. 2023), and T is K + 1."""
+        the blocks see; the others are left out and cost nothing (FLIP, Li et al. 2023), and T is K + 1.
+        target_layers: feature_target of so many of the last blocks instead, (B, T, D) float32."""
+        layers = self.run_blocks(x, padding_mask, token_type_ids, patch_mask, mask_token, embedded, kept)
+        if target_layers:
+            layers = itertools.islice(layers, len(self.blocks) - target_layers, None)
+            # the graph keeps them all anyway, and adds up gradients in the order in which they were used
+            layers = list(layers) if torch.is_grad_enabled() else layers
+            return feature_target(layers, padding_mask, instance_norm)
+        if return_layers:
+            return list(layers)
+        for x in layers:
+            pass
+        return x if self.norm is None else self.norm(x)
+
+    def run_blocks(self, x, padding_mask, token_type_ids, patch_mask, mask_token, embedded, kept):
+        """Yields every block's output, so that who needs no list of them keeps none; arguments of forward."""
         if not embedded:
             x = self.embed(x, token_type_ids, patch_mask, mask_token)
         tokens, T = None, x.shape[1]
         if kept is not None:
             tokens = F.pad(kept + 1, (1, 0)) # (B, K + 1), CLS first
             x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, K + 1, D)
-        bias, layers = self.attention_bias(T, padding_mask, 0, tokens), []
+        bias = self.attention_bias(T, padding_mask, 0, tokens)
         for i, block in enumerate(self.blocks):
             if i and self.config["attn_bias"] == "relative_each":
                 bias = self.attention_bias(T, padding_mask, i, tokens)
             x = block(x, bias)
-            layers.append(x)
-        if return_layers:
-            return layers
-        return x if self.norm is None else self.norm(x)
+            yield x
 
     def encode(self, x, padding_mask=None):
         """One embedding per image or text, (B, D) float32, L2-normalised. load_checkpoint names it
@@ -353,23 +369,22 @@ def feature_target(layers, padding_mask=None, instance_norm=True):
     instance_norm=False), mean over layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps
     1e-5 in both, as PyTorch and the thesis' code have it (its text says 1e-8).
 
-    layers: list of (B, T, D), any float dtype. Returns (B, T, D) float32. With padding_mask (B, T) the
-    statistics are over real tokens only; what stands at padding positions means nothing, leave it out of the
-    loss.
+    layers: list of (B, T, D), any float dtype, or what yields them: each is added as it comes, none is kept.
+    Returns (B, T, D) float32. With padding_mask (B, T) the statistics are over real tokens only; what stands
+    at padding positions means nothing, leave it out of the loss.
     """
     real = None if padding_mask is None else (~padding_mask)[..., None].float() # (B, T, 1)
-    count = layers[0].shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
-    total = 0
+    total, n = 0, 0
     for x in layers:
-        x = x.float()
-        if not instance_norm:
-            total = total + x
-            continue
-        mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
-        x = x - mean
-        var = (x.square() if real is None else x.square() * real).sum(1, keepdim=True) / count
-        total = total + x * torch.rsqrt(var + 1e-5)
-    return F.layer_norm(total / len(layers), total.shape[-1:])
+        x, n = x.float(), n + 1
+        if instance_norm:
+            count = x.shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
+            mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
+            x = x - mean
+            var = (x.square() if real is None else x.square() * real).sum(1, keepdim=True) / count
+            x = x * torch.rsqrt(var + 1e-5)
+        total = total + x
+    return F.layer_norm(total / n, total.shape[-1:])
 
 
 # -----------------------------------------------------------------------------
@@ -1148,6 +1163,8 @@ def normalize(images):
 def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ: # torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA "
              f"build of torch.")
@@ -1155,6 +1172,8 @@ def pick_device(name="auto"):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
         fail(f"--device={name} is no device that torch can use here. Use cpu, cuda, cuda:1 or mps.")
+    if "LOCAL_RANK" in os.environ and name.startswith("cuda"):
+        torch.cuda.set_device(name) # else each process takes memory on the first GPU, too
     return torch.device(name)
 
 
@@ -1174,6 +1193,86 @@ def pick_dtype(name, device):
 def use_compile(choice, device):
     """--compile=auto: on CUDA under Linux, the one place where it usually works as installed."""
     return choice == "true" or choice == "auto" and device.type == "cuda" and sys.platform == "linux"
+
+
+def loader_processes():
+    """The default of --num_workers: none where the CPU trains; with CUDA a rank's share of the cores, at most
+    8."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, cores) if torch.cuda.is_available() else 0
+
+
+def ranks():
+    """The number of this process and of all: what torchrun says in the environment, (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(ready):
+    """The processes of torchrun meet; a loop calls this before it sets up and after. The first joins when it
+    is ready, the others before they begin, silent from then on: so data are made, weights downloaded and
+    wrong input answered once, and the others find it done. If one fails, torchrun ends all. Returns
+    ranks()."""
+    rank, world = ranks()
+    if world > 1 and ready == (rank == 0):
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # the timeout outlasts whatever the first does alone: a download, a validation
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=30))
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return rank, world
+
+
+def split_batch(args):
+    """How many samples of a batch each rank has, and how many of them a forward pass."""
+    (_, world), B, micro = ranks(), args.batch_size, args.micro_batch_size
+    if B % world:
+        fail(f"--batch_size={B} is no multiple of the {world} ranks that torchrun starts (--nproc_per_node)")
+    if micro and B // world % micro:
+        fail(f"--micro_batch_size={micro} does not divide --batch_size={B}" +
+             f" / {world} ranks" * (world > 1))
+    return B // world, micro or B // world
+
+
+class WholeBatch(TorchFunctionMode):
+    """Inside, torch.rand(n, ..) gives this rank's rows of what a single process would draw for the batch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.rand:
+            return function(*args, **(kwargs or {}))
+        rank, world = ranks()
+        return function(world * args[0], *args[1:], **(kwargs or {})).chunk(world)[rank]
+
+
+class Gather(torch.autograd.Function):
+    """(n, ..) -> those of all ranks, one after the other, (ranks * n, ..). Each rank computes the same loss
+    from them, and 1 / ranks of it is its share: so the gradient of the sum is known without asking."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks()[1])]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank, world = ranks()
+        return world * grad.chunk(world)[rank]
+
+
+def gather(x):
+    return Gather.apply(x) if ranks()[1] > 1 else x
+
+
+def sum_over_ranks(tensors):
+    """Tensors, or None, become in place their sums over the ranks. Gradients so, once, after the last
+    backward, and not by DistributedDataParallel: it is exact whatever a loop did before (gradient caching),
+    and there is no wrapper that renames weights. The price: one message that no computation hides."""
+    if ranks()[1] > 1:
+        tensors = [x for x in tensors if x is not None]
+        flat = torch.cat([x.flatten() for x in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
 
 
 def peak_memory(device):
@@ -1242,6 +1341,11 @@ class Parser(argparse.ArgumentParser):
         if presets:
             self.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
                               help="sets the defaults of other flags; explicit flags win")
+
+    def error(self, message):
+        if ranks()[0]: # the first says it, and torchrun ends the others
+            time.sleep(60)
+        super().error(message)
 
     def section(self, title):
         """A heading of the help; the knobs that follow stand under it."""

@@ -50,7 +50,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
 import shutil
@@ -64,7 +63,7 @@ import warnings
 import zipfile
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -322,6 +321,7 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
             if kept and not shrink: # small and grey is enough to see whether it is sound
                 image = Image.open(io.BytesIO(body), formats=FORMATS)
                 image.draft("L", [-(-n // 8) for n in image.size])
+                image.decodermaxblock = len(body) # in one go
                 image.load()
                 return data
             image = decode(body if kept else data, max(1, side // (2 * resize)) if shrink else 1)
@@ -1111,7 +1111,8 @@ def work_through(jobs, work, threads, tries, tick):
     """Yields (job, what work(job) gave or the Bad that it raised) in the order in which they end, `threads`
     at a time; no more than 2 x threads results wait to be taken. What may come right later is tried `tries`
     times, after 1, 2, 4.. seconds or as long as the server asks for. tick: called about once a second."""
-    jobs, results, later, lock = iter(jobs), queue.Queue(2 * threads), [], threading.Lock()
+    # a deque that is looked at now and then, not a queue: to wake a thread for each row costs more than the row
+    jobs, results, later, lock = iter(jobs), deque(), [], threading.Lock()
     order, running, stopped = itertools.count(), [0], threading.Event()
 
     def take():
@@ -1128,11 +1129,9 @@ def work_through(jobs, work, threads, tries, tick):
             time.sleep(0.05)
 
     def put(result):
-        while not stopped.is_set():
-            try:
-                return results.put(result, timeout=1)
-            except queue.Full:
-                pass
+        while len(results) > 2 * threads and not stopped.is_set():
+            time.sleep(0.01)
+        results.append(result)
 
     def run():
         try:
@@ -1165,10 +1164,10 @@ def work_through(jobs, work, threads, tries, tick):
             if time.monotonic() - ticked > 1:
                 tick()
                 ticked = time.monotonic()
-            try:
-                result = results.get(timeout=1)
-            except queue.Empty:
+            if not results:
+                time.sleep(0.01)
                 continue
+            result = results.popleft()
             if isinstance(result, BaseException):
                 raise result
             left -= result is None

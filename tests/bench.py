@@ -1,12 +1,31 @@
 """
 Benchmarks. They print rates and ratios measured in one run; nothing is asserted, since times are noisy.
 
-    python tests/bench.py owt [--rounds=5] [--cores=0]      # some ten minutes on two cores
-    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64]  # some five minutes
+    python tests/bench.py step --track=image|text|multimodal [any flag of distill_TRACK.py, such as
+                               --batch_size=256 --compile=true]  # minutes on a GPU; on a CPU --batch_size=16
+    python tests/bench.py memory --track=.. [--batches=256,4096] [--micro=256] [--memory_fraction=0.3]
+    python tests/bench.py loader [--rounds=5]               # three minutes on one core
+    python tests/bench.py tokenise [--rounds=5] [--cores=0] # owt is the same; some ten minutes on two cores
+    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64] # some five minutes
 
-owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
-encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
-alternating; and its peak memory for two sizes of text.
+step: the loop's own main(), with random weights in the published sizes and random batches that are made
+before, against the plain way: timm's blocks with scaled_dot_product_attention, every layer kept for the
+target, torch's own norms, fused AdamW, fp16 autocast on CUDA and bf16 elsewhere, the whole batch at once;
+and that compiled, where ours is. Sides alternate, a few steps each. MFU: what the blocks and the patch
+embedding multiply (forward once, backward twice; what a micro-batch computes again is not counted) by the
+largest rate of a bf16 matrix product on this device in the same run.
+
+memory: the peak of that step for each batch, all at once and in micro-batches, in a process each: on CUDA
+what torch allocates, under --memory_fraction of the card if given (0.3 of 80 GB: 24 GB), else resident
+memory.
+
+loader: train_image of packed records against torchvision's ImageFolder and RandomResizedCrop of the same
+files, on one core; scikit-learn's photographs, cut to 500x375 (ImageNet's size) and 640x480 (COCO's), JPEG of
+quality 90.
+
+tokenise: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the
+batch encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a
+second, alternating; and its peak memory for two sizes of text.
 
 download: prepare_pairs.py on a list of urls against img2dataset on the same list, from the same server on
 this machine, with the same number of threads in one process each, img2dataset's re-encoding, hashes and EXIF
@@ -15,7 +34,10 @@ became of each row is checked. (pip install img2dataset, best into an environmen
 """
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import io
+import itertools
 import json
 import os
 import random
@@ -25,9 +47,13 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
@@ -81,23 +107,27 @@ def clocks():
     return np.array([t.elapsed, t.user + t.system + t.children_user + t.children_system])
 
 
-def compare(name, megabytes, sides, rounds):
-    """sides: name -> function; in each round all, one after the other. The first is compared with each: by
-    the clock, and by processor time, which other work on the machine changes less."""
+def ratios(ours, theirs):
+    ratio = np.array(ours) / np.array(theirs)
+    return f"{np.median(ratio):.2f} ({ratio.min():.2f} .. {ratio.max():.2f})"
+
+
+def compare(name, amount, sides, rounds, unit="MB"):
+    """sides: name -> function, which works through so many units; in each round all, one after the other. The
+    first is compared with each: by the clock, and by processor time, which other work on the machine changes
+    less."""
     rates, first = {side: [] for side in sides}, next(iter(sides))
     for _ in range(rounds):
         for side, run in sides.items():
             start = clocks()
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
                 run()
-            rates[side].append(megabytes / (clocks() - start))
-    print(f"{name}: {megabytes:.0f} MB of text, {rounds} rounds; and the ratio of {first} to each")
+            rates[side].append(amount / (clocks() - start))
+    print(f"{name}: {amount:.0f} {unit}, {rounds} rounds; and the ratio of {first} to each")
     for side, values in rates.items():
-        for i, unit in enumerate(("second", "core-second")):
-            theirs = np.array(values)[:, i]
-            ratio = np.array(rates[first])[:, i] / theirs
-            spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} .. {ratio.max():.2f})"
-            print(f"  {side:22}{np.median(theirs):7.2f} MB a {unit:12} {spread}")
+        for i, clock in enumerate(("second", "core-second")):
+            ours, theirs = np.array(rates[first])[:, i], np.array(values)[:, i]
+            print(f"  {side:26}{np.median(theirs):7.2f} {unit} a {clock:12} {ratios(ours, theirs)}")
     sys.stdout.flush()
 
 
@@ -128,7 +158,7 @@ def owt(args):
                     encode = getattr(engine, method)
                     sides[method] = lambda encode=encode: [
                         len(encode(batch, add_special_tokens=False)) for batch in batches]
-            compare(name, sum(len(d.encode()) for d in documents) / 1e6, sides, args.rounds)
+            compare(name, sum(len(d.encode()) for d in documents) / 1e6, sides, args.rounds, "MB of text")
         for megabytes in (20, 80):
             write_source(f"{folder}/{megabytes}/a", texts(megabytes))
             command = [os.path.join(REPO, "prepare_owt.py"), *flags(folder, megabytes, "gpt2", cores)]
@@ -145,7 +175,7 @@ def owt(args):
 # what is answered badly between the photographs; neither side is kept waiting for these
 BAD = ["none", "gone", "forbidden", "broken", "busy", "busy_for_long", "no_content", "empty", "loop",
        "nowhere", "to_file", "to_ftp", "to_nonsense", "opted_out", "html", "svg", "pixel", "strip", "bomb",
-       "large", "half_jpg", "half_png", "noise", "brotli", "cut", "bad_chunks", "no_http", "hang_up"]
+       "large", "half_jpg", "half_png", "noise", "not_gzip", "cut", "bad_chunks", "no_http", "hang_up"]
 
 
 def check_rows(folder, rows):
@@ -220,13 +250,374 @@ def download(args):
           f"\n  img2dataset kept {jpegs:,} files in its first shard of 10,000 rows")
 
 
+# -----------------------------------------------------------------------------
+# a training step: ours is the loop's own main()
+
+
+class Done(BaseException):
+    """Leaves a loop from where it asks for its next batch."""
+
+
+class AnyText:
+    """Stands in for a tokeniser of 30,522 pieces: a word is an id."""
+    vocab_size, pad_id, end_id, text = 30522, 0, 3, ""
+
+    def encode(self, texts, max_length):
+        lengths = np.array([min(len(t.split()) + 2, max_length) for t in texts])
+        mask = torch.arange(lengths.max()) >= torch.from_numpy(lengths)[:, None]
+        return torch.randint(4, self.vocab_size, mask.shape).masked_fill(mask, 0), mask
+
+
+def write_noise(folder, n):
+    """A prepared set: n captions of 6 to 24 words, n records of 8 pictures of noise; two for validation."""
+    from model import write_json
+    from prepare_pairs import RecordWriter
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(8):
+        jpeg = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(jpeg, "JPEG")
+        pictures.append(jpeg.getvalue())
+    for split, count in (("train", n), ("val", 2)):
+        images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
+        for i in range(count):
+            images.write(pictures[i % 8])
+            captions.write(b"word " * int(rng.integers(6, 25)))
+        images.close()
+        captions.close()
+        np.save(f"{folder}/{split}_text_to_image.npy", np.arange(count))
+    write_json(f"{folder}/meta.json", {"splits": {"train": {"images": n, "captions": n},
+                                                  "val": {"images": 2, "captions": 2}}})
+
+
+def matmul_peak(device):
+    """Largest rate of a bf16 matrix product, in TFLOP/s, and the size that gave it."""
+    best = (0.0, 0)
+    for n in (2048, 4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
+        a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+        for _ in range(20 if device.type == "cuda" else 5):
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(5):
+                a @ b
+            wait(device)
+            best = max(best, (5 * 2 * n ** 3 / (time.perf_counter() - start) / 1e12, n))
+    return best
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def block_flops(depth, T, D=768, mlp_ratio=4.0):
+    """Of so many blocks, forward, for one sample of T tokens."""
+    return depth * (4 * T * D * D * (2 + mlp_ratio) + 4 * T * T * D)
+
+
+def step_flops(args, knobs, T):
+    """Of a training step, for one sample; T: text tokens. Forward, and twice that backward where trained."""
+    N, L = (args.img_size // 16) ** 2, 12
+    if args.track == "text":
+        return block_flops(L, T) + 3 * block_flops(knobs.depth, T)
+    embed = 2 * N * 768 * 768
+    teacher = embed + block_flops(L, N + 1)
+    if args.track == "image":
+        return teacher + (0 if knobs.share_embed else 2 * embed) + 3 * block_flops(
+            knobs.depth, N + 1, mlp_ratio=knobs.mlp_ratio or 4.0)
+    depth, text_depth = knobs.depth + knobs.shared_depth, knobs.text_depth + knobs.shared_depth
+    return teacher * (knobs.kd_loss != "none") + embed * (1 + (not knobs.freeze_embeddings)) + 3 * (
+        block_flops(depth, N + 1) + block_flops(text_depth, T))
+
+
+class Plain(torch.nn.Module):
+    """timm's pre-norm blocks on patch or word embeddings, as many and as wide as in ours -> every block's
+    output."""
+
+    def __init__(self, depth, img_size=0):
+        from timm.models.vision_transformer import Block, VisionTransformer
+        super().__init__()
+        self.vit = VisionTransformer(img_size, depth=depth, num_classes=0) if img_size else None
+        if not img_size:
+            self.words, self.norm = torch.nn.Embedding(30522, 768), torch.nn.LayerNorm(768)
+            self.positions = torch.nn.Parameter(torch.zeros(512, 768))
+            self.blocks = torch.nn.ModuleList(Block(768, 12, qkv_bias=True) for _ in range(depth))
+
+    def forward(self, x, attend=None):
+        if self.vit is not None:
+            x, blocks = self.vit._pos_embed(self.vit.patch_embed(x)), self.vit.blocks
+        else:
+            x, blocks = self.norm(self.words(x) + self.positions[:x.shape[1]]), self.blocks
+        layers = []
+        for block in blocks:
+            x = block(x, attend)
+            layers.append(x)
+        return layers
+
+
+class PlainPair(torch.nn.Module):
+    """Two encoders and shared blocks; the outputs of VisionLanguageModel."""
+
+    def __init__(self, knobs, img_size):
+        from timm.models.vision_transformer import Block
+        super().__init__()
+        self.image, self.text = Plain(knobs.depth, img_size), Plain(knobs.text_depth)
+        self.blocks = torch.nn.ModuleList(Block(768, 12) for _ in range(knobs.shared_depth))
+        self.head = torch.nn.Linear(768, 768)
+        self.log_scale = torch.nn.Parameter(torch.full((knobs.align_levels,), 2.66))
+
+    def forward(self, images, ids, padding_mask):
+        attend, out = ~padding_mask[:, None, None], []
+        for x, mask in ((self.image(images)[-1], None), (self.text(ids, attend)[-1], attend)):
+            for block in self.blocks:
+                x = block(x, mask)
+            out.append(x[:, 0])
+        return *out, self.head(out[0]), self.head(out[1]), *(out if len(self.log_scale) > 1 else ())
+
+
+def plain_side(args, knobs, loop, device):
+    """The plain way: batch, compiled -> nothing; one training step."""
+    from model import normalize
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if args.track == "multimodal":
+        from timm.models.beit import Beit
+        teacher = Beit(args.img_size, num_classes=0, use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
+                       init_values=0.1)
+        student = PlainPair(knobs, args.img_size)
+        queue = None
+        if knobs.queue_size:
+            queue = (F.normalize(torch.randn(knobs.queue_size, 768, device=device), dim=-1),
+                     torch.full((knobs.queue_size,), -1, device=device))
+    else:
+        size = args.img_size if args.track == "image" else 0
+        teacher, student = Plain(12, size), Plain(knobs.depth, size)
+    student, teacher = student.to(device), teacher.to(device).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+
+    def target(layers):
+        normed = [F.instance_norm(x.float().transpose(1, 2)).transpose(1, 2) for x in layers]
+        return F.layer_norm(torch.stack(normed).mean(0), layers[0].shape[-1:])
+
+    def loss_of(images, ids, padding_mask, group):
+        with torch.autocast(device.type, dtype):
+            if images is not None:
+                images = normalize(images)
+            if args.track != "multimodal":
+                x = ids if images is None else images
+                with torch.no_grad():
+                    goal = target(teacher(x))
+                return F.mse_loss(target(student(x)), goal)
+            with torch.no_grad():
+                goal = teacher.forward_features(images)[:, 0].float()
+            outputs = student(images, ids, padding_mask)
+        return loop.loss_terms(outputs, goal, group, queue, None, student, knobs)[0]
+
+    compiled_loss = torch.compile(loss_of)
+
+    def run(batch, compiled):
+        batch = [x if x is None else x.to(device, non_blocking=True) for x in batch]
+        scaler.scale((compiled_loss if compiled else loss_of)(*batch)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return run
+
+
+def step(args):
+    import timm.models # now: DataLoader is not itself for long
+    from model import CONFIGS, Encoder, peak_memory, pick_device, ready, use_compile
+    loop, noise = importlib.import_module(f"distill_{args.track}"), tempfile.TemporaryDirectory()
+    flags = [f"--data_dir={noise.name}", "--data=noise", f"--out_dir={noise.name}/out",
+             *(f"--{k}={10 ** 9}" for k in ("log_interval", "eval_interval", "save_interval", "max_steps")),
+             *([f"--img_size={args.img_size}"] if args.track == "multimodal" else []), *args.words]
+    knobs = loop.get_args(flags)
+    if args.track == "multimodal" and (knobs.shared != "transformer" or knobs.teacher == "resnet50"):
+        sys.exit(f"step: not for --preset={knobs.preset}; --preset=smke, mmd2v2 or mmd2v2_beit")
+    device, B = pick_device(knobs.device), knobs.batch_size
+    if args.memory_fraction and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(args.memory_fraction)
+    write_noise(f"{noise.name}/noise", B)
+    sides = {"ours": None} if args.only else {"ours": None, "plain": False}
+    if use_compile(knobs.compile, device) and not args.only:
+        sides["plain, compiled"] = True
+    seconds, peaks, syncs = {side: [] for side in sides}, {}, 0
+
+    def turns(batches, first):
+        """Yields the loop its batches, first among them; whenever it comes back after args.steps steps the
+        others take their turn. Ends with Done."""
+        nonlocal syncs
+        images, ids, padding_mask, group = first
+        for k in range(-1, args.rounds): # -1 warms up and compiles
+            for side, compiled in sides.items():
+                if compiled is False and k < 0:
+                    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+                    run = plain_side(args, knobs, loop, device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                wait(device)
+                start = time.perf_counter()
+                for n in range(args.steps):
+                    if compiled is None:
+                        yield next(batches)
+                    else:
+                        run((images, ids, padding_mask, group), compiled)
+                wait(device)
+                if k >= 0:
+                    seconds[side].append((time.perf_counter() - start) / args.steps)
+                elif device.type == "cuda": # the loop's before there is anything else
+                    own = 0 if compiled is None else others
+                    peaks[side] = (torch.cuda.max_memory_allocated(device) - own) / 2 ** 30
+            if k < 0 and device.type == "cuda": # warmed up: for which operations does the host wait?
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    torch.cuda.set_sync_debug_mode("warn")
+                    yield next(batches)
+                    torch.cuda.set_sync_debug_mode("default")
+                syncs = sum("synchronizing" in str(w.message) for w in said)
+        raise Done
+
+    def encoder(which, modality, path=None, final_norm=False):
+        size = {"img_size": args.img_size} if modality == "image" else {"vocab_size": AnyText.vocab_size}
+        made = ready(Encoder(**{**CONFIGS[which], **size, "final_norm": final_norm}))
+        made.tokenizer = AnyText()
+        return made
+    loop.load_encoder = encoder
+    if args.track == "text":
+        length, order, T = knobs.max_length - 2, loop.batch_order, knobs.max_length
+        loop.Tokens = lambda *a: np.random.default_rng(0).integers(4, 30522, 2 * B * length)
+        loop.batch_order = lambda *a: turns(order(*a), (None, torch.randint(4, 30522, (B, T)), None, None))
+    else:
+        load = torch.utils.data.DataLoader
+
+        def loader(dataset, *a, batch_sampler=None, **more):
+            nonlocal T
+            if batch_sampler is None:
+                return load(dataset, *a, **more)
+            pool = list(itertools.islice(load(dataset, batch_sampler=batch_sampler, **more), 2))
+            first = (pool[0], None, None, None)
+            if args.track == "image":
+                first = (pool[0][:, 0], None, None, None)
+            else:
+                *inputs, index = pool[0]
+                first, T = (*inputs, index), inputs[1].shape[1]
+            return turns(itertools.cycle(pool), first)
+        torch.utils.data.DataLoader, T = loader, 0
+    peak = (0.0, 0) if args.only else matmul_peak(device)
+    try:
+        loop.main(knobs)
+    except Done:
+        pass
+    if args.only:
+        print(f"peak {peaks.get('ours', peak_memory(device)):.2f} GB")
+        return
+    flops = step_flops(args, knobs, T)
+    what = [f"{args.img_size} px"] * (args.track != "text") + [f"{T} tokens"] * (args.track != "image")
+    print(f"\n{args.track}, preset {knobs.preset}: {B} samples of {' and '.join(what)}, {flops / 1e9:.1f} "
+          f"GFLOP each\nlargest bf16 matrix product {peak[0]:.2f} TFLOP/s ({peak[1]} square); {args.rounds} "
+          f"rounds of {args.steps} steps, and the ratio of ours to each" +
+          f"\n{syncs} times a step the host waits for the device" * (device.type == "cuda"))
+    for side, values in seconds.items():
+        s = np.median(values)
+        mfu, gb = B * flops / s / peak[0] / 1e10, f"{peaks[side]:6.2f} GB" if side in peaks else ""
+        print(f"  {side:16}{B / s:9.1f} samples/s{1000 * s:9.1f} ms{mfu:6.1f} % MFU {gb}  "
+              f"{ratios(values, seconds['ours'])}")
+
+
+def memory(args):
+    print(f"{args.track}: peak memory of a step, GB" +
+          f", under {args.memory_fraction} of the card" * (args.memory_fraction > 0))
+    for B in map(int, args.batches.split(",")):
+        for micro in (0, args.micro):
+            if micro and (micro >= B or B % micro):
+                continue
+            command = [sys.executable, __file__, "step", "--only", "--rounds=1", "--steps=2",
+                       f"--track={args.track}", f"--img_size={args.img_size}",
+                       f"--memory_fraction={args.memory_fraction}", f"--batch_size={B}",
+                       f"--micro_batch_size={micro}", *args.words]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            said = done.stdout.splitlines()[-1:]
+            if done.returncode:
+                said = ["out of memory" if "out of memory" in done.stdout or done.returncode == -9 else
+                        f"failed: {said}"]
+            print(f"  batch {B:>6} {f'by {micro}' if micro else 'at once':10} {said[0]}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+
+
+def photographs(width, height, n):
+    """n different JPEGs of this size, quality 90, from two photographs."""
+    from sklearn.datasets import load_sample_images
+    rng, pictures = np.random.default_rng(0), [Image.fromarray(x) for x in load_sample_images().images]
+    for i in range(n):
+        picture = pictures[i % 2]
+        h = picture.height * rng.uniform(0.85, 1)
+        w = h * width / height
+        x, y = rng.uniform(0, picture.width - w), rng.uniform(0, picture.height - h)
+        jpeg = io.BytesIO()
+        picture.resize((width, height), Image.LANCZOS, (x, y, x + w, y + h)).save(jpeg, "JPEG", quality=90)
+        yield jpeg.getvalue()
+
+
+def loader(args):
+    import torchvision.transforms as T
+    from torchvision.datasets import ImageFolder
+    from prepare_pairs import RecordWriter, Records, to_record, train_image
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    torch.set_num_threads(1)
+    n, passes = 64, 8
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in ((500, 375), (640, 480)):
+            home = f"{folder}/{width}"
+            os.makedirs(f"{home}/a")
+            stored, small = RecordWriter(f"{home}/stored"), RecordWriter(f"{home}/small")
+            for i, data in enumerate(photographs(width, height, n)):
+                with open(f"{home}/a/{i:03}.jpg", "wb") as f:
+                    f.write(data)
+                stored.write(data)
+                small.write(to_record(data, 256))
+            stored.close()
+            small.close()
+            for least in (0.08,) if width == 500 else (0.6, 0.9):
+                def ours(name):
+                    records, rng = Records(f"{home}/{name}"), np.random.default_rng(0)
+                    for i in range(passes * n):
+                        train_image(records[i % n], 224, least, rng)
+
+                def theirs(*rest):
+                    crop = T.RandomResizedCrop(224, (least, 1), interpolation=T.InterpolationMode.BICUBIC)
+                    images = ImageFolder(home, T.Compose([crop, *rest]))
+                    for i in range(passes * n):
+                        images[i % n]
+                usual = (T.RandomHorizontalFlip(), T.ToTensor(),
+                         T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+                sides = {"torchvision, to uint8": lambda: theirs(T.PILToTensor()),
+                         "torchvision, to float": lambda: theirs(*usual)}
+                for side, name in (("records", "stored"), ("records of --resize=256", "small")):
+                    compare(f"{width}x{height}, crops of at least {least}", passes * n,
+                            {side: lambda: ours(name), **sides}, args.rounds, "images")
+
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("which", choices=["owt", "download"])
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("which", choices=["step", "memory", "loader", "tokenise", "owt", "download"])
+    p.add_argument("--track", choices=["image", "text", "multimodal"], default="image")
+    p.add_argument("--img_size", type=int, default=224)
+    p.add_argument("--steps", type=int, default=10, help="of each side in a row")
+    p.add_argument("--only", action="store_true", help="step: our side alone")
+    p.add_argument("--batches", default="256,1024,4096", help="memory: batch sizes")
+    p.add_argument("--micro", type=int, default=256, help="memory: micro-batch size")
+    p.add_argument("--memory_fraction", type=float, default=0.0, help="of the GPU's memory, at most")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--cores", type=int, default=0, help="0: all")
     p.add_argument("--img2dataset", default="img2dataset", help="its program")
     p.add_argument("--threads", type=int, default=64)
     p.add_argument("--urls", type=int, default=20000)
-    args = p.parse_args()
-    {"owt": owt, "download": download}[args.which](args)
+    args, words = p.parse_known_args()
+    if words and args.which not in ("step", "memory"):
+        p.error(f"unknown: {' '.join(words)}")
+    args.words = words # flags of the loop
+    {"step": step, "memory": memory, "loader": loader, "tokenise": owt, "owt": owt,
+     "download": download}[args.which](args)

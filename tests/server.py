@@ -66,18 +66,18 @@ def chunked(body, tail=b"0\r\n\r\n", **headers):
                            for part in (body[i:i + 50] for i in range(0, len(body), 50))) + tail
 
 
-async def drip(writer, data, pause):
+async def drip(transport, data, pause):
     for i in range(len(data)):
-        writer.write(data[i:i + 1])
-        await writer.drain()
+        transport.write(data[i:i + 1])
         await asyncio.sleep(pause)
 
 
-async def endless(writer, head):
-    writer.write(head)
-    while True:
-        writer.write(bytes(1 << 16))
-        await writer.drain()
+async def endless(transport, head):
+    transport.write(head)
+    while not transport.is_closing():
+        if transport.get_write_buffer_size() < 1 << 20:
+            transport.write(bytes(1 << 16))
+        await asyncio.sleep(0)
 
 
 HTML = b"<!DOCTYPE html><html><body>Sorry, this picture is gone.</body></html>"
@@ -85,121 +85,133 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><rect wid
 WIDE = io.BytesIO() # no JPEG can be so wide
 Image.new("P", (65_535, 40)).save(WIDE, "GIF")
 WIDE = WIDE.getvalue()
-# name -> function of (n, how often this path was asked for before, writer, own address): bytes, or a
-# coroutine that writes them; names that start with end_ or have a coroutine end the connection
+# name -> function of (n, how often this path was asked for before, transport): bytes, or a coroutine that
+# writes them, after which the connection ends; it also ends after those of ENDING
 ANSWERS = {
-    "png": lambda n, seen, w, me: answer(picture(n), Content_Type="image/png"),
-    "jpg": lambda n, seen, w, me: answer(picture(n, "JPEG"), Content_Type="image/jpeg"),
-    "webp": lambda n, seen, w, me: answer(picture(n, "WEBP")),
-    "photo": lambda n, seen, w, me: answer(photograph(n)),
-    "wrong_type": lambda n, seen, w, me: answer(picture(n), Content_Type="text/html"),
-    "gzipped": lambda n, seen, w, me: answer(gzip.compress(picture(n)), Content_Encoding="gzip"),
-    "chunked": lambda n, seen, w, me: chunked(picture(n)),
-    "moved": lambda n, seen, w, me: answer(HTML, "302 Found", Location=f"../png/{n}"),
-    "busy_once": lambda n, seen, w, me: (answer(picture(n)) if seen else
+    "png": lambda n, seen, w: answer(picture(n), Content_Type="image/png"),
+    "jpg": lambda n, seen, w: answer(picture(n, "JPEG"), Content_Type="image/jpeg"),
+    "webp": lambda n, seen, w: answer(picture(n, "WEBP")),
+    "photo": lambda n, seen, w: answer(photograph(n)),
+    "wrong_type": lambda n, seen, w: answer(picture(n), Content_Type="text/html"),
+    "gzipped": lambda n, seen, w: answer(gzip.compress(picture(n)), Content_Encoding="gzip"),
+    "chunked": lambda n, seen, w: chunked(picture(n)),
+    "moved": lambda n, seen, w: answer(HTML, "302 Found", Location=f"../png/{n}"),
+    "busy_once": lambda n, seen, w: (answer(picture(n)) if seen else
                                          answer(b"", "503 Service Unavailable", Retry_After="1")),
-    "busy_until": lambda n, seen, w, me: (answer(picture(n)) if seen else answer(
+    "busy_until": lambda n, seen, w: (answer(picture(n)) if seen else answer(
         b"", "429 Too Many Requests", Retry_After=formatdate(time.time() + 2, usegmt=True))),
-    "reset_once": lambda n, seen, w, me: answer(picture(n)) if seen else b"",
-    "cut_once": lambda n, seen, w, me: answer(picture(n)) if seen else answer(picture(n)[:90], length=900),
-    "none": lambda n, seen, w, me: answer(HTML, "404 Not Found"),
-    "gone": lambda n, seen, w, me: answer(HTML, "410 Gone"),
-    "forbidden": lambda n, seen, w, me: answer(HTML, "403 Forbidden"),
-    "broken": lambda n, seen, w, me: answer(HTML, "500 Internal Server Error"),
-    "busy": lambda n, seen, w, me: answer(b"", "429 Too Many Requests"),
-    "busy_for_long": lambda n, seen, w, me: answer(b"", "429 Too Many Requests", Retry_After="86400"),
-    "no_content": lambda n, seen, w, me: answer(b"", "204 No Content"),
-    "empty": lambda n, seen, w, me: answer(b"", Content_Type="image/jpeg"),
-    "loop": lambda n, seen, w, me: answer(b"", "301 Moved Permanently", Location=f"/loop/{n}?{seen}"),
-    "nowhere": lambda n, seen, w, me: answer(b"", "302 Found"),
-    "to_file": lambda n, seen, w, me: answer(b"", "302 Found", Location="file:///etc/passwd"),
-    "to_ftp": lambda n, seen, w, me: answer(b"", "302 Found", Location="ftp://example.org/a.png"),
-    "to_private": lambda n, seen, w, me: answer(b"", "302 Found", Location="http://169.254.169.254/latest"),
-    "to_nonsense": lambda n, seen, w, me: answer(b"", "302 Found", Location="http://[::1"),
-    "opted_out": lambda n, seen, w, me: answer(picture(n), X_Robots_Tag="noindex, noai"),
-    "reserved": lambda n, seen, w, me: answer(picture(n), TDM_Reservation="1"),
-    "other_robot": lambda n, seen, w, me: answer(picture(n), X_Robots_Tag="otherbot: noai"),
-    "html": lambda n, seen, w, me: answer(HTML, Content_Type="image/jpeg"),
-    "svg": lambda n, seen, w, me: answer(SVG, Content_Type="image/svg+xml"),
-    "pixel": lambda n, seen, w, me: answer(picture(n, "GIF", (1, 1)), Content_Type="image/gif"),
-    "strip": lambda n, seen, w, me: answer(picture(n, "PNG", (3000, 9))),
-    "bomb": lambda n, seen, w, me: answer(png_claiming(30_000, 30_000)),
-    "large": lambda n, seen, w, me: answer(png_claiming(9_000, 9_000)),
-    "scans": lambda n, seen, w, me: answer(photograph(n)[:-2] + b"\xff\xda\0\x08" * 200 + b"\xff\xd9"),
-    "wide": lambda n, seen, w, me: answer(WIDE),
-    "robots_404": lambda n, seen, w, me: answer(HTML, "404 Not Found", X_Robots_Tag="noindex"),
-    "half_jpg": lambda n, seen, w, me: answer(photograph(n)[:30_000]),
-    "half_png": lambda n, seen, w, me: answer(picture(n)[:2000]),
-    "zeros": lambda n, seen, w, me: answer(photograph(n)[:30_000] + bytes(30_000)),
-    "noise": lambda n, seen, w, me: answer(b"\x89PNG\r\n\x1a\n" + random.Random(n).randbytes(500)),
-    "placeholder": lambda n, seen, w, me: answer(picture(9999, "GIF")),
-    "too_long": lambda n, seen, w, me: answer(picture(n), length=10 ** 12),
-    "gzip_bomb": lambda n, seen, w, me: answer(BOMB, Content_Encoding="gzip"),
-    "not_gzip": lambda n, seen, w, me: answer(picture(n), Content_Encoding="gzip"),
-    "brotli": lambda n, seen, w, me: answer(picture(n), Content_Encoding="br"),
-    "cut": lambda n, seen, w, me: answer(picture(n)[:90], length=900),
-    "bad_chunks": lambda n, seen, w, me: chunked(picture(n), b"zz\r\nxx"),
-    "no_http": lambda n, seen, w, me: b"220 smtp.example.org ready\r\n",
-    "hang_up": lambda n, seen, w, me: b"",
-    "bad_length": lambda n, seen, w, me: answer(picture(n), length="many"),
-    "more_than_said": lambda n, seen, w, me: answer(picture(n)) + answer(picture(n + 1)),
-    "endless": lambda n, seen, w, me: endless(w, b"HTTP/1.1 200 OK\r\n\r\n"),
-    "slow": lambda n, seen, w, me: drip(w, answer(picture(n)), 0.1),
-    "slow_head": lambda n, seen, w, me: drip(w, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999, 0.1),
-    "silent": lambda n, seen, w, me: asyncio.sleep(3600),
+    "reset_once": lambda n, seen, w: answer(picture(n)) if seen else b"",
+    "cut_once": lambda n, seen, w: answer(picture(n)) if seen else answer(picture(n)[:90], length=900),
+    "none": lambda n, seen, w: answer(HTML, "404 Not Found"),
+    "gone": lambda n, seen, w: answer(HTML, "410 Gone"),
+    "forbidden": lambda n, seen, w: answer(HTML, "403 Forbidden"),
+    "broken": lambda n, seen, w: answer(HTML, "500 Internal Server Error"),
+    "busy": lambda n, seen, w: answer(b"", "429 Too Many Requests"),
+    "busy_for_long": lambda n, seen, w: answer(b"", "429 Too Many Requests", Retry_After="86400"),
+    "no_content": lambda n, seen, w: answer(b"", "204 No Content"),
+    "empty": lambda n, seen, w: answer(b"", Content_Type="image/jpeg"),
+    "loop": lambda n, seen, w: answer(b"", "301 Moved Permanently", Location=f"/loop/{n}?{seen}"),
+    "nowhere": lambda n, seen, w: answer(b"", "302 Found"),
+    "to_file": lambda n, seen, w: answer(b"", "302 Found", Location="file:///etc/passwd"),
+    "to_ftp": lambda n, seen, w: answer(b"", "302 Found", Location="ftp://example.org/a.png"),
+    "to_private": lambda n, seen, w: answer(b"", "302 Found", Location="http://169.254.169.254/latest"),
+    "to_nonsense": lambda n, seen, w: answer(b"", "302 Found", Location="http://[::1"),
+    "opted_out": lambda n, seen, w: answer(picture(n), X_Robots_Tag="noindex, noai"),
+    "reserved": lambda n, seen, w: answer(picture(n), TDM_Reservation="1"),
+    "other_robot": lambda n, seen, w: answer(picture(n), X_Robots_Tag="otherbot: noai"),
+    "html": lambda n, seen, w: answer(HTML, Content_Type="image/jpeg"),
+    "svg": lambda n, seen, w: answer(SVG, Content_Type="image/svg+xml"),
+    "pixel": lambda n, seen, w: answer(picture(n, "GIF", (1, 1)), Content_Type="image/gif"),
+    "strip": lambda n, seen, w: answer(picture(n, "PNG", (3000, 9))),
+    "bomb": lambda n, seen, w: answer(png_claiming(30_000, 30_000)),
+    "large": lambda n, seen, w: answer(png_claiming(9_000, 9_000)),
+    "scans": lambda n, seen, w: answer(photograph(n)[:-2] + b"\xff\xda\0\x08" * 200 + b"\xff\xd9"),
+    "wide": lambda n, seen, w: answer(WIDE),
+    "robots_404": lambda n, seen, w: answer(HTML, "404 Not Found", X_Robots_Tag="noindex"),
+    "half_jpg": lambda n, seen, w: answer(photograph(n)[:30_000]),
+    "half_png": lambda n, seen, w: answer(picture(n)[:2000]),
+    "zeros": lambda n, seen, w: answer(photograph(n)[:30_000] + bytes(30_000)),
+    "noise": lambda n, seen, w: answer(b"\x89PNG\r\n\x1a\n" + random.Random(n).randbytes(500)),
+    "placeholder": lambda n, seen, w: answer(picture(9999, "GIF")),
+    "too_long": lambda n, seen, w: answer(picture(n), length=10 ** 12),
+    "gzip_bomb": lambda n, seen, w: answer(BOMB, Content_Encoding="gzip"),
+    "not_gzip": lambda n, seen, w: answer(picture(n), Content_Encoding="gzip"),
+    "brotli": lambda n, seen, w: answer(picture(n), Content_Encoding="br"),
+    "cut": lambda n, seen, w: answer(picture(n)[:90], length=900),
+    "bad_chunks": lambda n, seen, w: chunked(picture(n), b"zz\r\nxx"),
+    "no_http": lambda n, seen, w: b"220 smtp.example.org ready\r\n",
+    "hang_up": lambda n, seen, w: b"",
+    "bad_length": lambda n, seen, w: answer(picture(n), length="many"),
+    "more_than_said": lambda n, seen, w: answer(picture(n)) + answer(picture(n + 1)),
+    "endless": lambda n, seen, w: endless(w, b"HTTP/1.1 200 OK\r\n\r\n"),
+    "slow": lambda n, seen, w: drip(w, answer(picture(n)), 0.1),
+    "slow_head": lambda n, seen, w: drip(w, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999, 0.1),
+    "silent": lambda n, seen, w: asyncio.sleep(3600),
 }
 ENDING = {"cut", "cut_once", "bad_chunks", "no_http", "hang_up", "reset_once", "too_long", "bad_length"}
 BOMB = gzip.compress(bytes(200_000_000), 9)
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a Server. Bare, since it shares the cores with what is measured."""
+
+    def __init__(self, server):
+        self.server, self.received, self.task = server, b"", None
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def connection_lost(self, error):
+        if self.task:
+            self.task.cancel()
+
+    def data_received(self, data):
+        self.received += data
+        if self.received[:1] == b"\x16": # TLS, of which there is none here
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            return self.transport.close()
+        while b"\r\n\r\n" in self.received:
+            head, _, self.received = self.received.partition(b"\r\n\r\n")
+            path = head.split(b" ", 2)[1].decode()
+            if self.server.delay:
+                asyncio.get_running_loop().call_later(self.server.delay, self.answer, path)
+            else:
+                self.answer(path)
+
+    def answer(self, path):
+        asked, (name, _, number) = self.server.asked, path.strip("/").partition("/")
+        seen, asked[path] = asked[path], asked[path] + 1
+        number = number.partition("?")[0]
+        data = ANSWERS.get(name, ANSWERS["none"])(int(number) if number.isdigit() else 0, seen, self.transport)
+        if not isinstance(data, bytes):
+            self.task = asyncio.ensure_future(self.finish(data))
+            return
+        self.transport.write(data)
+        if name in ENDING and not (name.endswith("_once") and seen):
+            self.transport.close()
+
+    async def finish(self, coroutine):
+        await coroutine
+        self.transport.close()
 
 
 class Server:
     """with Server() as server: server.url, "http://127.0.0.1:PORT"; server.asked counts the paths."""
 
     def __init__(self, port=0, delay=0.0):
-        self.asked, self.port, self.delay, self.tasks = Counter(), port, delay, set()
-
-    async def handle(self, reader, writer):
-        self.tasks.add(asyncio.current_task())
-        try:
-            while True:
-                head = await reader.read(1)
-                if head in (b"", b"\x16"): # the end, or TLS, of which there is none here
-                    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" if head else b"")
-                    break
-                head += await reader.readuntil(b"\r\n\r\n")
-                path = head.split(b" ", 2)[1].decode()
-                name, _, number = path.strip("/").partition("/")
-                seen, self.asked[path] = self.asked[path], self.asked[path] + 1
-                if self.delay:
-                    await asyncio.sleep(self.delay)
-                number = number.partition("?")[0]
-                data = ANSWERS.get(name, ANSWERS["none"])(int(number) if number.isdigit() else 0, seen,
-                                                          writer, self.url)
-                if not isinstance(data, bytes):
-                    await data
-                    break
-                writer.write(data)
-                await writer.drain()
-                if name in ENDING and not (name.endswith("_once") and seen):
-                    break
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
-            pass # the other side went away
-        finally:
-            writer.close()
+        self.asked, self.port, self.delay = Counter(), port, delay
 
     async def serve(self, ready=None):
-        server = await asyncio.start_server(self.handle, "127.0.0.1", self.port, backlog=4096)
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        server = await self.loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, backlog=4096)
         self.port = server.sockets[0].getsockname()[1]
-        self.url, self.loop, self.stop = (f"http://127.0.0.1:{self.port}", asyncio.get_running_loop(),
-                                          asyncio.Event())
+        self.url = f"http://127.0.0.1:{self.port}"
         if ready:
             ready.set()
         else:
             print(self.url, flush=True)
         await self.stop.wait()
         server.close()
-        for task in self.tasks:
-            task.cancel()
 
     def __enter__(self):
         ready = threading.Event()

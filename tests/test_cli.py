@@ -402,7 +402,7 @@ def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):
     teacher comes out as the student needs it. Not for a run that needs no teacher."""
     started = []
 
-    def start(command):
+    def start(command, env):
         assert command[0] == sys.executable and os.path.dirname(command[1]) == REPO
         started.append(parse_command(shlex.join(["python", os.path.basename(command[1]), *command[2:]])))
         return SimpleNamespace(returncode=0)

@@ -191,9 +191,9 @@ def test_a_host_that_asks_for_time_gets_it(server, tmp_path):
     """While a host has said Retry-After, its other urls wait too."""
     times = []
 
-    def note(n, seen, w, me):
+    def note(n, seen, w):
         times.append((time.monotonic(), n))
-        return ANSWERS["busy_once"](n, seen, w, me)
+        return ANSWERS["busy_once"](n, seen, w)
     ANSWERS["noted"] = note
     try:
         rows = [(f"{server.url}/noted/{n}", "x") for n in range(1)]
@@ -364,7 +364,9 @@ def test_held_out_rows_beyond_what_is_needed_are_counted(server, tmp_path, monke
     with open(tmp_path / "cc12m" / "meta.json") as f:
         meta = json.load(f)
     beyond = meta["failed"]["held out beyond 2"]
-    assert beyond > 2 and meta["splits"]["train"]["images"] == 198 - beyond
+    kept = {split: counts["images"] for split, counts in meta["splits"].items()}
+    assert beyond > 0 and kept["train"] + kept["val"] + beyond == 200
+    assert 2 <= kept["val"] <= 6 # some were under way when there were enough
 
 
 def test_interrupted_while_it_notes(server, tmp_path, monkeypatch):

@@ -516,6 +516,7 @@ def test_retrieval_command(tmp_path, monkeypatch, capsys, data, whole):
     pairs.text_to_image = np.append(pairs.text_to_image, 1)
     if whole:
         monkeypatch.setattr(evaluate, "TEST_IMAGES", {data: 12})
+        monkeypatch.setattr(evaluate, "TEST_CAPTIONS", {data: (61,)})
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: Colours().eval())
     monkeypatch.setattr(evaluate, "Pairs", lambda data_dir, name, split, needs_captions: pairs)
     argv = ["retrieval", "--ckpt=some/ckpt.pt", f"--data={data}", "--device=cpu", "--dtype=float32",

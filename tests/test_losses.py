@@ -288,7 +288,7 @@ def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monke
                        [f"--teacher={teacher}", "--image_init=teacher"])]
     metrics = {"i2t_r10": 0.0, "t2i_r10": 0.0, "mean": 0.0}
     monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval",
-                        lambda *rest: (metrics, None, None))
+                        lambda *rest, **_: (metrics, None, None))
     monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
     gradients = []
     clip = torch.nn.utils.clip_grad_norm_

@@ -237,6 +237,21 @@ def test_a_model_that_knows(run, monkeypatch):
     assert model.images == [7, 5]
 
 
+def test_a_set_without_training_images(run):
+    """Nothing is learned here: a test split is enough."""
+    shutil.copytree("data/toy", "data/alone")
+    with open("data/alone/meta.json") as f:
+        meta = json.load(f)
+    for split in ("train", "val"):
+        del meta["splits"][split]
+        for name in os.listdir("data/alone"):
+            if name.startswith(split):
+                os.remove(f"data/alone/{name}")
+    with open("data/alone/meta.json", "w") as f:
+        json.dump(meta, f)
+    assert run(task="alone")["metrics"] == run()["metrics"]
+
+
 def test_accuracy_of_random_scores(monkeypatch):
     """1,000 pictures, 30 classes: open_clip's classifier, scikit-learn's count of who is among the first."""
     images, labels = torch.randn(1000, 16), np.random.default_rng(0).integers(0, 30, 1000)
@@ -287,7 +302,7 @@ def test_published_rows(monkeypatch, without, capsys, changes, published):
     (dict(task="bare"), "has no labels in its split"), (dict(ckpt="image.pt"), "does not embed both"),
     (dict(ckpt="none.pt"), "no checkpoint at none.pt"), (dict(image_encoder="image.pt"), "go together"),
     (dict(image_encoder="image.pt", text_encoder="text.pt"), "--ckpt is a model with both"),
-    (dict(device="gpu"), "is no device")])
+    (dict(image_path="x"), "say which, with --image_encoder"), (dict(device="gpu"), "is no device")])
 def test_wrong_input(run, tiny_data, changes, said):
     for name in "unnamed", "few", "bare":
         shutil.copytree("data/toy", f"data/{name}")
