@@ -1111,7 +1111,7 @@ def work_through(jobs, work, threads, tries, tick):
     """Yields (job, what work(job) gave or the Bad that it raised) in the order in which they end, `threads`
     at a time; no more than 2 x threads results wait to be taken. What may come right later is tried `tries`
     times, after 1, 2, 4.. seconds or as long as the server asks for. tick: called about once a second."""
-    # a deque that is looked at now and then, not a queue: to wake a thread for each row costs more than the row
+    # a deque that is looked at now and then, not a queue: to wake a thread for each row costs more
     jobs, results, later, lock = iter(jobs), deque(), [], threading.Lock()
     order, running, stopped = itertools.count(), [0], threading.Event()
 

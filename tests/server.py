@@ -182,7 +182,8 @@ class Connection(asyncio.Protocol):
         asked, (name, _, number) = self.server.asked, path.strip("/").partition("/")
         seen, asked[path] = asked[path], asked[path] + 1
         number = number.partition("?")[0]
-        data = ANSWERS.get(name, ANSWERS["none"])(int(number) if number.isdigit() else 0, seen, self.transport)
+        make = ANSWERS.get(name, ANSWERS["none"])
+        data = make(int(number) if number.isdigit() else 0, seen, self.transport)
         if not isinstance(data, bytes):
             self.task = asyncio.ensure_future(self.finish(data))
             return

@@ -260,6 +260,7 @@ def files_of(folder):
     return content
 
 
+@pytest.mark.slow
 def test_killed_and_prepared_again(openmoji, tmp_path, monkeypatch):
     """Killed half-way, the set is not there; the next run, in another process, makes byte for byte the
     same."""

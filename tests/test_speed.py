@@ -160,6 +160,7 @@ def test_text_of_any_length_is_two_graphs(graphs):
     assert graphs(VisionLanguageModel(IMAGE, TEXT), batches) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, knobs, most", [("features", {}, [2, 2]), ("views", {}, [2, 0]),
                                                ("queue", dict(micro_batch_size=8), [4, 2])])
 def test_loops_compile_each_model_once(run, tmp_path, monkeypatch, name, knobs, most):
