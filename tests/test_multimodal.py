@@ -5,6 +5,7 @@ The presets of distill_multimodal.py from files in the published layouts, and th
     pytest tests/test_multimodal.py -m slow     # 768 wide, 224 px: what a user starts, for three steps
 """
 import importlib
+import json
 import os
 import shutil
 
@@ -14,11 +15,15 @@ import pytest
 import torch
 
 import distill_multimodal
+import evaluate
 import model
+import prepare_pairs
 from evaluate import EvalImages
 from model import load_checkpoint, load_encoder, load_pretrained, normalize, read_checkpoint
 from prepare_pairs import Pairs
+from server import Server
 from test_loops import flags, records
+from test_pairs import write_coco
 from test_pretrained import FULL, published, trainer_file
 
 SMALL = {**FULL, "D": 32, "h": 2, "img": 32}
@@ -166,6 +171,38 @@ def test_shared_blocks_from_the_text_model(preset, number, small, small_paths):
     assert before["config"]["shared"]["eps"] == 1e-5
     with pytest.raises(SystemExit, match="--text_depth=12 and --shared_depth=.* with --shared_init=text"):
         small(preset, "deep", shared_init="text", text_depth=12)
+
+
+@pytest.mark.parametrize("preset", ["mmd2v2_beit", "smke"])
+def test_from_the_files_of_coco_to_every_table(preset, small, tmp_path, monkeypatch, capsys):
+    """Karpathy's list and COCO's archives, prepared; teachers in the published layouts; three steps, with a
+    list of urls' set joined to it; then retrieval and zero-shot of the checkpoint."""
+    monkeypatch.undo() # the whole of evaluate.py
+    for name, config in model.CONFIGS.items():
+        monkeypatch.setitem(model.CONFIGS, name, {**config, "embed_dim": 32, "num_heads": 2, "img_size": 32})
+    data_dir = tmp_path / "data"
+    write_coco(tmp_path, 48)
+    with Server() as server:
+        (tmp_path / "cc12m.tsv").write_text("".join(f"{server.url}/png/{n}\tpicture {n}\n"
+                                                    for n in range(300, 340)))
+        for data in ("coco", "cc12m"):
+            prepare_pairs.main(prepare_pairs.get_args([
+                f"--data={data}", f"--source={tmp_path}", f"--data_dir={data_dir}", "--allow_private",
+                "--threads=4"]))
+    small(preset, data="coco,cc12m", data_dir=data_dir, max_steps=3, cache_targets=True)
+    ckpt = f"--ckpt={tmp_path / 'run' / 'ckpt.pt'}"
+    found = evaluate.main(["retrieval", "--data=coco", f"--data_dir={data_dir}", ckpt, "--device=cpu"])
+    assert 0 <= found["metrics"]["mean"] <= 100 and not found["published"]
+    labels = np.arange(12) % 3
+    np.save(data_dir / "coco" / "test_labels.npy", labels)
+    with open(data_dir / "coco" / "meta.json") as f:
+        meta = json.load(f)
+    with open(data_dir / "coco" / "meta.json", "w") as f:
+        json.dump({**meta, "classes": ["noise", "picture", "caption"]}, f)
+    np.save(data_dir / "coco" / "val_labels.npy", labels)
+    found = evaluate.main(["zeroshot", "--task=coco", f"--data_dir={data_dir}", ckpt, "--device=cpu"])
+    assert found["classes"] == 3 and found["metrics"]["top3"] == 100
+    assert "image -> text" in capsys.readouterr().out
 
 
 def test_next_command_runs(small, capsys):
