@@ -460,6 +460,7 @@ def test_killed_and_restarted(tmp_path, seed, monkeypatch):
     assert {f for f in os.listdir(tmp_path / "cc12m") if ".tmp" in f} == set()
 
 
+@pytest.mark.slow
 def test_killed_once(tmp_path):
     with Server(delay=0.01) as server:
         rows = [(f"{server.url}/{'none' if n % 5 == 0 else 'png'}/{n}", f"caption {n}") for n in range(400)]

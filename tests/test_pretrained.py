@@ -348,6 +348,7 @@ def test_beitv2_final_norm(case):
     assert_parity(encoder, case.runs) # the layers are not normed
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_finetuned_beitv2_and_every_second_block(tmp_path):
     """A table in each block, which must go with its block."""
