@@ -51,11 +51,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import Parser, cache_folder, fail, nearest, save_atomic, write_json
-from prepare_pairs import LABELLED, SOURCES, Bad, RecordWriter, lock, to_record
+from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, lock, refuse_other,
+                           resize_flags, to_record)
 
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
-FLUSH_SECONDS = 5 # the most work that a kill costs
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
             "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features from "
                      "Tiny Images",
@@ -494,26 +494,11 @@ def get_args(argv=None):
     p.knob("source", None, "folder with the files, in one of the layouts above; it is only read. CIFAR: the "
            "folder with cifar-10-python.tar.gz, which torchvision unpacks there; "
            "without it, that is downloaded", type=str)
-    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
-           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
-           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. "
-           "Small pictures are never enlarged")
-    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1,
-           most=100)
+    resize_flags(p)
     p.knob("limit", 0, "pictures of each split at most, for a trial, equally many of each class; 0: all. "
            "Labels are those of the whole set")
     p.knob("num_workers", 0, "processes that decode and resize; 0: none but this one. The result is the same")
     return p.parse(argv)
-
-
-def refuse_other(folder, meta, args):
-    other = [k for k in OPTIONS if meta.get(k) != getattr(args, k)]
-    if other:
-        fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to "
-             f"prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
-    if args.source and meta["source"] != os.path.realpath(args.source):
-        fail(f"{folder} was prepared from {meta['source']}. "
-             f"Remove it to prepare it from --source={args.source}.")
 
 
 def main(args):
@@ -530,7 +515,10 @@ def main(args):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
-            refuse_other(folder, meta, args)
+            refuse_other(folder, meta, args, OPTIONS)
+            if args.source and meta["source"] != os.path.realpath(args.source):
+                fail(f"{folder} was prepared from {meta['source']}. "
+                     f"Remove it to prepare it from --source={args.source}.")
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:

@@ -41,12 +41,11 @@ from tqdm import tqdm
 
 from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
 from prepare_imagenet import end_with_parent, folder_files, readable
-from prepare_pairs import lock, read_meta
+from prepare_pairs import FLUSH_SECONDS, lock, read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
 PIECE = 1 << 22 # bytes of a text file that one process takes at a time
-FLUSH_SECONDS = 5 # the most work that a kill costs
 TEACHERS = {"bert": "bert", "gpt2": "data2vec2_text", "minilm": "minilm"} # --tokenizer -> its model
 LICENCES = {"owt": "OpenWebText: CC0 for the packaging, not for the texts; texts of your own: as they say",
             "pydoc": "Python's documentation: PSF License Agreement"}

@@ -302,8 +302,10 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
     """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
     JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
     verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
+    # half a download: zeros decode, to grey
+    body = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
         kept = image.format in ("JPEG", "MPO", "PNG")
         pixels, side = image.width * image.height, min(image.size)
         if pixels > MAX_PIXELS:
@@ -311,7 +313,6 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
         if side < min_side:
             raise Bad("tiny")
         shrink = 0 < resize < side
-        body = data if image.format == "PNG" else data.rstrip(b"\0") # half a download: zeros decode, to grey
         whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
         if kept and not shrink and whole and not verify:
             return data
@@ -319,12 +320,11 @@ def to_record(data, resize=0, quality=90, min_side=1, verify=True):
             raise Bad("damaged")
         with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
             if kept and not shrink: # small and grey is enough to see whether it is sound
-                image = Image.open(io.BytesIO(body), formats=FORMATS)
                 image.draft("L", [-(-n // 8) for n in image.size])
                 image.decodermaxblock = len(body) # in one go
                 image.load()
                 return data
-            image = decode(body if kept else data, max(1, side // (2 * resize)) if shrink else 1)
+            image = decode(image, max(1, side // (2 * resize)) if shrink else 1)
             if shrink:
                 side = min(image.size)
                 size = [max(resize, round(n * resize / side)) for n in image.size]
@@ -505,14 +505,14 @@ def train_wordpiece(captions, vocab_size):
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     counts = Counter(c for caption in captions for c in tokenizer.normalizer.normalize_str(caption))
-    letters = max(vocab_size // 4, 256)
-    if len(counts) > letters: # a web of many scripts: the rare ones leave room for words
-        common = {c for c, _ in counts.most_common(letters)} | {" "}
-        captions = ["".join(c if c in common else " " for c in tokenizer.normalizer.normalize_str(caption))
+    letters, most = set(counts), max(vocab_size // 4, 256)
+    if len(letters) > most: # a web of many scripts: the rare ones leave room for words
+        letters = {c for c, _ in counts.most_common(most)} | {" "}
+        captions = ["".join(c if c in letters else " " for c in tokenizer.normalizer.normalize_str(caption))
                     for caption in captions]
     # the trainer numbers the pieces inside words in the order of a hash map, which changes from run to run
     # and breaks its ties; fed in order as special tokens they keep their numbers
-    inside = sorted({"##" + c for caption in captions for c in tokenizer.normalizer.normalize_str(caption)})
+    inside = sorted("##" + c for c in letters)
     tokenizer.train_from_iterator(captions, trainers.WordPieceTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=BERT_SPECIALS + inside))
     return bert_tokenizer(tokenizer.get_vocab()) # without the pieces as specials
@@ -698,8 +698,9 @@ def coco_pictures(args, folders, part, gigabytes):
         if os.path.isdir(plain):
             return partial(read_picture, plain, args.max_mb * 1e6)
         if os.path.isfile(packed):
-            return read_list(packed, partial(zipped, part, args.max_mb * 1e6))
-    packed = fetch(args, f"http://images.cocodataset.org/zips/{part}.zip", gigabytes)
+            break
+    else:
+        packed = fetch(args, f"http://images.cocodataset.org/zips/{part}.zip", gigabytes)
     return read_list(packed, partial(zipped, part, args.max_mb * 1e6))
 
 
@@ -1438,6 +1439,24 @@ SOURCES = {"openmoji": prepare_openmoji, "coco": find_coco, "flickr30k": find_fl
 LABELLED = ("imagenet", "cifar10", "cifar100", "digits")
 
 
+def resize_flags(p):
+    """The flags of to_record, for both scripts that store pictures."""
+    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
+           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
+           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. "
+           "Small pictures are never enlarged")
+    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1,
+           most=100)
+
+
+def refuse_other(folder, meta, args, options):
+    """Ends the program if what is in the folder, by its meta, was made with other values of these flags."""
+    other = [k for k in options if meta.get(k) != getattr(args, k)]
+    if other:
+        fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to "
+             f"prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
+
+
 def get_args(argv=None):
     p = Parser(__doc__)
     p.knob("data", "openmoji", "which set to prepare: openmoji, coco, flickr30k, cc3m, cc12m, sbu, or a new "
@@ -1450,12 +1469,7 @@ def get_args(argv=None):
     p.section("all others")
     p.knob("source", None, "the list of pictures and captions, or the folder with it, as above", type=str)
     p.knob("images", None, "folder with the pictures; default: that of the list", type=str)
-    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
-           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
-           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. "
-           "Small pictures are never enlarged")
-    p.knob("quality", 90, "JPEG quality of resized pictures; 95 takes half as much space again", least=1,
-           most=100)
+    resize_flags(p)
     p.knob("limit", 0, "pictures of each split at most, for a trial: only those count that came; 0: all. "
            "More can be asked for later")
     p.knob("min_side", 32, "pictures with a shorter side are left out: most are placeholders", least=1)
@@ -1495,11 +1509,8 @@ def main(args):
     if os.path.exists(done):
         with open(done, encoding="utf-8") as f:
             meta = json.load(f)
-        options = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality")
-        other = [k for k in options if meta.get(k) != getattr(args, k)]
-        if other:
-            fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it "
-                 f"to prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
+        drawn = args.data == "openmoji"
+        refuse_other(folder, meta, args, ("size", "vocab_size") if drawn else ("resize", "quality"))
         if args.retry or meta["vocab_size"] != args.vocab_size \
                 or meta.get("limit") and not 0 < args.limit <= meta["limit"]:
             meta = None
