@@ -410,11 +410,11 @@ def test_a_reduced_jpeg_gives_the_same_crops(size, exif):
     for seed in range(20):
         crop = train_image(data, 32, 0.3, np.random.default_rng(seed))[0]
         box = crop_box(*whole.size, 0.3, np.random.default_rng(seed))
-        expected = to_tensor(whole.resize((32, 32), Image.BICUBIC, box=box))
+        expected = to_tensor(whole.crop(box).resize((32, 32), Image.BICUBIC))
         away, aside = ((crop.float() - x.float())[:, 1:-1, 1:-1].abs().mean()
                        for x in (expected, expected.roll(1, 2)))
         assert away < aside / 2 # not by half a pixel
-        reduced += not torch.equal(crop, expected)
+        reduced += (crop.int() - expected.int()).abs().max() > 1 # torch rounds another way
     assert reduced == (0 if exif else 20)
 
 
