@@ -14,7 +14,6 @@ The target of each token is the mean over all blocks of their instance-normed ou
 36-38), the loss its mean squared error over all tokens (eq. 39). Ends with out/<run>/ckpt.pt.
 """
 import copy
-import json
 import math
 import os
 import time
@@ -24,11 +23,12 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (PRETRAINED, Encoder, Parser, WholeBatch, fail, gather, git_sha, init_weights, join_ranks,
-                   keep_blocks, kept_patches, load_encoder, load_weights, loader_processes, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
-                   split_batch, sum_over_ranks, trim_log, use_compile)
-from prepare_pairs import Pairs, augment, eval_image, train_image
+from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, fail, gather, git_sha, ignore_signals,
+                   init_weights, join_ranks, keep_blocks, kept_patches, load_encoder, load_weights,
+                   loader_processes, log_record, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, random_patch_mask, save_checkpoint, split_batch, sum_over_ranks, trim_log,
+                   use_compile)
+from prepare_pairs import Bad, Pairs, augment, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -214,11 +214,22 @@ class TrainImages(torch.utils.data.Dataset):
         self.images_of = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
     def __getitem__(self, index):
+        """Crops (c, 3, H, W) uint8, and which images could not be read before."""
         epoch, position, unit = index
-        rng = np.random.default_rng((self.args.seed, epoch, position))
-        images = self.images_of[unit]
-        data = self.pairs.images[images[rng.integers(len(images))]]
-        return train_image(data, self.size, self.args.crop_min, rng, self.crops)
+        rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
+        while len(bad) < 10:
+            images = self.images_of[unit]
+            i = int(images[rng.integers(len(images))])
+            try:
+                return train_image(self.pairs.images[i], self.size, self.args.crop_min, rng, self.crops), bad
+            except Bad: # another in its place
+                bad.append(i)
+                unit = rng.integers(len(self.images_of))
+        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
+
+    def collate(self, samples):
+        crops, bad = zip(*samples)
+        return torch.stack(crops), sum(bad, []) # (n, c, 3, H, W)
 
 
 def batch_order(num_units, batch_size, seed, step):
@@ -398,7 +409,8 @@ def main(args):
         trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
         # ImageNet's may lie class by class
         chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
-        val_images = torch.stack([eval_image(val.images[i], size) for i in chosen])
+        val_images = evaluate.EvalImages(val.images, size)
+        val_images = torch.stack([val_images[i] for i in chosen])
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()
@@ -412,9 +424,7 @@ def main(args):
                         **(rest if self_distilled else {}))
 
     def log(text, **record):
-        print(text, flush=True)
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
+        log_record(args, step, text, **record)
 
     @torch.no_grad()
     def validate():
@@ -442,15 +452,21 @@ def main(args):
     # -- loop
     join_ranks(ready=True)
     order = (batch[rank * n:(rank + 1) * n] for batch in batch_order(num_units, B, args.seed, step))
-    loader = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
-                                              pin_memory=device.type == "cuda"))
+    loader = torch.utils.data.DataLoader(images, batch_sampler=order, collate_fn=images.collate,
+                                         num_workers=args.num_workers, worker_init_fn=ignore_signals,
+                                         pin_memory=device.type == "cuda")
+    stop = Stop()
+    batches = stop.until(iter(loader), args.max_steps - step)
     # rows: loss, norm of steps not logged
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
     student.train()
-    while step < args.max_steps:
+    while True:
         wait_start = time.time()
-        raw = next(loader) # (n, crops, 3, H, W) uint8
+        raw, bad = next(batches, (None, None)) # (n, crops, 3, H, W) uint8
+        if raw is None:
+            break
         waited += time.time() - wait_start
+        stop.count(bad, n, log)
         # a generator for each step: what was drawn before a kill need not be saved
         generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
         lr = get_lr(step, args)
@@ -508,6 +524,10 @@ def main(args):
             save()
 
     # -- end
+    if step < args.max_steps:
+        if not rank:
+            save()
+        stop.leave(path)
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:

@@ -13,11 +13,9 @@ continues a run that was stopped. Eq. numbers are those of the thesis (README, "
 import copy
 import glob
 import hashlib
-import json
 import math
 import os
 import shlex
-import subprocess
 import sys
 import time
 
@@ -27,12 +25,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder, fail, gather,
-                   git_sha, is_finished, join_ranks, keep_blocks, kept_patches, load_encoder, load_pretrained,
-                   load_weights, loader_processes, normalize, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, random_patch_mask, save_atomic, save_checkpoint, split_batch,
-                   sum_over_ranks, trim_log, use_compile)
-from prepare_pairs import SOURCES, augment, eval_image, open_pairs, train_image
+from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder, fail,
+                   gather, git_sha, ignore_signals, is_finished, join_ranks, keep_blocks, kept_patches,
+                   load_encoder, load_pretrained, load_weights, loader_processes, log_record, normalize,
+                   open_run, peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask,
+                   run_script, save_atomic, save_checkpoint, split_batch, sum_over_ranks, trim_log,
+                   use_compile)
+from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -331,22 +330,30 @@ class TrainPairs(torch.utils.data.Dataset):
                           "label": len(self.images_of)}[args.unit]
 
     def __getitem__(self, index):
+        """Image (3, H, W) uint8, caption, number of the image, and which images could not be read before."""
         epoch, position, unit = index
-        rng = np.random.default_rng((self.args.seed, epoch, position))
-        if self.args.unit == "caption":
-            i, caption = self.pairs.text_to_image[unit], unit
-        else:
-            images = self.images_of[unit] if self.args.unit == "label" else [unit]
-            i = images[rng.integers(len(images))]
-            caption = self.by_image[rng.integers(self.first[i], self.first[i + 1])]
-        image = train_image(self.pairs.images[i], self.args.img_size, self.args.crop_min, rng)[0]
-        return image, self.pairs.captions[caption], int(i)
+        rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
+        while len(bad) < 10:
+            if self.args.unit == "caption":
+                i, caption = self.pairs.text_to_image[unit], unit
+            else:
+                images = self.images_of[unit] if self.args.unit == "label" else [unit]
+                i = images[rng.integers(len(images))]
+                caption = self.by_image[rng.integers(self.first[i], self.first[i + 1])]
+            try:
+                image = train_image(self.pairs.images[i], self.args.img_size, self.args.crop_min, rng)[0]
+                return image, self.pairs.captions[caption], int(i), bad
+            except Bad: # another in its place
+                bad.append(int(i))
+                unit = rng.integers(self.num_units)
+        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
 
     def collate(self, samples):
-        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,)."""
-        images, captions, index = zip(*samples)
+        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,) and
+        of those that could not be read."""
+        images, captions, index, bad = zip(*samples)
         return (torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length),
-                torch.tensor(index))
+                torch.tensor(index), sum(bad, []))
 
 
 def batch_order(num_units, batch_size, seed, step):
@@ -366,7 +373,8 @@ def validation_batch(pairs, tokenizer, args):
     """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids,
     mask."""
     _, first = np.unique(pairs.text_to_image, return_index=True)
-    images = torch.stack([eval_image(pairs.images[i], args.img_size) for i in range(len(pairs.images))])
+    images = evaluate.EvalImages(pairs.images, args.img_size)
+    images = torch.stack([images[i] for i in range(len(images))])
     return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
 
 
@@ -394,7 +402,7 @@ def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
     def write(f):
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
                                                  "shape": (len(images), dim)})
-        loader = torch.utils.data.DataLoader(evaluate.EvalImages(images, args.img_size, False), batch_size,
+        loader = torch.utils.data.DataLoader(evaluate.EvalImages(images, args.img_size), batch_size,
                                              num_workers=args.num_workers)
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
             target = target_of(normalize(batch.to(device))).half().cpu()
@@ -468,13 +476,8 @@ def prepare_tiny(args):
                          f"--dtype={args.dtype}", f"--img_size={args.img_size}",
                          f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
                          f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"])
-    here = os.path.dirname(os.path.abspath(__file__))
-    for script, *flags in commands:
-        print("$ python", script, *flags, flush=True)
-        alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
-        done = subprocess.run([sys.executable, os.path.join(here, script), *flags], env=alone)
-        if done.returncode:
-            fail(f"{script} ended with exit code {done.returncode}; its message is above")
+    for command in commands:
+        run_script(*command)
 
 
 def check(args):
@@ -690,9 +693,7 @@ def main(args):
                         torch=str(torch.__version__))
 
     def log(text, **record):
-        print(text, flush=True)
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
+        log_record(args, step, text, **record)
 
     group_of, target_bank = torch.from_numpy(pairs.group), None
     if args.cache_targets and target_dim:
@@ -731,15 +732,20 @@ def main(args):
     # -- loop
     join_ranks(ready=True)
     order = (batch[rank * n:(rank + 1) * n] for batch in batch_order(pairs.num_units, B, args.seed, step))
-    loader = iter(torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=pairs.collate,
-                                              num_workers=args.num_workers,
-                                              pin_memory=device.type == "cuda"))
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=pairs.collate,
+                                         num_workers=args.num_workers, worker_init_fn=ignore_signals,
+                                         pin_memory=device.type == "cuda")
+    stop = Stop()
+    batches = stop.until(iter(loader), args.max_steps - step)
     # rows: terms of steps not logged
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
     student.train()
-    while step < args.max_steps:
+    while True:
         wait_start = time.time()
-        *inputs, index = next(loader)
+        *inputs, index, bad = next(batches, (None,) * 2)
+        if bad is None:
+            break
+        stop.count(bad, n, log)
         images, ids, padding_mask, group = (x.to(device, non_blocking=True)
                                             for x in (*inputs, group_of[index]))
         waited += time.time() - wait_start
@@ -830,6 +836,10 @@ def main(args):
             save()
 
     # -- end
+    if step < args.max_steps:
+        if not rank:
+            save()
+        stop.leave(path)
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:

@@ -10,20 +10,18 @@ The target of each token is the mean over all blocks of their instance-normed ou
 eq. 36-38), the loss its mean squared error over real tokens (eq. 39). Ends with out/<run>/ckpt.pt.
 """
 import copy
-import json
 import math
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (PRETRAINED, Encoder, Parser, check_resume, fail, git_sha, join_ranks, keep_blocks,
-                   load_encoder, load_weights, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   save_checkpoint, split_batch, sum_over_ranks, trim_log, use_compile)
+from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, fail, git_sha, join_ranks, keep_blocks,
+                   load_encoder, load_weights, log_record, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, run_script, save_checkpoint, split_batch, sum_over_ranks, trim_log,
+                   use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -144,14 +142,24 @@ class Sequences:
 
     def __init__(self, tokens, tokenizer, max_length):
         self.tokens, self.max_length, self.pad = tokens, max_length, tokenizer.pad_id
+        self.vocab_size = tokenizer.vocab_size
         self.cls, self.sep = tokenizer.encode([""], 2)[0][0].tolist()
 
     def __len__(self):
         return -(-len(self.tokens) // (self.max_length - 2))
 
     def batch(self, which):
-        n = self.max_length - 2
-        return self.frame([self.tokens[i * n:i * n + n] for i in which])
+        """As frame; and the numbers of sequences with ids beyond the vocabulary, which have the next in their
+        place."""
+        n, rows, bad = self.max_length - 2, [], []
+        for i in which:
+            while (row := self.tokens[i * n:i * n + n]).max() >= self.vocab_size:
+                if len(bad) == len(self):
+                    fail(f"{self.tokens.path} holds ids beyond the vocabulary: prepare it again")
+                bad.append(int(i))
+                i = (i + 1) % len(self)
+            rows.append(row)
+        return *self.frame(rows), bad
 
     def frame(self, rows):
         """Rows of ids -> the same between CLS and SEP, (n, T) int64; padding_mask (n, T); T: the longest."""
@@ -220,11 +228,7 @@ def prepare(args):
         fail(f"data set {args.data} is not in {args.data_dir}/. OpenWebText for this teacher:\n"
              f"  python prepare_owt.py --tokenizer={tokenizer} --data_dir={args.data_dir}\n"
              "A whole run without it, minutes on two CPU cores:\n  python distill_text.py --preset=tiny")
-    flags, here = ["--data=pydoc", f"--data_dir={args.data_dir}"], os.path.dirname(os.path.abspath(__file__))
-    print("$ python prepare_owt.py", *flags, flush=True)
-    done = subprocess.run([sys.executable, os.path.join(here, "prepare_owt.py"), *flags])
-    if done.returncode:
-        fail(f"prepare_owt.py ended with exit code {done.returncode}; its message is above")
+    run_script("prepare_owt.py", "--data=pydoc", f"--data_dir={args.data_dir}")
 
 
 def main(args):
@@ -262,7 +266,7 @@ def main(args):
     B, (n, micro) = args.batch_size, split_batch(args)
     if B > len(train):
         fail(f"--batch_size={B}, but an epoch has {len(train)} sequences. Use at most that many.")
-    val_ids, val_mask = val.batch(np.linspace(0, len(val) - 1, min(len(val), 2000)).astype(int))
+    val_ids, val_mask, _ = val.batch(np.linspace(0, len(val) - 1, min(len(val), 2000)).astype(int))
     print(f"{len(train):,} training sequences, {len(val_ids):,} of {len(val):,} for validation; "
           f"{len(train) // B} steps of {B} per epoch; {B} = {world} x {n // micro} x {micro} sequences per "
           f"step (ranks x micro-batches x sequences)")
@@ -317,9 +321,7 @@ def main(args):
                         args=vars(args), code=git_sha(), torch=str(torch.__version__), teacher=args.teacher)
 
     def log(text, **record):
-        print(text, flush=True)
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
+        log_record(args, step, text, **record)
 
     @torch.no_grad()
     def validate():
@@ -338,14 +340,18 @@ def main(args):
 
     # -- loop
     join_ranks(ready=True)
-    batches = batch_order(len(train), B, args.seed, step)
+    stop = Stop()
+    batches = stop.until(map(train.batch, batch_order(len(train), B, args.seed, step)), args.max_steps - step)
     start = start or rank or validate()
     rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time() # rows: loss, norm
     student.train()
-    while step < args.max_steps:
+    while True:
         wait_start = time.time()
-        ids, padding_mask = train.batch(next(batches)) # (B, T) each; all of it, to count the tokens
+        ids, padding_mask, bad = next(batches, (None,) * 3) # (B, T) each; all of it, to count the tokens
+        if ids is None:
+            break
         waited += time.time() - wait_start
+        stop.count(bad, B, log)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
@@ -394,6 +400,10 @@ def main(args):
             save()
 
     # -- end
+    if step < args.max_steps:
+        if not rank:
+            save()
+        stop.leave(path)
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:

@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (GPT2Tokenizer, Parser, fail, git_sha, init_weights, load_checkpoint, load_encoder,
-                   load_weights, nearest, normalize, number, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, read_checkpoint, save_atomic, save_checkpoint, trim_log, use_compile,
-                   write_json)
-from prepare_pairs import Pairs, crop_box, decode, eval_image, to_tensor
+from model import (GPT2Tokenizer, Parser, Stop, fail, git_sha, ignore_signals, init_weights, load_checkpoint,
+                   load_encoder, load_weights, log_record, nearest, normalize, number, open_run, peak_memory,
+                   pick_device, pick_dtype, print_settings, read_checkpoint, save_atomic, save_checkpoint,
+                   trim_log, use_compile, write_json)
+from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
 # -----------------------------------------------------------------------------
 # image-text retrieval: metrics
@@ -260,21 +260,31 @@ def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collat
     float32 on the CPU. The model, already on device, runs in eval mode under autocast to dtype and gets its
     old mode back."""
     loader = torch.utils.data.DataLoader(
-        items, batch_size, num_workers=num_workers, collate_fn=collate,
+        items, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
         generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return torch.cat([encode(batch).float().cpu() for batch in progress(loader, "embedding")])
 
 
 class EvalImages(torch.utils.data.Dataset):
+    """Pictures as evaluation sees them, (3, H, W) uint8. One that cannot be read is grey, and named; more
+    than ten and one in a hundred end the program."""
+
     def __init__(self, images, size, squash=False):
-        self.images, self.size, self.squash = images, size, squash
+        self.images, self.size, self.squash, self.bad = images, size, squash, []
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return eval_image(self.images[i], self.size, self.squash) # (3, H, W) uint8
+        try:
+            return eval_image(self.images[i], self.size, self.squash)
+        except Bad as e:
+            print(f"picture {i} of {len(self)} cannot be read ({e}): grey in its place", file=sys.stderr)
+            self.bad.append(i)
+        if len(self.bad) > 10 + len(self) / 100:
+            raise Bad(f"pictures {self.bad} of {len(self)} cannot be read. Prepare the set again")
+        return torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
 
 
 def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
@@ -601,26 +611,40 @@ def torch_seeded(rng):
 
 class LabelledImages(torch.utils.data.Dataset):
     """Training images; the index is (epoch, position, image), which all randomness is a function of. Items:
-    image (3, H, W) float32, ImageNet-normalised, and its class 0 .. C-1."""
+    image (3, H, W) float32, ImageNet-normalised, its class 0 .. C-1, and which images could not be read
+    before."""
 
     def __init__(self, images, targets, size, args):
         self.images, self.targets, self.size, self.args = images, targets, size, args
 
     def __getitem__(self, index):
         epoch, position, i = index
+        rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
+        while len(bad) < 10:
+            try:
+                return self.image(i, rng), self.targets[i], bad
+            except Bad: # another in its place
+                bad.append(int(i))
+                i = int(rng.integers(len(self.images)))
+        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
+
+    def image(self, i, rng):
         if self.args.augment == "none":
-            return normalize(eval_image(self.images[i], self.size)[None])[0], self.targets[i]
+            return normalize(eval_image(self.images[i], self.size)[None])[0]
         from torchvision.transforms import v2 # here, not above: see rand_augment_table
-        rng = np.random.default_rng((self.args.seed, epoch, position))
-        image = decode(self.images[i])
+        with or_bad():
+            image = decode(self.images[i])
         image = image.resize((self.size, self.size), Image.BICUBIC,
                              box=crop_box(*image.size, self.args.crop_min, rng))
         if rng.random() < self.args.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = normalize(to_tensor(rand_augment(image, self.args.magnitude, rng))[None])[0]
         with torch_seeded(rng): # the noise of erased boxes has the distribution of normalised pixels
-            return (v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image),
-                    self.targets[i])
+            return v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image)
+
+    def collate(self, samples):
+        images, targets, bad = zip(*samples)
+        return torch.stack(images), torch.stack(targets), sum(bad, [])
 
 
 def mix(images, targets, args, rng):
@@ -720,18 +744,20 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
                         args=vars(args), code=git_sha(), torch=str(torch.__version__), **kept, **rest)
 
     def log(text, **record):
-        print(text, flush=True)
-        with open(os.path.join(args.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
+        log_record(args, step, text, **record)
 
     # -- loop
-    loader, peak = batches(step), max(group["peak_lr"] for group in optimizer.param_groups)
+    stop, peak = Stop(), max(group["peak_lr"] for group in optimizer.param_groups)
+    loader = stop.until(batches(step), max_steps - step)
     rows, waited, first_step, loop_start = [], 0.0, step, time.time() # rows: loss, norm of steps not logged
     since = loop_start
-    while step < max_steps:
+    while True:
         wait_start = time.time()
-        batch = next(loader)
+        batch = next(loader, None)
+        if batch is None:
+            break
         waited += time.time() - wait_start
+        stop.count(batch[2], args.batch_size, log)
         share = lr_share(step, warmup_steps, max_steps, linear)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
@@ -781,7 +807,9 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
             since += time.time() - paused # ms counts training alone
         if saves and step < max_steps:
             save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    save("ckpt.pt", finished=True, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    save("ckpt.pt", finished=step == max_steps, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if step < max_steps:
+        stop.leave(path, "--resume" if args.command == "finetune" else "") # glue goes on by itself
     return best
 
 
@@ -985,7 +1013,7 @@ def finetune_task(task, args, splits, encoder, kept, device, dtype):
     def batches(step):
         for batch in epoch_batches(len(texts), B, args.seed, step):
             index = [i for _, _, i in batch]
-            yield encode([texts[i] for i in index]), torch.from_numpy(labels[index])
+            yield encode([texts[i] for i in index]), torch.from_numpy(labels[index]), []
 
     return train_epochs(args, encoder, head, optimizer, len(texts) // B, batches, losses, measure, "examples",
                         "dev", [], kept, device, dtype, linear=True)
@@ -1334,9 +1362,10 @@ def finetune(args):
         if cached:
             features = features_of(train)
             order = (torch.tensor(batch)[:, 2] for batch in order)
-            return ((features[i], targets["train"][i]) for i in order)
+            return ((features[i], targets["train"][i], []) for i in order)
         images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
-        return iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
+        return iter(torch.utils.data.DataLoader(images, batch_sampler=order, collate_fn=images.collate,
+                                                num_workers=args.num_workers, worker_init_fn=ignore_signals,
                                                 pin_memory=device.type == "cuda"))
 
     def losses(batch, step):

@@ -27,7 +27,9 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -496,6 +498,8 @@ class Tokenizer:
         self.tokenizer = tokenizers.Tokenizer.from_str(text)
         self.tokenizer.no_padding()
         self.vocab_size, self.pad_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id("[PAD]")
+        if self.pad_id is None:
+            raise ValueError("a vocabulary without [PAD]")
 
     def ids(self, texts, max_length):
         self.tokenizer.enable_truncation(max_length)
@@ -742,9 +746,9 @@ def load_pretrained(name, path=None, depth=None, final_norm=False):
                     x = x[2:] # fairseq's first token has position 2
                 if [s for s in x.shape if s > 1] == [s for s in shape if s > 1]:
                     parts.append(x.float().reshape(shape))
-                else:
+                    bad += [k] * (not x.isfinite().all())
+                else: # and not looked at: a few bytes can claim any shape
                     misshaped.append(f"{k} {tuple(x.shape)}, not {shape}")
-                bad += [k] * (not x.isfinite().all())
         if len(parts) == len(theirs):
             own[key] = torch.cat(parts)
     unexpected = [k for k in weights if k not in used and not re.fullmatch(ignored, k)]
@@ -994,8 +998,11 @@ def save_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e: # a full disk, a folder of that name
-        fail(f"cannot write {path}: {e.strerror}")
+    except (OSError, RuntimeError) as e: # a full disk, a folder of that name; torch.save has its own error
+        e = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(e, OSError):
+            raise
+        fail(f"cannot write {path}: {e.strerror}. What was there before is as it was.")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1035,11 +1042,14 @@ def load_checkpoint(path):
     """The model in one of our checkpoints, float32, on the CPU, in eval mode and frozen. It has encode_image,
     encode_text or both, img_size and max_length, and .tokenizer if it reads text."""
     checkpoint = read_checkpoint(path)
-    model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](
-        **checkpoint["config"])
-    load_weights(model, checkpoint["model"], path)
-    if checkpoint.get("tokenizer"):
-        model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
+    try:
+        model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](
+            **checkpoint["config"])
+        load_weights(model, checkpoint["model"], path)
+        if checkpoint.get("tokenizer"):
+            model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
+    except Exception as e: # of whatever a stranger wrote there
+        fail(f"{path} holds no model or tokenizer of this version ({type(e).__name__}: {e})")
     return ready(model)
 
 
@@ -1081,7 +1091,8 @@ def load_weights(model, weights, path):
     wrong = {"missing": [k for k in own if k not in weights],
              "unexpected": [k for k in weights if k not in own],
              "mis-shaped": [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-                            for k in own if k in weights and weights[k].shape != own[k].shape]}
+                            for k in own if k in weights and weights[k].shape != own[k].shape],
+             "with NaN or infinity": [k for k in own if k in weights and not weights[k].isfinite().all()]}
     if any(wrong.values()):
         fail(f"{path} does not fit this model:" + list_wrong(wrong))
     model.load_state_dict(weights)
@@ -1144,6 +1155,17 @@ def open_run(args, model_knobs, max_steps=None, asked=None):
     return checkpoint if args.resume else None
 
 
+def log_record(args, step, text, **record):
+    """Prints a line and appends its record to OUT_DIR/log.jsonl."""
+    print(text, flush=True)
+    path = os.path.join(args.out_dir, "log.jsonl")
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}. The last checkpoint is whole: make room and go on from it.")
+
+
 def trim_log(path, step):
     """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its
     last checkpoint is done again."""
@@ -1151,6 +1173,72 @@ def trim_log(path, step):
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
         save_atomic(path, lambda f: f.write("".join(lines).encode()))
+
+
+class Stop:
+    """Why a loop ends before its last step; .why is empty while there is no reason. Ctrl-C or SIGTERM is one,
+    so that the step under way is finished and saved (the second at once), and too many samples that cannot
+    be read: more than ten and one in a hundred."""
+
+    def __init__(self):
+        self.why, self.code, self.bad, self.seen = "", 0, 0, 0
+        mine = signal.SIG_IGN if ranks()[0] else self.asked # the first rank stops for all
+        self.before = {n: signal.signal(n, mine) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def asked(self, number, frame):
+        self.why, self.code = signal.Signals(number).name, 128 + number
+        signal.signal(number, self.before[number])
+
+    def until(self, batches, steps):
+        """So many batches, or until there is a reason to stop; then signals are as they were before."""
+        for _ in range(steps):
+            if self.why:
+                break
+            yield next(batches)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def count(self, bad, samples, log):
+        """bad: numbers of samples that could not be read and have others in their place, of so many."""
+        self.bad, self.seen = self.bad + len(bad), self.seen + samples
+        if bad:
+            text = (f"cannot be read: {', '.join(map(str, bad))} of the training split, others are in their "
+                    f"place ({self.bad} so far)")
+            if ranks()[0]:
+                print(text, file=sys.stderr)
+            else:
+                log(text, skipped=bad)
+        if self.bad > 10 + self.seen / 100:
+            self.why = f"{self.bad} of {self.seen} samples that cannot be read (prepare the set again)"
+            self.code = 1
+
+    def leave(self, path, resume="--resume"):
+        """Ends the program, after a checkpoint was written to path, with the command to go on."""
+        words = [w for w in sys.argv if w.partition("=")[0] != "--resume"] + [resume] * bool(resume)
+        print(f"stopped by {self.why}; wrote {path}. To go on:\n  python {shlex.join(words)}", flush=True)
+        sys.exit(self.code)
+
+
+def ignore_signals(worker):
+    """worker_init_fn of every DataLoader that a loop reads: a signal to all processes is the loop's to
+    answer, and its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def run_script(name, *flags):
+    """Runs another script of this folder as a process, after printing the command; ends with it if it
+    fails."""
+    print("$ python", name, *flags, flush=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
+    process = subprocess.Popen([sys.executable, os.path.join(here, name), *flags], env=alone)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt: # which it got as well: it may be saving
+        code = process.wait()
+    if code:
+        fail(f"{name} ended with exit code {code}; its message is above")
 
 
 def normalize(images):

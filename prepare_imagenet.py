@@ -56,6 +56,7 @@ from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, 
 
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
+MOST_BYTES = 2 ** 26 # read of a file: a few bytes of an archive can claim to be a terabyte of zeros
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
             "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features from "
                      "Tiny Images",
@@ -106,15 +107,17 @@ def tar_members(path, inside=None):
         while (member := tar.next()) is not None:
             tar.members.clear() # or tarfile keeps them all, a kilobyte each
             if member.isreg() and not is_junk(member.name):
-                yield member.name, lambda: tar.extractfile(member).read()
+                yield member.name, lambda: tar.extractfile(member).read(MOST_BYTES)
 
 
 def read_file(path):
     try:
-        with open(path, "rb") as f:
-            return f.read()
-    except OSError: # a broken link, a bad sector: skipped like a broken picture
-        return b""
+        if os.path.isfile(path): # no pipe, no device: they never end
+            with open(path, "rb") as f:
+                return f.read(MOST_BYTES)
+    except OSError: # a bad sector: skipped like a broken picture
+        pass
+    return b""
 
 
 def folder_files(folder):

@@ -78,14 +78,14 @@ class Tokens:
             again = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
         try:
             self.meta = read_meta(folder, name, split, again)
-            made_with, sha256, self.end_id = (self.meta[k] for k in ("vocabulary", "vocab_sha256", "end_id"))
+            made_with, sha256 = self.meta["vocabulary"], self.meta["vocab_sha256"]
             self.path = os.path.join(folder, split + ".bin")
-            self.length = self.meta["splits"][split]["tokens"]
+            self.length = int(self.meta["splits"][split]["tokens"])
             if (size := os.path.getsize(self.path)) != 2 * self.length:
                 raise ValueError(f"{self.path} has {size:,} bytes, not {2 * self.length:,}")
-        except (ValueError, KeyError, TypeError, OSError) as e:
+        except Exception as e: # json raises nearly anything on broken files
             fail(f"data set {name} is damaged: {type(e).__name__}: {e}. Remove {folder} first. {again}")
-        own, own_sha256, _ = vocabulary(tokenizer)
+        own, own_sha256, self.end_id = vocabulary(tokenizer)
         if own_sha256 != sha256:
             fail(f"data set {name} was made with {made_with}, but the model reads {own}. Take one made for "
                  f"it, as from: python prepare_owt.py --tokenizer={'gpt2' if own[0] == 'G' else 'bert'}")

@@ -171,7 +171,8 @@ class Texts(Records):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return super().__getitem__(i).decode("utf-8", "replace")
+        # clean() keeps 2,000 characters, of at most four bytes; a set made otherwise may hold anything
+        return super().__getitem__(i)[:8000].decode("utf-8", "replace")
 
 
 class Pairs:
@@ -212,7 +213,11 @@ class Pairs:
                     or not ((0 <= self.text_to_image) & (self.text_to_image < len(self.images))).all() \
                     or self.labels is not None and self.labels.shape != (len(self.images),):
                 raise ValueError(f"{prefix}_*: counts and indices disagree with meta.json")
-        except (ValueError, KeyError, TypeError, OSError) as e:
+            if any(x is not None and x.dtype != np.int64 for x in (self.text_to_image, self.labels)):
+                raise ValueError(f"{prefix}_*.npy: not int64")
+            if len(self.captions) and not np.bincount(self.text_to_image, minlength=len(self.images)).all():
+                raise ValueError(f"{prefix}_text_to_image.npy: pictures without a caption")
+        except Exception as e: # numpy and json raise nearly anything on broken files
             remove = f"Remove {folder} and prepare it again. " if name in (*SOURCES, *LABELLED) else ""
             fail(f"data set {name} is damaged: {e}. {remove}{again}")
 
@@ -261,13 +266,21 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 
 
 def orientation(image):
-    """How a JPEG was held, 1 .. 8: 1 is upright, and what is said where its EXIF is corrupt, as in some files
-    of every large collection. PIL's exif_transpose also writes the EXIF anew, which fails there."""
-    try:
-        how = image.getexif().get(0x0112) if image.format in ("JPEG", "MPO") and "exif" in image.info else 1
+    """How the camera was held, 1 .. 8: 1 is upright, and what is said where the EXIF is corrupt, as in some
+    files of every large collection. PIL's exif_transpose also writes the EXIF anew, which fails there."""
+    try: # a TIFF turns itself
+        how = image.getexif().get(0x0112) if "exif" in image.info and image.format != "TIFF" else 1
     except Exception: # what PIL raises here is as varied as the damage
         how = 1
     return how if how in TURNS else 1
+
+
+def refuse_bomb(image):
+    """Raises Bad for a picture, opened only, that would take more memory or time than any sound one."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Bad("too many pixels")
+    if image.info.get("progressive") and image.fp.getvalue().count(b"\xff\xda") > 100:
+        raise Bad("damaged") # each scan is a pass over it all
 
 
 def decode(data, reduce=1):
@@ -275,12 +288,15 @@ def decode(data, reduce=1):
     its EXIF says. reduce: a JPEG may come this much smaller (1/2, 1/4 or 1/8, rounded up), which takes much
     less time."""
     image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+    refuse_bomb(image)
+    if image.mode in ("I", "F") and image.format != "PNG": # a PNG has 16 bits, "I" in older versions of PIL
+        raise Bad("32-bit values") # a measurement: nothing says what is white
     if reduce > 1 and image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
         image.draft(None, [-(-n // reduce) for n in image.size])
     if (how := orientation(image)) > 1:
         image = image.transpose(Image.Transpose[TURNS[how]])
-    if image.mode.startswith("I;16"): # 16-bit grayscale, which convert() would clip at 255
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode.startswith("I"): # 16-bit grayscale, which convert() would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         image.info.pop("transparency", None)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -298,57 +314,64 @@ class Bad(Exception):
         self.wait, self.held = wait, held # held: its turn was put off, which is no try
 
 
-def to_record(data, resize=0, quality=90, min_side=1, verify=True):
-    """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
-    JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
-    verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
-    # half a download: zeros decode, to grey
-    body = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
+@contextlib.contextmanager
+def or_bad():
+    """Around work on a stranger's picture: whatever that raises becomes Bad."""
     try:
-        image = Image.open(io.BytesIO(body), formats=FORMATS)
-        kept = image.format in ("JPEG", "MPO", "PNG")
-        pixels, side = image.width * image.height, min(image.size)
-        if pixels > MAX_PIXELS:
-            raise Bad("too many pixels")
-        if side < min_side:
-            raise Bad("tiny")
-        shrink = 0 < resize < side
-        whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
-        if kept and not shrink and whole and not verify:
-            return data
-        if image.info.get("progressive") and data.count(b"\xff\xda") > 100: # each scan is a pass over it all
-            raise Bad("damaged")
-        with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
-            if kept and not shrink: # small and grey is enough to see whether it is sound
-                image.draft("L", [-(-n // 8) for n in image.size])
-                image.decodermaxblock = len(body) # in one go
-                image.load()
-                return data
-            image = decode(image, max(1, side // (2 * resize)) if shrink else 1)
-            if shrink:
-                side = min(image.size)
-                size = [max(resize, round(n * resize / side)) for n in image.size]
-                image = image.resize(size, Image.BICUBIC)
-            jpeg = io.BytesIO()
-            image.save(jpeg, "JPEG", quality=quality if shrink else 95)
-            return jpeg.getvalue()
+        yield
     except Bad:
         raise
     except UnidentifiedImageError:
-        raise Bad("not a picture" if data else "empty") from None
+        raise Bad("not a picture") from None
     except Image.DecompressionBombError:
         raise Bad("too many pixels") from None
     except Exception as e: # PIL raises nearly anything on broken files
         raise Bad("damaged") from e
 
 
+@or_bad()
+def to_record(data, resize=0, quality=90, min_side=1, verify=True):
+    """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
+    JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
+    verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
+    if not data:
+        raise Bad("empty")
+    # half a download: zeros decode, to grey
+    body = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
+    image = Image.open(io.BytesIO(body), formats=FORMATS)
+    kept = image.format in ("JPEG", "MPO", "PNG")
+    pixels, side = image.width * image.height, min(image.size)
+    refuse_bomb(image)
+    if side < min_side:
+        raise Bad("tiny")
+    shrink = 0 < resize < side
+    whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
+    if kept and not shrink and whole and not verify:
+        return data
+    with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
+        if kept and not shrink: # small and grey is enough to see whether it is sound
+            image.draft("L", [-(-n // 8) for n in image.size])
+            image.decodermaxblock = len(body) # in one go
+            image.load()
+            return data
+        image = decode(image, max(1, side // (2 * resize)) if shrink else 1)
+        if shrink:
+            side = min(image.size)
+            size = [max(resize, round(n * resize / side)) for n in image.size]
+            image = image.resize(size, Image.BICUBIC)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=quality if shrink else 95)
+        return jpeg.getvalue()
+
+
 def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) # (3, H, W) uint8
 
 
+@or_bad()
 def eval_image(data, size, squash=False):
     """Encoded picture -> (3, size, size) uint8: short side to size and the centre cut out, or, as the thesis
-    evaluated, the whole picture squashed to a square."""
+    evaluated, the whole picture squashed to a square. Raises Bad."""
     image = decode(data)
     if squash:
         return to_tensor(image.resize((size, size), Image.BICUBIC))
@@ -371,10 +394,11 @@ def crop_box(width, height, scale_min, rng):
     return left, upper, left + w, upper + h
 
 
+@or_bad()
 def train_image(data, size, scale_min, rng, views=1):
     """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from
     the size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour
-    and normalisation come later, a batch at a time on the device: see augment."""
+    and normalisation come later, a batch at a time on the device: see augment. Raises Bad."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     how = orientation(image)
@@ -623,7 +647,7 @@ def clean(caption):
     """One line of printable text, not longer than a page; "" for what is no text."""
     if not isinstance(caption, (str, int, float)):
         return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(caption)[:10_000]).split())[:2000]
+    return " ".join("".join(c if c.isprintable() else " " for c in str(caption)[:10_000]).split())[:2000].strip()
 
 
 def find_file(args, *names, url=None, gigabytes=0.0):

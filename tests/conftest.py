@@ -8,6 +8,7 @@ What several test files share: the repository on sys.path, one torch thread, and
 """
 import io
 import os
+import signal
 import sys
 
 import numpy as np
@@ -74,6 +75,15 @@ def write_toy(data_dir):
     text = prepare_pairs.train_wordpiece(train_captions, 200)
     save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
     write_json(os.path.join(folder, "meta.json"), meta)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A loop takes Ctrl-C and SIGTERM, and gives them back where it ends; a test may end it elsewhere."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -405,9 +405,9 @@ def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):
     def start(command, env):
         assert command[0] == sys.executable and os.path.dirname(command[1]) == REPO
         started.append(parse_command(shlex.join(["python", os.path.basename(command[1]), *command[2:]])))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill_multimodal.subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     args = distill_multimodal.get_args(["--preset=tiny", "--seed=3", "--data_dir=elsewhere", "--device=cpu"])
     distill_multimodal.prepare_tiny(args)
     pairs, teacher = started

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 import evaluate
 from model import Encoder, VisionLanguageModel, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_pairs import Pairs
-from test_loops import flags, records, same
+from test_loops import flags, kill_and_resume, records, same, signal_at, with_bad_pictures
 from test_pretrained import FULL, published
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
@@ -179,7 +180,7 @@ def test_training_images_are_functions_of_their_index(tiny_data):
     first = [dataset[0, p, p] for p in range(24)]
     assert torch.equal(torch.get_rng_state(), state) # nobody else's randomness is touched
     torch.rand(7)
-    for p, (image, label) in enumerate(first):
+    for p, (image, label, bad) in enumerate(first):
         again = dataset[0, p, p]
         assert torch.equal(again[0], image) and again[1] == label == pairs.labels[p]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
@@ -386,6 +387,45 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
     whole, resumed = (records(tmp_path / out) for out in ("whole", "killed"))
     assert [(r["step"], r.get("loss"), r.get("val_top1")) for r in whole] == [
         (r["step"], r.get("loss"), r.get("val_top1")) for r in resumed]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(run, monkeypatch, capsys, number):
+    run("whole")
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
+        signal_at(m, evaluate, "lr_share", 4, number)
+        run("parts")
+    assert ended.value.code == 128 + number and "\n  python " in (said := capsys.readouterr().out)
+    assert said.endswith(" --resume\n")
+    checkpoint = read_checkpoint("parts/ckpt.pt")
+    assert checkpoint["step"] == 5 and not checkpoint["finished"]
+    run("parts", resume=True)
+    whole, resumed = (read_checkpoint(f"{out}/ckpt.pt") for out in ("whole", "parts"))
+    assert all(same(whole[k], resumed[k]) for k in {*whole} - {"args"})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures(run, tmp_path, colours, capfd, workers):
+    """In training another is drawn in their place, in the evaluation they are grey; both are named."""
+    data_dir = with_bad_pictures(colours, tmp_path / "data", (3, 40))
+    with open(tmp_path / "data" / "toy" / "val_images.bin", "r+b") as f:
+        f.write(bytes(20))
+    run(data_dir=data_dir, num_workers=workers)
+    log = records(tmp_path / "run")
+    assert {i for r in log for i in r.get("skipped", [])} == {3, 40} and "val_top1" in log[-1]
+    assert "picture 0 of 12 cannot be read (not a picture): grey in its place" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_random(run, tmp_path, colours):
+    """SIGKILL at random moments, a checkpoint after every step: in the end the same weights."""
+    knobs = dict(epochs=40, save_interval=1)
+    run("whole", **knobs)
+    words = flags(dict(task="toy", data_dir=colours, ckpt=tmp_path / "encoder.pt", out_dir=tmp_path / "parts",
+                       device="cpu", dtype="float32", batch_size=16, lr=3e-3, log_interval=1, **knobs))
+    resumed = kill_and_resume("evaluate.py", ["finetune", *words], tmp_path / "parts", 0.5)
+    whole = read_checkpoint("whole/ckpt.pt")
+    assert all(same(whole[k], resumed[k]) for k in ("model", "head", "optimizer", "best"))
 
 
 def test_resume_with_other_flags(run, monkeypatch):

@@ -10,6 +10,9 @@ import math
 import os
 import pickle
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +25,7 @@ import distill_image
 import distill_multimodal
 from evaluate import chance_row
 from model import Encoder, load_checkpoint, read_checkpoint, save_checkpoint
-from prepare_pairs import Pairs
+from prepare_pairs import Bad, Pairs
 from test_pretrained import FULL, published, trainer_file
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -80,7 +83,7 @@ def run(tiny_data, teacher, tmp_path):
     """run(name, out, **changes) -> the checkpoint, after a run of SETTINGS[name] into tmp_path/out."""
     def run(name, out="run", **changes):
         loop, knobs = SETTINGS[name]
-        knobs = dict(knobs, data_dir=tiny_data, out_dir=f"{tmp_path}/{out}", **changes)
+        knobs = {**knobs, "data_dir": tiny_data, "out_dir": f"{tmp_path}/{out}", **changes}
         knobs["teacher"] = str(knobs["teacher"]).replace("TEACHER", teacher)
         LOOPS[loop].main(LOOPS[loop].get_args(flags(knobs)))
         return read_checkpoint(tmp_path / out / "ckpt.pt")
@@ -104,6 +107,17 @@ def stop_at(monkeypatch, module, step, exception=KeyboardInterrupt):
             raise exception
         return get_lr(now, args)
     monkeypatch.setattr(module, "get_lr", stopping)
+
+
+def signal_at(monkeypatch, module, function, step, number):
+    """From now on this signal arrives while the loop is in this step."""
+    inner = getattr(module, function)
+
+    def signalling(now, *rest):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return inner(now, *rest)
+    monkeypatch.setattr(module, function, signalling)
 
 
 def same(a, b):
@@ -317,6 +331,107 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
     assert logs[0] == logs[1] # no step twice, none missing, the same numbers
 
 
+@pytest.mark.parametrize("name, number, workers", [
+    ("mask", signal.SIGTERM, 0), ("mask", signal.SIGINT, 2), ("queue", signal.SIGTERM, 2),
+    ("queue", signal.SIGINT, 0)])
+def test_signals_save_and_leave(run, tmp_path, monkeypatch, capsys, name, number, workers):
+    """The step under way is finished and saved, the command to go on is printed, and that gives the same
+    weights."""
+    knobs, handler = dict(max_steps=11, eval_interval=4, num_workers=workers), signal.getsignal(number)
+    whole = run(name, "whole", **knobs)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
+        signal_at(m, LOOPS[SETTINGS[name][0]], "get_lr", 6, number)
+        run(name, "parts", **knobs)
+    assert ended.value.code == 128 + number and signal.getsignal(number) == handler
+    *_, why, command = capsys.readouterr().out.splitlines()
+    assert why.startswith(f"stopped by {number.name}; wrote ") and command.endswith(" --resume")
+    checkpoint = read_checkpoint(tmp_path / "parts" / "ckpt.pt")
+    assert checkpoint["step"] == 7 and not checkpoint["finished"]
+    resumed = run(name, "parts", **knobs, resume=True)
+    for key in ("model", "optimizer", "scaler", "step", "best", "finished", "queue", "student", "heads"):
+        assert same(whole.get(key), resumed.get(key)), key
+
+
+def with_bad_pictures(data_dir, copy, bad):
+    """A copy of the toy data in which these training pictures are zeros."""
+    shutil.copytree(data_dir, copy)
+    offsets = Pairs(data_dir, "toy", "train").images.offsets
+    with open(copy / "toy" / "train_images.bin", "r+b") as f:
+        for i in bad:
+            f.seek(int(offsets[i]))
+            f.write(bytes(int(offsets[i + 1] - offsets[i])))
+    return str(copy)
+
+
+@pytest.mark.parametrize("name", ["views", "queue", "clip"]) # units: image, caption, label
+def test_bad_pictures_are_skipped(run, tmp_path, tiny_data, monkeypatch, name):
+    """Another is drawn in their place, as a function of seed and step: with workers and after a kill the
+    weights are the same."""
+    knobs = dict(data_dir=with_bad_pictures(tiny_data, tmp_path / "data", (3, 40)), max_steps=11,
+                 save_interval=3, eval_interval=4)
+    whole = run(name, "whole", **knobs)
+    skipped = [(r["step"], r["skipped"]) for r in records(tmp_path / "whole") if "skipped" in r]
+    assert {i for _, bad in skipped for i in bad} == {3, 40}
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        stop_at(m, LOOPS[SETTINGS[name][0]], 8)
+        run(name, "parts", **knobs)
+    resumed = run(name, "parts", **knobs, num_workers=2, resume=True)
+    assert all(same(whole.get(key), resumed.get(key)) for key in ("model", "optimizer", "best", "queue"))
+    assert skipped == [(r["step"], r["skipped"]) for r in records(tmp_path / "parts") if "skipped" in r]
+
+
+@pytest.mark.parametrize("name", ["mask", "queue"])
+def test_too_many_bad_pictures(run, tmp_path, tiny_data, capsys, name):
+    """The run ends, but saved, and goes on with sound ones."""
+    data_dir = with_bad_pictures(tiny_data, tmp_path / "data", range(0, 48, 4))
+    with pytest.raises(SystemExit) as ended:
+        run(name, data_dir=data_dir)
+    assert ended.value.code == 1
+    assert re.search(r"stopped by \d+ of \d+ samples that cannot be read \(prepare the set again\); wrote ",
+                     capsys.readouterr().out)
+    checkpoint = read_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert 0 < checkpoint["step"] < 8 and not checkpoint["finished"]
+    assert run(name, data_dir=tiny_data, resume=True)["finished"]
+    with pytest.raises(Bad, match="ten pictures of the training split cannot be read"):
+        run(name, "other", data_dir=with_bad_pictures(tiny_data, tmp_path / "none", range(48)))
+
+
+@pytest.mark.parametrize("what", ["ckpt.pt", "log.jsonl"])
+def test_full_disk(run, tmp_path, monkeypatch, what):
+    """Said, and what was there is as it was: with room again --resume ends in the same weights."""
+    knobs, unlimited = dict(max_steps=11, save_interval=3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = run("mask", "whole", **knobs)
+    log, get_lr = tmp_path / "parts" / "log.jsonl", distill_image.get_lr
+
+    def fill(step, args):
+        if step == 7 and what == "ckpt.pt": # no file may become larger: what a disk with little room does
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        elif step == 7:
+            log.rename(tmp_path / "kept")
+            log.symlink_to("/dev/full")
+        return get_lr(step, args)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match=f"cannot write .*{what}: [FN]"):
+        m.setattr(distill_image, "get_lr", fill)
+        try:
+            run("mask", "parts", **knobs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert read_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"] == 6
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"ckpt.pt", "log.jsonl"}
+    if what == "log.jsonl":
+        (tmp_path / "kept").rename(log)
+    resumed = run("mask", "parts", **knobs, resume=True)
+    assert all(same(whole[k], resumed[k]) for k in ("model", "optimizer", "student", "heads"))
+
+
+def test_a_second_signal_ends_at_once(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            signal_at(m, distill_image, "get_lr", 6, signal.SIGINT)
+        run("mask")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
 def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
     """Nothing to resume: the next run starts over, and its log with it."""
     with monkeypatch.context() as m:
@@ -463,10 +578,10 @@ def test_learning_rate(module):
 # slow: processes, full-size models
 
 
-def script(name, *words, cwd):
+def script(name, *words, cwd, **options):
     return subprocess.Popen([sys.executable, os.path.join(REPO, name), *words], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def kill_and_resume(name, words, folder, pause):
@@ -491,11 +606,13 @@ def kill_and_resume(name, words, folder, pause):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mask", "queue"])
-def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
+@pytest.mark.parametrize("name, changes", [
+    ("mask", {}), ("mask", dict(num_workers=2, micro_batch_size=8)), ("queue", dict(num_workers=2)),
+    ("queue", dict(micro_batch_size=8))])
+def test_killed_at_random(run, tmp_path, tiny_data, teacher, name, changes):
     """SIGKILL at random moments, a checkpoint after every step: always a whole one, and in the end the same
     weights."""
-    knobs = dict(max_steps=150, save_interval=1, eval_interval=50)
+    knobs = dict(max_steps=150, save_interval=1, eval_interval=50, **changes)
     whole = run(name, "whole", **knobs)
     loop, base = SETTINGS[name]
     words = flags({k: teacher if v == "TEACHER" else v for k, v in
@@ -505,6 +622,22 @@ def test_killed_at_random(run, tmp_path, tiny_data, teacher, name):
                for k in ("model", "optimizer", "best", "queue", "student", "heads"))
     assert [r["step"] for r in records(tmp_path / "parts")] == [r["step"]
                                                                 for r in records(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes(tmp_path, tiny_data, number):
+    """As a terminal, a scheduler or a container ends a run: the loader's workers get the signal, too."""
+    knobs = dict(max_steps=1000, save_interval=5, num_workers=2)
+    words = flags(dict(SETTINGS["mask"][1], **knobs, data_dir=tiny_data, out_dir=tmp_path / "parts"))
+    process = script("distill_image.py", *words, cwd=tmp_path, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "parts" / "ckpt.pt").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    said, _ = process.communicate()
+    step = read_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"]
+    assert process.returncode == 128 + number and "Traceback" not in said, said
+    assert f"stopped by {number.name}; wrote " in said and step > 5, said
 
 
 @pytest.mark.slow

