@@ -179,7 +179,9 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
         out = heads["predict"](student(images, patch_mask=patch_mask,
                                        mask_token=heads.mask_token)).float() # (n, T, D)
     whole = F.layer_norm(target[:, 1:].mean(1), target.shape[-1:]) # (n, D)
-    return F.mse_loss(out[:, 1:][patch_mask], target[:, 1:][patch_mask]) + 0.1 * F.mse_loss(out[:, 0], whole)
+    error = F.mse_loss(out[:, 1:], target[:, 1:], reduction="none").mean(-1) # (n, N)
+    # not error[patch_mask]: to know its size the host would wait for the device
+    return (error * patch_mask).sum() / patch_mask.sum() + 0.1 * F.mse_loss(out[:, 0], whole)
 
 
 def views_loss(student, heads, views, kept, temperature, autocast):
@@ -369,7 +371,7 @@ def main(args):
         patches = random_patch_mask(len(raw) * len(views), (size // patch_size) ** 2, args.mask_ratio,
                                     generator)
         patches = kept_patches(patches) if args.objective == "views" else patches
-        return *views, patches.view(len(raw), len(views), -1).to(device)
+        return *views, patches.view(len(raw), len(views), -1).to(device, non_blocking=True)
 
     def loss_of(*inputs):
         """The loss, a mean over the images given; inputs as from inputs_of."""

@@ -256,9 +256,8 @@ def contrastive_kd_loss(student_out, target, group, queue, scale):
     if queue is not None:
         bank, bank_group = torch.cat([bank, queue[0]]), torch.cat([group, queue[1]]) # (B + Q, D), (B + Q,)
     logits = scale * F.normalize(student_out.float(), dim=-1) @ bank.T # (B, B + Q)
+    same = (group[:, None] == bank_group[None]).fill_diagonal_(False) # one's own target stays in
     own = torch.arange(len(group), device=logits.device)
-    same = group[:, None] == bank_group[None]
-    same[own, own] = False # one's own target stays in
     return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
 
 
@@ -266,7 +265,7 @@ def word_targets(ids, padding_mask, vocab_size):
     """What the word loss predicts, (B, vocab_size) float32: the distinct tokens of each caption, without CLS
     and SEP, all equally likely."""
     real = ~padding_mask # (B, T)
-    real[torch.arange(len(ids)), real.sum(1) - 1] = False # SEP
+    real.scatter_(1, real.sum(1, keepdim=True) - 1, False) # SEP
     real[:, 0] = False # CLS
     words = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add_(
         1, ids, real.float()).clamp(max=1)
@@ -755,7 +754,8 @@ def main(args):
             images = augment(images, generator, args.flip, args.rotate, args.color)
             if args.mask_ratio:
                 kept = kept_patches(random_patch_mask(n, (args.img_size // args.patch_size) ** 2,
-                                                      args.mask_ratio, generator)).to(device)
+                                                      args.mask_ratio, generator))
+                kept = kept.to(device, non_blocking=True)
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
@@ -765,7 +765,8 @@ def main(args):
         if args.word_weight:
             words = gather(word_targets(ids, padding_mask, tokenizer.vocab_size))
         if args.kd_loss != "none":
-            target = gather(target_bank[index].to(device).float() if target_bank is not None else
+            target = gather(target_bank[index].to(device, non_blocking=True).float()
+                            if target_bank is not None else
                             torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
 
         def forward(c):

@@ -275,8 +275,9 @@ def main(args):
         """The share of these sequences in the loss of a batch, whole: its padding mask; all on the CPU."""
         count = len(whole) if args.target == "cls" else (~whole).sum().item()
         # almost no sequence is padded, and attention without a mask is faster
-        padding_mask = padding_mask.to(device) if padding_mask.any() else None
-        return feature_loss(student, teacher, ids.to(device), padding_mask, args, autocast) / count
+        padding_mask = padding_mask.to(device, non_blocking=True) if padding_mask.any() else None
+        ids = ids.to(device, non_blocking=True)
+        return feature_loss(student, teacher, ids, padding_mask, args, autocast) / count
 
     @torch.no_grad()
     def embed(encoder):

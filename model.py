@@ -18,6 +18,7 @@ import base64
 import collections
 import datetime
 import difflib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -1241,10 +1242,15 @@ def run_script(name, *flags):
         fail(f"{name} ended with exit code {code}; its message is above")
 
 
+@functools.cache
+def imagenet_statistics(device): # once: to make them there, the host waits for the device
+    return [torch.tensor(x, device=device).view(3, 1, 1) for x in ((0.485, 0.456, 0.406),
+                                                                   (0.229, 0.224, 0.225))]
+
+
 def normalize(images):
     """(B, 3, H, W) in [0, 255], uint8 or float -> float32, with ImageNet's mean and standard deviation."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+    mean, std = imagenet_statistics(images.device)
     return (images.float() / 255 - mean) / std
 
 

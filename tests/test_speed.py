@@ -4,6 +4,7 @@ than two layers, torch.compile finds one graph and stays with it, CUDA's kernels
 
     pytest tests/test_speed.py
 """
+import contextlib
 import weakref
 
 import pytest
@@ -11,9 +12,16 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
+                                           FakeTensorMode)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill_image
-from model import Encoder, VisionLanguageModel, feature_target, kept_patches, random_patch_mask
+import distill_multimodal
+import distill_text
+from model import (Encoder, VisionLanguageModel, feature_target, imagenet_statistics, kept_patches,
+                   random_patch_mask)
+from prepare_pairs import augment
 from test_loops import records, run, teacher # two of them fixtures
 from test_model import IMAGE, TEXT, assert_close, randn, shake
 
@@ -158,6 +166,89 @@ def test_text_of_any_length_is_two_graphs(graphs):
     there is nothing to gain from padding further."""
     batches = [(randn(4, 3, 32, 32), *ids_of(4, T)) for T in (9, 12, 5, 7, 10, 9, 3)]
     assert graphs(VisionLanguageModel(IMAGE, TEXT), batches) == 2
+
+
+class Waits(TorchDispatchMode):
+    """Lists the operations for which the host waits for a GPU: copies between the two that do not say
+    non_blocking, and those whose result the host must know."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(function)
+        copies = {"aten._to_copy.default": (args[0], kwargs.get("device"), kwargs.get("non_blocking")),
+                  "aten.copy_.default": (args[-1], args[0].device, len(args) > 2)}.get(name) \
+            if name in ("aten._to_copy.default", "aten.copy_.default") else None
+        if copies and copies[1] is not None and copies[0].device.type != torch.device(copies[1]).type:
+            self.found += [name] * (not copies[2])
+        indexed = name.startswith("aten.index") and any(
+            x is not None and (x.dtype == torch.bool or x.device.type == "cpu")
+            for arg in args if isinstance(arg, (list, tuple)) for x in arg)
+        if indexed or any(word in name for word in ("_local_scalar", "nonzero", "masked_select")):
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+def test_waits_are_found():
+    """The instrument itself: each of these is one, and what the loops do instead is none."""
+    with FakeTensorMode(), torch.device("cuda"):
+        x, mask, here = torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.ones(4, device="cpu")
+        for wait in (lambda: x[mask], lambda: x.cpu(), lambda: here.to("cuda"), lambda: x.sum().item(),
+                     lambda: x[torch.arange(4, device="cpu")], lambda: torch.tensor([1.0, 2.0])):
+            with Waits() as waits, contextlib.suppress(DataDependentOutputException,
+                                                       DynamicOutputShapeException):
+                wait()
+            assert waits.found
+        with Waits() as waits:
+            here.to("cuda", non_blocking=True), x * mask[:, None], x[torch.arange(4)], x.clamp(0, 1)
+        assert not waits.found
+
+
+@pytest.mark.parametrize("name, words", [
+    ("image", []), ("image", ["--preset=tiny"]), ("image", ["--teacher=ema"]), ("text", []),
+    ("text", ["--target=cls"]), ("multimodal", []), ("multimodal", ["--preset=tiny"]),
+    ("multimodal", ["--preset=smke"]), ("multimodal", ["--preset=clip"]),
+    ("multimodal", ["--kd_loss=none", "--align_loss=ranking"])])
+def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
+    """Augmentation, forward and loss on GPU tensors that have no data, which needs no GPU."""
+    loops = {"image": distill_image, "text": distill_text, "multimodal": distill_multimodal}
+    args, autocast = loops[name].get_args(words), contextlib.nullcontext()
+    imagenet_statistics.cache_clear() # what it holds is of another test
+    fake = FakeTensorMode()
+    with fake, torch.device("cuda"):
+        image, text, both = Encoder("image", **IMAGE), Encoder("text", **TEXT), None
+        raw, ids = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 9, dtype=torch.int64)
+        padding_mask, group = torch.zeros(4, 9, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+        imagenet_statistics(raw.device)
+        if name == "multimodal":
+            both = VisionLanguageModel(IMAGE, TEXT, words=bool(args.word_weight),
+                                       head_dim=48 * args.head, align_levels=args.align_levels,
+                                       shared_kind=args.shared)
+        heads = torch.nn.ModuleDict({"project": torch.nn.Linear(48, 8), "predict": torch.nn.Linear(48, 48)})
+        heads.register_parameter("mask_token", torch.nn.Parameter(torch.zeros(1, 1, 48)))
+        kept, hidden = torch.zeros(4, 2, 8, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.bool)
+        queue = torch.zeros(6, 48), torch.zeros(6, dtype=torch.int64)
+    with fake, Waits() as waits: # no default device now
+        images = augment(raw, torch.Generator("cpu"), 0.5, args.__dict__.get("rotate", 0),
+                         args.__dict__.get("color", 0))
+        if name == "text":
+            loss = distill_text.feature_loss(text, text, ids, padding_mask, args, autocast)
+        elif name == "multimodal":
+            with autocast:
+                outputs = both(images, ids, padding_mask)
+            found = distill_multimodal.word_targets(ids, padding_mask, TEXT["vocab_size"])
+            loss, _ = distill_multimodal.loss_terms(outputs, image(images)[:, 0].detach(), group, queue,
+                                                    found if args.word_weight else None, both, args)
+        elif args.teacher != "ema":
+            loss = distill_image.feature_loss(image, image, images, args, autocast)
+        elif args.objective == "views":
+            loss = distill_image.views_loss(image, heads, [images] * 2, kept, 0.1, autocast)
+        else:
+            loss = distill_image.masked_loss(image, heads, image, images, hidden, 2, autocast)
+    imagenet_statistics.cache_clear()
+    assert not waits.found and loss.device.type == "cuda"
 
 
 @pytest.mark.slow
