@@ -421,7 +421,7 @@ def augment(images, generator, flip=0.5, rotate=0.0, color=0.0):
     B, device = len(images), images.device
 
     def uniform(*shape): # in [-1, 1)
-        return (torch.rand(*shape, generator=generator) * 2 - 1).to(device)
+        return (torch.rand(*shape, generator=generator) * 2 - 1).to(device, non_blocking=True)
 
     mirror = torch.where(uniform(B) < 2 * flip - 1, -1.0, 1.0)
     if rotate:
