@@ -219,7 +219,7 @@ class TrainImages(torch.utils.data.Dataset):
         """Crops (c, 3, H, W) uint8, and which images could not be read before."""
         epoch, position, unit = index
         rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
-        while len(bad) < 10:
+        while len(bad) <= 10: # or are too many
             images = self.images_of[unit]
             i = int(images[rng.integers(len(images))])
             try:
@@ -227,7 +227,7 @@ class TrainImages(torch.utils.data.Dataset):
             except Bad: # another in its place
                 bad.append(i)
                 unit = rng.integers(len(self.images_of))
-        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
+        return torch.zeros(self.crops, 3, self.size, self.size, dtype=torch.uint8), bad
 
     def collate(self, samples):
         crops, bad = zip(*samples)
@@ -468,7 +468,8 @@ def main(args):
         if raw is None:
             break
         waited += time.time() - wait_start
-        stop.count(bad, n, log)
+        if stop.count(bad, n, log):
+            break
         # a generator for each step: what was drawn before a kill need not be saved
         generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
         lr = get_lr(step, args)

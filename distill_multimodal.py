@@ -332,7 +332,7 @@ class TrainPairs(torch.utils.data.Dataset):
         """Image (3, H, W) uint8, caption, number of the image, and which images could not be read before."""
         epoch, position, unit = index
         rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
-        while len(bad) < 10:
+        while len(bad) <= 10: # or are too many
             if self.args.unit == "caption":
                 i, caption = self.pairs.text_to_image[unit], unit
             else:
@@ -345,7 +345,7 @@ class TrainPairs(torch.utils.data.Dataset):
             except Bad: # another in its place
                 bad.append(int(i))
                 unit = rng.integers(self.num_units)
-        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
+        return torch.zeros(3, self.args.img_size, self.args.img_size, dtype=torch.uint8), "", 0, bad
 
     def collate(self, samples):
         """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,) and
@@ -744,7 +744,8 @@ def main(args):
         *inputs, index, bad = next(batches, (None,) * 2)
         if bad is None:
             break
-        stop.count(bad, n, log)
+        if stop.count(bad, n, log):
+            break
         images, ids, padding_mask, group = (x.to(device, non_blocking=True)
                                             for x in (*inputs, group_of[index]))
         waited += time.time() - wait_start

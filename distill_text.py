@@ -153,10 +153,8 @@ class Sequences:
         place."""
         n, rows, bad = self.max_length - 2, [], []
         for i in which:
-            while (row := self.tokens[i * n:i * n + n]).max() >= self.vocab_size:
-                if len(bad) == len(self):
-                    fail(f"{self.tokens.path} holds ids beyond the vocabulary: prepare it again")
-                bad.append(int(i))
+            while (row := self.tokens[i * n:i * n + n]).max() >= self.vocab_size and len(bad) <= len(self):
+                bad.append(int(i)) # as many as there are would be too many
                 i = (i + 1) % len(self)
             rows.append(row)
         return *self.frame(rows), bad
@@ -352,7 +350,8 @@ def main(args):
         if ids is None:
             break
         waited += time.time() - wait_start
-        stop.count(bad, B, log)
+        if stop.count(bad, B, log):
+            break
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr

@@ -372,7 +372,11 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
             draw.rounded_rectangle(box, 8, MINT if frame else PALE, frame, 3)
             write(pairs.captions[item], x + 2, y + 2, cell - 4, cell - 4, 17, centred=True)
         else:
-            image = decode(pairs.images[item]) # all of it, whatever its shape
+            try:
+                with or_bad():
+                    image = decode(pairs.images[item]) # all of it, whatever its shape
+            except Bad:
+                image = Image.new("RGB", (cell, cell), LINE)
             w, h = (max(1, round(side * cell / max(image.size))) for side in image.size)
             canvas.paste(image.resize((w, h), Image.LANCZOS), (x + (cell - w) // 2, y + (cell - h) // 2))
             draw.rounded_rectangle(box, 8, None, frame or LINE, 3 if frame else 1)
@@ -620,13 +624,13 @@ class LabelledImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         epoch, position, i = index
         rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
-        while len(bad) < 10:
+        while len(bad) <= 10: # or are too many
             try:
                 return self.image(i, rng), self.targets[i], bad
             except Bad: # another in its place
                 bad.append(int(i))
                 i = int(rng.integers(len(self.images)))
-        raise Bad(f"ten pictures of the training split cannot be read: {bad}. Prepare the set again")
+        return torch.zeros(3, self.size, self.size), self.targets[i], bad
 
     def image(self, i, rng):
         if self.args.augment == "none":
@@ -757,7 +761,8 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
         if batch is None:
             break
         waited += time.time() - wait_start
-        stop.count(batch[2], args.batch_size, log)
+        if stop.count(batch[2], args.batch_size, log):
+            break
         share = lr_share(step, warmup_steps, max_steps, linear)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]

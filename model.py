@@ -1200,7 +1200,8 @@ class Stop:
             signal.signal(number, handler)
 
     def count(self, bad, samples, log):
-        """bad: numbers of samples that could not be read and have others in their place, of so many."""
+        """bad: numbers of samples that could not be read and have others in their place, of so many. True if
+        they are too many by now."""
         self.bad, self.seen = self.bad + len(bad), self.seen + samples
         if bad:
             text = (f"cannot be read: {', '.join(map(str, bad))} of the training split, others are in their "
@@ -1212,6 +1213,7 @@ class Stop:
         if self.bad > 10 + self.seen / 100:
             self.why = f"{self.bad} of {self.seen} samples that cannot be read (prepare the set again)"
             self.code = 1
+        return self.code == 1
 
     def leave(self, path, resume="--resume"):
         """Ends the program, after a checkpoint was written to path, with the command to go on."""

@@ -80,7 +80,7 @@ class Tokens:
             self.meta = read_meta(folder, name, split, again)
             made_with, sha256 = self.meta["vocabulary"], self.meta["vocab_sha256"]
             self.path = os.path.join(folder, split + ".bin")
-            self.length = int(self.meta["splits"][split]["tokens"])
+            self.length = self.meta["splits"][split]["tokens"]
             if (size := os.path.getsize(self.path)) != 2 * self.length:
                 raise ValueError(f"{self.path} has {size:,} bytes, not {2 * self.length:,}")
         except Exception as e: # json raises nearly anything on broken files
@@ -131,7 +131,9 @@ def documents(piece):
             data = f.read(piece.end - piece.start)
         if piece.kind == "xz": # read as the tar that it is: headers and padding are no text
             with tarfile.open(fileobj=lzma.open(io.BytesIO(data)), mode="r|") as tar:
-                yield from (tar.extractfile(member).read() for member in tar if member.isreg())
+                for member in tar: # a few bytes can claim to be a terabyte
+                    if member.isreg():
+                        yield tar.extractfile(member).read(2 ** 26)
         elif piece.kind == "lines":
             jsonl = piece.path.lower().endswith(".jsonl")
             for line in io.BytesIO(data):

@@ -647,7 +647,8 @@ def clean(caption):
     """One line of printable text, not longer than a page; "" for what is no text."""
     if not isinstance(caption, (str, int, float)):
         return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(caption)[:10_000]).split())[:2000].strip()
+    caption = "".join(c if c.isprintable() else " " for c in str(caption)[:10_000])
+    return " ".join(caption.split())[:2000].strip()
 
 
 def find_file(args, *names, url=None, gigabytes=0.0):

@@ -11,6 +11,7 @@ import distill_image
 import distill_multimodal
 import distill_text
 import evaluate
+import experiments
 import prepare_imagenet
 import prepare_owt
 import prepare_pairs
@@ -41,7 +42,7 @@ def test_commands():
         if words[0] == "pytest" or words[1:3] == ["-m", "pytest"]:
             paths = [w for w in words[words.index("pytest") + 1:] if not w.startswith("-") and w != "slow"]
             assert all(os.path.exists(os.path.join(REPO, path)) for path in paths), words
-        elif words[1] in ("-m", "-c", "tests/bench.py"):
+        elif words[1] in ("-m", "-c", "tests/bench.py", "tests/experiments.py"):
             continue # venv, pip; what is only measured
         else:
             assert words[1] in MODULES, words
@@ -51,6 +52,23 @@ def test_commands():
     tiny = [MODULES[w[1]].get_args(w[2:]) for w in commands() if w[1] == "distill_multimodal.py"]
     assert any(args.preset == "tiny" for args in tiny)
     assert any(words[0] == "pytest" or words[1:3] == ["-m", "pytest"] for words in commands())
+
+
+def test_commands_of_the_experiments():
+    for words in [command for _, command in (experiments.PAIRS | experiments.IMAGES).values()]:
+        script, *flags = words.split()
+        MODULES[script].get_args(flags)
+    for words in experiments.PROBES.values():
+        evaluate.get_args(words.split())
+
+
+def test_tests_named_in_the_text_exist():
+    """`test_name` in the prose is a function of some test file."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    text = "".join(open(os.path.join(here, name), encoding="utf-8").read()
+                   for name in os.listdir(here) if name.startswith("test_"))
+    named = set(re.findall(r"`(test_\w+)`", readme()))
+    assert named and all(f"def {name}(" in text for name in named)
 
 
 def test_knobs_named_in_the_text_exist():
