@@ -6,6 +6,9 @@ The README against the repository: its commands parse, the files it names exist,
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import distill_image
 import distill_multimodal
@@ -15,6 +18,7 @@ import experiments
 import prepare_imagenet
 import prepare_owt
 import prepare_pairs
+from model import Encoder, save_checkpoint
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, distill_text, evaluate,
@@ -62,6 +66,27 @@ def test_commands_of_the_experiments():
         evaluate.get_args(words.split())
 
 
+def test_the_worked_change(tmp_path, tiny_data):
+    """The diff of "Change it" is short, applies to the script as it is, and trains."""
+    diff, = re.findall(r"^```diff\n(.*?)^```", readme(), re.M | re.S)
+    assert 0 < len(re.findall(r"^[+-](?![+-])", diff, re.M)) <= 30
+    for name in os.listdir(REPO):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(REPO, name), tmp_path)
+    subprocess.run(["git", "apply", "-"], input=diff, cwd=tmp_path, text=True, check=True)
+    words = ["--data=toy", f"--data_dir={tiny_data}", "--kd_loss=cosine", "--kd_weight=2", "--max_steps=3",
+             "--batch_size=16", "--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2",
+             "--depth=1", "--text_depth=1", "--text_init=random", "--freeze_embeddings=False", "--device=cpu",
+             "--log_interval=1", "--image_init=teacher", f"--teacher={tmp_path}/teacher.pt"]
+    save_checkpoint(tmp_path / "teacher.pt", Encoder("image", 32, 2, 2, img_size=32, patch_size=8))
+    done = subprocess.run([sys.executable, "distill_multimodal.py", *words], cwd=tmp_path, text=True,
+                          capture_output=True)
+    terms = re.findall(r"step +\d/3  loss ([\d.]+)  kd_image ([\d.]+)  kd_text ([\d.]+)", done.stdout)
+    assert len(terms) == 3, done.stderr
+    for loss, image, text in (map(float, row) for row in terms):
+        assert 0 < image < 2 and 0 < text < 2 and abs(loss - 2 * (image + text)) < 1e-3
+
+
 def test_tests_named_in_the_text_exist():
     """`test_name` in the prose is a function of some test file."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -84,7 +109,7 @@ def test_knobs_named_in_the_text_exist():
 
 def test_files_exist():
     """Scripts, documents and links in the README: in the repository, or made by a command (out/, data/)."""
-    text = readme()
+    text = re.sub(r"^```diff\n.*?^```", "", readme(), flags=re.M | re.S) # which has a/ and b/ before names
     files = (set(re.findall(r"[\w./]*\w\.(?:py|txt|md|ini)\b", text)) |
              set(re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)))
     files -= {"dict.txt", "vocab.txt"} # published with the weights
