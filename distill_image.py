@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, fail, gather, git_sha, ignore_signals,
-                   init_weights, join_ranks, keep_blocks, kept_patches, load_encoder, load_weights,
-                   loader_processes, log_record, open_run, peak_memory, pick_device, pick_dtype,
+from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, fail, finite_rows, gather, git_sha,
+                   ignore_signals, init_weights, join_ranks, keep_blocks, kept_patches, load_encoder,
+                   load_weights, loader_processes, log_record, open_run, peak_memory, pick_device, pick_dtype,
                    print_settings, random_patch_mask, save_checkpoint, split_batch, sum_over_ranks, trim_log,
                    use_compile)
 from prepare_pairs import Bad, Pairs, augment, train_image
@@ -502,13 +502,7 @@ def main(args):
         due = [step % n == 0 or step == args.max_steps
                for n in (args.log_interval, args.eval_interval, args.save_interval)]
         if any(due): # nothing is measured or saved after a bad step
-            table = torch.stack(rows).cpu() # (seen, 2)
-            if not table.isfinite().all():
-                k = (~table.isfinite()).any(1).int().argmax().item()
-                bad = [name for name, x in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(x)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good "
-                     f"checkpoint, if one was saved, is in {args.out_dir}: continue from it with --resume "
-                     f"and a lower --lr, or --dtype=float32.")
+            table = finite_rows(rows, ("loss", "norm"), step, args) # (seen, 2)
         if due[0]:
             (mean, norm), seen = table.double().mean(0).tolist(), len(rows)
             ms = 1000 * (time.time() - since) / seen
@@ -529,6 +523,7 @@ def main(args):
     # -- end
     if step < args.max_steps:
         if not rank:
+            finite_rows(rows, ("loss", "norm"), step, args)
             save()
         stop.leave(path)
     if world > 1:

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 import evaluate
 from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder, fail,
-                   gather, git_sha, ignore_signals, is_finished, join_ranks, keep_blocks, kept_patches,
-                   load_encoder, load_pretrained, load_weights, loader_processes, log_record, normalize,
-                   open_run, peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask,
-                   run_script, save_atomic, save_checkpoint, split_batch, sum_over_ranks, trim_log,
-                   use_compile)
+                   finite_rows, gather, git_sha, ignore_signals, is_finished, join_ranks, keep_blocks,
+                   kept_patches, load_encoder, load_pretrained, load_weights, loader_processes, log_record,
+                   normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
+                   random_patch_mask, run_script, save_atomic, save_checkpoint, split_batch, sum_over_ranks,
+                   trim_log, use_compile)
 from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
@@ -737,7 +737,7 @@ def main(args):
     stop = Stop()
     batches = stop.until(iter(loader), args.max_steps - step)
     # rows: terms of steps not logged
-    rows, waited, since, first_step, loop_start = [], 0.0, time.time(), step, time.time()
+    rows, terms, waited, since, first_step, loop_start = [], {}, 0.0, time.time(), step, time.time()
     student.train()
     while True:
         wait_start = time.time()
@@ -812,13 +812,7 @@ def main(args):
         due = [step % n == 0 or step == args.max_steps
                for n in (args.log_interval, args.eval_interval, args.save_interval)]
         if any(due): # nothing is measured or saved after a bad step
-            table = torch.stack(rows).cpu() # (seen, terms)
-            if not table.isfinite().all():
-                k = (~table.isfinite()).any(1).int().argmax().item()
-                bad = [name for name, x in zip(terms, table[k].tolist()) if not math.isfinite(x)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good "
-                     f"checkpoint, if one was saved, is in {args.out_dir}: continue from it with --resume "
-                     f"and a lower --lr, or --dtype=float32.")
+            table = finite_rows(rows, terms, step, args) # (seen, terms)
         if due[0]:
             means, seen = dict(zip(terms, table.double().mean(0).tolist())), len(rows)
             ms, scale = 1000 * (time.time() - since) / seen, student.log_scale.exp().view(-1)[0].item()
@@ -840,6 +834,7 @@ def main(args):
     # -- end
     if step < args.max_steps:
         if not rank:
+            finite_rows(rows, terms, step, args)
             save()
         stop.leave(path)
     if world > 1:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, fail, git_sha, join_ranks, keep_blocks,
-                   load_encoder, load_weights, log_record, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, run_script, save_checkpoint, split_batch, sum_over_ranks, trim_log,
-                   use_compile)
+from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, fail, finite_rows, git_sha, join_ranks,
+                   keep_blocks, load_encoder, load_weights, log_record, open_run, peak_memory, pick_device,
+                   pick_dtype, print_settings, run_script, save_checkpoint, split_batch, sum_over_ranks,
+                   trim_log, use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -376,12 +376,7 @@ def main(args):
         intervals = args.log_interval, args.eval_interval, args.save_interval
         due = [step % n == 0 or step == args.max_steps for n in intervals]
         if any(due): # nothing is measured or saved after a bad step
-            table = torch.stack(rows).cpu() # (seen, 2)
-            if not table.isfinite().all():
-                k = (~table.isfinite()).any(1).int().argmax().item()
-                bad = [name for name, x in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(x)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. If a checkpoint is in "
-                     f"{args.out_dir}, continue from it with --resume and a lower --lr, or --dtype=float32.")
+            table = finite_rows(rows, ("loss", "norm"), step, args) # (seen, 2)
         if due[0]:
             (mean, norm), seen = table.double().mean(0).tolist(), len(rows)
             ms = 1000 * (time.time() - since) / seen
@@ -402,6 +397,7 @@ def main(args):
     # -- end
     if step < args.max_steps:
         if not rank:
+            finite_rows(rows, ("loss", "norm"), step, args)
             save()
         stop.leave(path)
     if world > 1:

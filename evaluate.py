@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (GPT2Tokenizer, Parser, Stop, fail, git_sha, ignore_signals, init_weights, load_checkpoint,
-                   load_encoder, load_weights, log_record, nearest, normalize, number, open_run, peak_memory,
-                   pick_device, pick_dtype, print_settings, read_checkpoint, save_atomic, save_checkpoint,
-                   trim_log, use_compile, write_json)
+from model import (GPT2Tokenizer, Parser, Stop, fail, finite_rows, git_sha, ignore_signals, init_weights,
+                   load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize, number,
+                   open_run, peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint,
+                   save_atomic, save_checkpoint, trim_log, use_compile, write_json)
 from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
 # -----------------------------------------------------------------------------
@@ -783,13 +783,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
         epoch_ends = step % per_epoch == 0
         logs, saves = step % args.log_interval == 0, epoch_ends or step % args.save_interval == 0
         if logs or saves: # no measuring or saving after a bad step
-            table = torch.stack(rows).cpu() # (seen, 2)
-            if not table.isfinite().all():
-                k = (~table.isfinite()).any(1).int().argmax().item()
-                bad = [name for name, v in zip(("loss", "norm"), table[k].tolist()) if not math.isfinite(v)]
-                fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good "
-                     f"checkpoint, if one was saved, is in {args.out_dir}: continue it (finetune: --resume) "
-                     f"with --dtype=float32, or start again with a lower --lr and another --out_dir.")
+            table = finite_rows(rows, ("loss", "norm"), step, args) # (seen, 2)
         if logs or step == max_steps:
             (mean, norm), seen, now = table.double().mean(0).tolist(), len(rows), time.time()
             ms, wait_ms, memory = 1000 * (now - since) / seen, 1000 * waited / seen, peak_memory(device)
@@ -812,6 +806,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
             since += time.time() - paused # ms counts training alone
         if saves and step < max_steps:
             save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    finite_rows(rows, ("loss", "norm"), step, args)
     save("ckpt.pt", finished=step == max_steps, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     if step < max_steps:
         stop.leave(path, "--resume" if args.command == "finetune" else "") # glue goes on by itself

@@ -1156,6 +1156,19 @@ def open_run(args, model_knobs, max_steps=None, asked=None):
     return checkpoint if args.resume else None
 
 
+def finite_rows(rows, names, step, args):
+    """What the steps since the last log line, up to this one, had of loss, terms and norm, (seen, terms) on
+    the CPU; ends the program if any is not finite. Call it before anything is measured or saved."""
+    table = torch.stack(rows).cpu() if rows else torch.zeros(0, len(names))
+    if not table.isfinite().all():
+        k = (~table.isfinite()).any(1).int().argmax().item()
+        bad = [name for name, x in zip(names, table[k].tolist()) if not math.isfinite(x)]
+        fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if "
+             f"one was saved, is in {args.out_dir}: continue from it with --resume (glue: the same command) and "
+             f"--dtype=float32 or a lower --lr.")
+    return table
+
+
 def log_record(args, step, text, **record):
     """Prints a line and appends its record to OUT_DIR/log.jsonl."""
     print(text, flush=True)

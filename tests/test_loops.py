@@ -523,6 +523,21 @@ def test_not_finite(run, tmp_path, monkeypatch, name, function, term, log_interv
     assert run(name, max_steps=8, resume=True)["finished"]
 
 
+def test_not_finite_and_then_a_signal(run, tmp_path, monkeypatch):
+    """Between two log lines nobody has looked yet: what was saved before stays."""
+    def loss(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.tensor(math.nan, requires_grad=True)
+    with monkeypatch.context() as m:
+        stop_at(m, distill_image, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run("mask", save_interval=4, log_interval=50)
+    monkeypatch.setattr(distill_image, "masked_loss", loss)
+    with pytest.raises(SystemExit, match="loss not finite at step 5"):
+        run("mask", save_interval=50, log_interval=50, resume=True)
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 4
+
+
 def test_infinite_gradient_of_a_finite_loss(run, tmp_path, monkeypatch):
     """The loss of step 4 is fine, its gradient is not: the weights after it must not be saved."""
     loss_terms, calls = distill_multimodal.loss_terms, [0]
