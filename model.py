@@ -1164,8 +1164,8 @@ def finite_rows(rows, names, step, args):
         k = (~table.isfinite()).any(1).int().argmax().item()
         bad = [name for name, x in zip(names, table[k].tolist()) if not math.isfinite(x)]
         fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if "
-             f"one was saved, is in {args.out_dir}: continue from it with --resume (glue: the same command) and "
-             f"--dtype=float32 or a lower --lr.")
+             f"one was saved, is in {args.out_dir}: continue from it with --resume (glue: the same command) "
+             f"and --dtype=float32 or a lower --lr.")
     return table
 
 
