@@ -19,20 +19,25 @@ import numpy as np
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
-from model import is_finished
+from model import is_finished, save_atomic, write_json
+from prepare_pairs import Pairs, RecordWriter
 
 TINY, IMAGE = "distill_multimodal.py --preset=tiny", "distill_image.py --preset=tiny"
-HALF = "distill_image.py --preset=tiny_half --teacher=TEACHER"
+HALF = "distill_image.py --preset=tiny_half --teacher={teacher}"
 ALONE = "--kd_loss=none --image_init=random --max_steps=580" # the minutes of 450 steps and of the teacher
 PAIRS = { # arm -> what it is in the table, its command without --seed and --out_dir
-    "both": ("distillation (contrastive), alignment, words", f"{TINY} --teacher=TEACHER"),
+    "both": ("distillation (contrastive), alignment, words", f"{TINY} --teacher={{teacher}}"),
     "words": ("no teacher: alignment, words", f"{TINY} {ALONE}"),
     "contrastive": ("no teacher, no words: alignment", f"{TINY} {ALONE} --word_weight=0"),
-    "kd": ("distillation alone", f"{TINY} --align_loss=none --word_weight=0 --kd_weight=1 --teacher=TEACHER"),
-    "mse": ("distillation by mse", f"{TINY} --kd_loss=mse --kd_weight=1 --teacher=TEACHER"),
-    "queue": ("with a queue of 2,048 targets", f"{TINY} --queue_size=2048 --teacher=TEACHER"),
-    "towers": ("two towers, nothing shared", f"{TINY} --shared=projection --depth=5 --text_depth=3 "
-                                             f"--teacher=TEACHER"),
+    "kd": ("distillation alone", f"{TINY} --align_loss=none --word_weight=0 --kd_weight=1 "
+                                 f"--teacher={{teacher}}"),
+    "mse": ("distillation by mse", f"{TINY} --kd_loss=mse --kd_weight=1 --teacher={{teacher}}"),
+    "queue": ("with a queue of 2,048 targets", f"{TINY} --queue_size=2048 --teacher={{teacher}}"),
+    "towers": ("two towers, nothing shared",
+               f"{TINY} --shared=projection --depth=5 --text_depth=3 --teacher={{teacher}}"),
+    "mean": ("mean token of the teacher as target", f"{TINY} --teacher={{teacher}} --kd_target=mean"),
+    "labels": ("the same, of a teacher trained on labels",
+               f"{TINY} --teacher={{supervised}} --kd_target=mean"),
 }
 IMAGES = {
     "teacher": ("teacher, five blocks", IMAGE),
@@ -42,6 +47,10 @@ IMAGES = {
     "cls": ("first three, CLS token as target", f"{HALF} --target=cls"),
     "last": ("first three, last block as target", f"{HALF} --target=last"),
     "scratch": ("three blocks from scratch", f"{IMAGE} --depth=3 --max_steps=600"),
+    "random": ("five random blocks", f"{IMAGE} --max_steps=1 --lr=0"),
+    "supervised": ("five blocks that name the family", # for as many minutes as the teacher
+                   "evaluate.py finetune --task=families --ckpt={random} --augment=none --batch_size=256 "
+                   "--epochs=26 --lr=1e-3 --layer_decay=1"),
 }
 PROBES = { # columns of the second table -> subcommand of evaluate.py
     "kNN": "knn --task=digits", # top-1
@@ -54,10 +63,29 @@ def run(*words):
     subprocess.run([sys.executable, os.path.join(REPO, words[0]), *words[1:]], check=True)
 
 
+def write_families(data_dir):
+    """data_dir/families: OpenMoji's training pictures with their families as classes; of every fourth
+    family that has several, one picture for validation."""
+    pairs, rng = Pairs(data_dir, "openmoji", "train"), np.random.default_rng(0)
+    order = rng.permutation(len(pairs.images))
+    _, first, counts = np.unique(pairs.labels[order], return_index=True, return_counts=True)
+    val = set(order[first[counts > 1]][::4].tolist())
+    splits = {"train": [i for i in range(len(order)) if i not in val], "val": sorted(val)}
+    for split, chosen in splits.items():
+        writer = RecordWriter(f"{data_dir}/families/{split}_images")
+        for i in chosen:
+            writer.write(pairs.images[i])
+        writer.close()
+        save_atomic(f"{data_dir}/families/{split}_labels.npy", lambda f: np.save(f, pairs.labels[chosen]))
+    write_json(f"{data_dir}/families/meta.json", {
+        "data": "families", "credit": pairs.meta["credit"],
+        "splits": {split: {"images": len(chosen)} for split, chosen in splits.items()}})
+
+
 def train(arm, seed, args):
-    """Trains an arm unless it is finished. Its teacher comes before it in the table of arms."""
-    folder, words = f"{args.out_dir}/{arm}_{seed}", dict(PAIRS | IMAGES)[arm][1].split()
-    words = [w.replace("TEACHER", f"{args.out_dir}/teacher_{seed}/ckpt.pt") for w in words]
+    """Trains an arm unless it is finished. Those whose checkpoints it reads come before it."""
+    folder, words = f"{args.out_dir}/{arm}_{seed}", dict(PAIRS | IMAGES)[arm][1]
+    words = words.format(**{k: f"{args.out_dir}/{k}_{seed}/ckpt.pt" for k in IMAGES}).split()
     if not is_finished(f"{folder}/ckpt.pt"):
         run(*words, f"--seed={seed}", f"--out_dir={folder}", f"--data_dir={args.data_dir}",
             f"--resume={os.path.exists(f'{folder}/ckpt.pt')}")
@@ -138,6 +166,8 @@ if __name__ == "__main__":
     for name, script in (("openmoji", "prepare_pairs.py"), ("digits", "prepare_imagenet.py")):
         if args.arms and not os.path.exists(f"{args.data_dir}/{name}/meta.json"):
             run(script, f"--data={name}", f"--data_dir={args.data_dir}")
+    if args.arms and not os.path.exists(f"{args.data_dir}/families/meta.json"):
+        write_families(args.data_dir)
     for seed in range(args.seeds):
         for arm in filter(None, args.arms.split(",")):
             train(arm, seed, args)
