@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, fail, finite_rows, gather, git_sha,
-                   ignore_signals, init_weights, join_ranks, keep_blocks, kept_patches, load_encoder,
+from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, continuing, fail, finite_rows, gather,
+                   git_sha, ignore_signals, init_weights, join_ranks, keep_blocks, kept_patches, load_encoder,
                    load_weights, loader_processes, log_record, open_run, peak_memory, pick_device, pick_dtype,
                    print_settings, random_patch_mask, save_checkpoint, split_batch, sum_over_ranks, trim_log,
                    use_compile)
@@ -396,23 +396,23 @@ def main(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
-        if (checkpoint["teacher"] == "ema") != self_distilled:
-            fail(f"{path} was made with --teacher={checkpoint['teacher']}, not --teacher={args.teacher}")
-        load_weights(teacher if self_distilled else student, checkpoint["model"], path)
-        if self_distilled:
-            load_weights(student, checkpoint["student"], path)
-            load_weights(heads, checkpoint["heads"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            param_group["weight_decay"] = decay # load_state_dict brought the old one back
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
+        with continuing(path):
+            if (checkpoint["teacher"] == "ema") != self_distilled:
+                fail(f"{path} was made with --teacher={checkpoint['teacher']}, not --teacher={args.teacher}")
+            load_weights(teacher if self_distilled else student, checkpoint["model"], path)
+            if self_distilled:
+                load_weights(student, checkpoint["student"], path)
+                load_weights(heads, checkpoint["heads"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+                param_group["weight_decay"] = decay # load_state_dict brought the old one back
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, best = checkpoint["step"], dict(checkpoint["best"])
     if not rank: # the first validates and writes for all
         trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
         # ImageNet's may lie class by class
         chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
-        val_images = evaluate.EvalImages(val.images, size)
-        val_images = torch.stack([val_images[i] for i in chosen])
+        val_images = evaluate.EvalImages(val.images, size).stack(chosen)
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()
@@ -521,16 +521,14 @@ def main(args):
             save()
 
     # -- end
-    if step < args.max_steps:
-        if not rank:
-            finite_rows(rows, ("loss", "norm"), step, args)
-            save()
-        stop.leave(path)
+    if not rank:
+        finite_rows(rows, ("loss", "norm"), step, args) # those since the last log line
+        save(finished=step == args.max_steps)
+    stop.end(path, None if step == args.max_steps else "--resume")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:
         return
-    save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}")
     task = "digits" if args.data == "openmoji" else "cifar10" # what needs no download either

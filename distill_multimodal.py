@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder, fail,
-                   finite_rows, gather, git_sha, ignore_signals, is_finished, join_ranks, keep_blocks,
-                   kept_patches, load_encoder, load_pretrained, load_weights, loader_processes, log_record,
-                   normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
+from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder,
+                   continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished, join_ranks,
+                   keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights, loader_processes,
+                   log_record, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
                    random_patch_mask, run_script, save_atomic, save_checkpoint, split_batch, sum_over_ranks,
                    trim_log, use_compile)
 from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
@@ -372,8 +372,7 @@ def validation_batch(pairs, tokenizer, args):
     """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids,
     mask."""
     _, first = np.unique(pairs.text_to_image, return_index=True)
-    images = evaluate.EvalImages(pairs.images, args.img_size)
-    images = torch.stack([images[i] for i in range(len(images))])
+    images = evaluate.EvalImages(pairs.images, args.img_size).stack(range(len(pairs.images)))
     return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
 
 
@@ -401,10 +400,10 @@ def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
     def write(f):
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
                                                  "shape": (len(images), dim)})
-        loader = torch.utils.data.DataLoader(evaluate.EvalImages(images, args.img_size), batch_size,
-                                             num_workers=args.num_workers)
+        pictures = evaluate.EvalImages(images, args.img_size)
+        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=args.num_workers)
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
-            target = target_of(normalize(batch.to(device))).half().cpu()
+            target = target_of(normalize(pictures.images_of(batch).to(device))).half().cpu()
             if not target.isfinite().all():
                 fail(f"--teacher={args.teacher} gives targets that are not finite in half precision: run "
                      f"without --cache_targets, or with --dtype=float32")
@@ -669,14 +668,15 @@ def main(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
-        load_weights(student, checkpoint["model"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            param_group["weight_decay"] = decay # load_state_dict brought the old one back
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        if checkpoint["queue"] and args.queue_size:
-            queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
+        with continuing(path):
+            load_weights(student, checkpoint["model"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+                param_group["weight_decay"] = decay # load_state_dict brought the old one back
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, best = checkpoint["step"], dict(checkpoint["best"])
+            if checkpoint["queue"] and args.queue_size:
+                queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
     if not rank: # the first validates and writes for all
         trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
         val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
@@ -832,16 +832,14 @@ def main(args):
             save()
 
     # -- end
-    if step < args.max_steps:
-        if not rank:
-            finite_rows(rows, terms, step, args)
-            save()
-        stop.leave(path)
+    if not rank:
+        finite_rows(rows, terms, step, args) # those since the last log line
+        save(finished=step == args.max_steps)
+    stop.end(path, None if step == args.max_steps else "--resume")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:
         return
-    save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation mean recall "
           f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, fail, finite_rows, git_sha, join_ranks,
-                   keep_blocks, load_encoder, load_weights, log_record, open_run, peak_memory, pick_device,
-                   pick_dtype, print_settings, run_script, save_checkpoint, split_batch, sum_over_ranks,
-                   trim_log, use_compile)
+from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, continuing, fail, finite_rows, git_sha,
+                   join_ranks, keep_blocks, load_encoder, load_weights, log_record, open_run, peak_memory,
+                   pick_device, pick_dtype, print_settings, run_script, save_checkpoint, split_batch,
+                   sum_over_ranks, trim_log, use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -302,12 +302,13 @@ def main(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = open_run(args, MODEL_KNOBS)
     if checkpoint:
-        load_weights(student, checkpoint["model"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            param_group["weight_decay"] = decay # load_state_dict brought the old one back
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
+        with continuing(path):
+            load_weights(student, checkpoint["model"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+                param_group["weight_decay"] = decay # load_state_dict brought the old one back
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
     if not rank: # the first validates and writes for all
         trim_log(os.path.join(args.out_dir, "log.jsonl"), step if checkpoint else -1)
     if compiled: # in place: the weights keep their names
@@ -350,7 +351,7 @@ def main(args):
         if ids is None:
             break
         waited += time.time() - wait_start
-        if stop.count(bad, B, log):
+        if stop.count(bad * (not rank), B, log): # all ranks see the same
             break
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
@@ -395,16 +396,14 @@ def main(args):
             save()
 
     # -- end
-    if step < args.max_steps:
-        if not rank:
-            finite_rows(rows, ("loss", "norm"), step, args)
-            save()
-        stop.leave(path)
+    if not rank:
+        finite_rows(rows, ("loss", "norm"), step, args) # those since the last log line
+        save(finished=step == args.max_steps)
+    stop.end(path, None if step == args.max_steps else "--resume")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:
         return
-    save(finished=True)
     print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
           f"{peak_memory(device):.2f} GB, validation loss {best['loss']:.4f} at best; wrote {path}")
     if args.agreement and "agreement_1" in start: # a resumed run may have begun without

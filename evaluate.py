@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (GPT2Tokenizer, Parser, Stop, fail, finite_rows, git_sha, ignore_signals, init_weights,
-                   load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize, number,
-                   open_run, peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint,
+from model import (GPT2Tokenizer, Parser, Stop, continuing, fail, finite_rows, git_sha, ignore_signals,
+                   init_weights, load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize,
+                   number, open_run, peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint,
                    save_atomic, save_checkpoint, trim_log, use_compile, write_json)
 from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
@@ -267,29 +267,47 @@ def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collat
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Pictures as evaluation sees them, (3, H, W) uint8. One that cannot be read is grey, and named; more
-    than ten and one in a hundred end the program."""
+    """Pictures as evaluation sees them, (3, H, W) uint8, each with -1; one that cannot be read is grey, and
+    comes with its number."""
 
     def __init__(self, images, size, squash=False):
-        self.images, self.size, self.squash, self.bad = images, size, squash, []
+        self.images, self.size, self.squash, self.bad = images, size, squash, 0
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
         try:
-            return eval_image(self.images[i], self.size, self.squash)
-        except Bad as e:
-            print(f"picture {i} of {len(self)} cannot be read ({e}): grey in its place", file=sys.stderr)
-            self.bad.append(i)
-        if len(self.bad) > 10 + len(self) / 100:
-            raise Bad(f"pictures {self.bad} of {len(self)} cannot be read. Prepare the set again")
-        return torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+            return eval_image(self.images[i], self.size, self.squash), -1
+        except Bad:
+            return torch.full((3, self.size, self.size), 128, dtype=torch.uint8), int(i)
+
+    def images_of(self, batch):
+        """A batch of such pairs -> images (B, 3, H, W) uint8. Names the grey ones; ends the program when they
+        are more than ten and one in a hundred."""
+        images, bad = batch
+        for i in bad[bad >= 0].tolist():
+            self.bad += 1
+            say_once(f"{getattr(self.images, 'path', 'data')}: picture {i} of {len(self)} cannot be read: "
+                     f"grey in its place")
+        if self.bad > 10 + len(self) / 100:
+            fail(f"{self.bad} of {len(self)} pictures cannot be read: prepare the set again")
+        return images
+
+    def stack(self, which):
+        """Those pictures, in this order, (n, 3, H, W) uint8."""
+        return self.images_of(torch.utils.data.default_collate([self[i] for i in which]))
+
+
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)
 
 
 def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
     """As embed; encode: pictures (B, 3, H, W) float32, normalised -> (B, D)."""
-    return embed(model, lambda batch: encode(normalize(batch.to(device))), EvalImages(images, size, squash),
+    images = EvalImages(images, size, squash)
+    return embed(model, lambda batch: encode(normalize(images.images_of(batch).to(device))), images,
                  batch_size, device, dtype, num_workers)
 
 
@@ -731,16 +749,18 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
 
     # -- resume
     path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {}
-    checkpoint = open_run(args, model_knobs, max_steps, f"--epochs={args.epochs}, {max_steps} steps,")
+    checkpoint = open_run(args, model_knobs, max_steps, f"--epochs={args.epochs}, {max_steps} steps,",
+                          again=args.command == "finetune") # to measure what was finished
     if checkpoint:
-        load_weights(model, checkpoint["model"], path)
-        load_weights(head, checkpoint["head"], path)
-        now = [{k: group[k] for k in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, own in zip(optimizer.param_groups, now):
-            group |= own # load_state_dict brought the old ones back
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
+        with continuing(path):
+            load_weights(model, checkpoint["model"], path)
+            load_weights(head, checkpoint["head"], path)
+            now = [{k: group[k] for k in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, own in zip(optimizer.param_groups, now):
+                group |= own # load_state_dict brought the old ones back
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, best = checkpoint["step"], checkpoint["best"]
     trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
 
     def save(name, **rest):
@@ -808,8 +828,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
             save("ckpt.pt", finished=False, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     finite_rows(rows, ("loss", "norm"), step, args)
     save("ckpt.pt", finished=step == max_steps, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    if step < max_steps:
-        stop.leave(path, "--resume" if args.command == "finetune" else "") # glue goes on by itself
+    stop.end(path, "--resume" if args.command == "finetune" else "") # glue goes on by itself
     return best
 
 

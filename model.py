@@ -14,16 +14,20 @@ Shapes: B batch, N patches, M text tokens, T tokens in all (T = N + 1 with the C
 L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool, True where padding.
 """
 import argparse
+import atexit
 import base64
 import collections
+import contextlib
 import datetime
 import difflib
 import functools
+import glob
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -1117,30 +1121,45 @@ def check_resume(args):
              f"continue.")
 
 
-def open_run(args, model_knobs, max_steps=None, asked=None):
+@contextlib.contextmanager
+def continuing(path):
+    """Around the work of --resume: what a damaged checkpoint raises ends the program in a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
+        fail(f"{path} cannot be continued ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). Start "
+             f"again with another --out_dir.")
+
+
+def open_run(args, model_knobs, max_steps=None, asked=None, again=False):
     """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run
     is never written over, a finished one is kept under another name; what makes the model, model_knobs,
     cannot change on resume. max_steps and the flag that asks for them, in words: where it is not --max_steps.
-    Call it when nothing else can go wrong: it is the first to write."""
+    again: a finished run of as many steps is continued, too, for what comes after them. Call it when nothing
+    else can go wrong: it is the first to write."""
     check_resume(args)
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path) if os.path.exists(path) else None
     if args.resume:
-        if checkpoint.get("finished", True):
+        with continuing(path):
+            step, finished = int(checkpoint["step"]), checkpoint.get("finished", True)
+            changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
+                       if k not in ("resume", "given") and getattr(args, k, v) != v}
+        if finished and not (again and step == max_steps):
             fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
-        if checkpoint["step"] >= (max_steps or args.max_steps):
-            fail(f"{path} has done {checkpoint['step']} steps already: "
+        if not finished and step >= (max_steps or args.max_steps):
+            fail(f"{path} has done {step} steps already: "
                  f"{asked or f'--max_steps={args.max_steps}'} must be more")
-        changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
-                   if k not in ("resume", "given") and getattr(args, k, v) != v}
         refused = [f"--{k}={v[0]}, not --{k}={v[1]}" for k, v in changed.items() if k in model_knobs]
         if refused:
             fail(f"{path} was made with {'; '.join(refused)}. Use the same, or another --out_dir.")
-        print(f"resuming {path} at step {checkpoint['step']}" +
+        print(f"resuming {path} at step {step}" +
               "".join(f"\n  {k} was {old}, is {new}" for k, (old, new) in changed.items()))
+        for cut_short in glob.glob(glob.escape(path) + ".tmp*"): # by a kill
+            os.remove(cut_short)
     elif checkpoint and not checkpoint.get("finished", True):
-        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint['step']}). Add --resume to continue "
-             f"it, or give another --out_dir.")
+        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint.get('step')}). Add --resume to "
+             f"continue it, or give another --out_dir.")
     elif checkpoint:
         folder = os.path.normpath(args.out_dir) # "out/run/" too
         if os.path.samefile(folder, "."):
@@ -1183,34 +1202,40 @@ def log_record(args, step, text, **record):
 def trim_log(path, step):
     """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its
     last checkpoint is done again."""
+    def is_kept(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError): # a disk that was full, or lost power
+            return False
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [*filter(is_kept, f)]
         save_atomic(path, lambda f: f.write("".join(lines).encode()))
 
 
 class Stop:
     """Why a loop ends before its last step; .why is empty while there is no reason. Ctrl-C or SIGTERM is one,
-    so that the step under way is finished and saved (the second at once), and too many samples that cannot
-    be read: more than ten and one in a hundred."""
+    so that the step under way is finished and saved (a second signal ends at once), and too many samples that
+    cannot be read: more than ten and one in a hundred. With torchrun the first rank stops for all."""
 
     def __init__(self):
-        self.why, self.code, self.bad, self.seen = "", 0, 0, 0
-        mine = signal.SIG_IGN if ranks()[0] else self.asked # the first rank stops for all
+        self.why, self.code, self.bad, self.seen, self.since = "", 0, 0, 0, 0.0
+        mine = signal.SIG_IGN if ranks()[0] else self.asked
         self.before = {n: signal.signal(n, mine) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def asked(self, number, frame):
-        self.why, self.code = signal.Signals(number).name, 128 + number
-        signal.signal(number, self.before[number])
+        if not self.why:
+            self.why, self.code, self.since = signal.Signals(number).name, 128 + number, time.monotonic()
+        elif time.monotonic() - self.since > 1: # not the same one, sent to all and passed on by a parent
+            signal.signal(number, self.before[number])
+            os.kill(os.getpid(), number)
 
     def until(self, batches, steps):
-        """So many batches, or until there is a reason to stop; then signals are as they were before."""
+        """So many batches, or until there is a reason to stop."""
         for _ in range(steps):
             if self.why:
                 break
             yield next(batches)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def count(self, bad, samples, log):
         """bad: numbers of samples that could not be read and have others in their place, of so many. True if
@@ -1223,16 +1248,25 @@ class Stop:
                 print(text, file=sys.stderr)
             else:
                 log(text, skipped=bad)
-        if self.bad > 10 + self.seen / 100:
+        if not ranks()[0] and self.bad > 10 + self.seen / 100:
             self.why = f"{self.bad} of {self.seen} samples that cannot be read (prepare the set again)"
             self.code = 1
         return self.code == 1
 
-    def leave(self, path, resume="--resume"):
-        """Ends the program, after a checkpoint was written to path, with the command to go on."""
-        words = [w for w in sys.argv if w.partition("=")[0] != "--resume"] + [resume] * bool(resume)
-        print(f"stopped by {self.why}; wrote {path}. To go on:\n  python {shlex.join(words)}", flush=True)
-        sys.exit(self.code)
+    def end(self, path, go_on):
+        """After the last checkpoint was written to path: signals are as they were before, and if there was a
+        reason to stop the program ends. go_on: what to add to the command to continue, None if nothing is
+        left to do."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.why:
+            world = ranks()[1]
+            start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+            words = [w for w in sys.argv if w.partition("=")[0] != "--resume"] + [go_on] * bool(go_on)
+            print(f"stopped by {self.why}; wrote {path}. " +
+                  ("The run is finished." if go_on is None else f"To go on:\n  {start} {shlex.join(words)}"),
+                  flush=True)
+            sys.exit(self.code)
 
 
 def ignore_signals(worker):
@@ -1242,6 +1276,16 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers():
+    """Python, as it exits, ends a loader's workers by the SIGTERM that they ignore, and waits for them."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL) # torch's handler would call their end an error
+    for process in workers:
+        process.kill()
+
+
 def run_script(name, *flags):
     """Runs another script of this folder as a process, after printing the command; ends with it if it
     fails."""
@@ -1249,10 +1293,14 @@ def run_script(name, *flags):
     here = os.path.dirname(os.path.abspath(__file__))
     alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
     process = subprocess.Popen([sys.executable, os.path.join(here, name), *flags], env=alone)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt: # which it got as well: it may be saving
-        code = process.wait()
+    # a terminal sends Ctrl-C to both; the other is passed on
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+              signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate())}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM): # it saved, and said so
+        sys.exit(code)
     if code:
         fail(f"{name} ended with exit code {code}; its message is above")
 

@@ -413,7 +413,14 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     run(data_dir=data_dir, num_workers=workers)
     log = records(tmp_path / "run")
     assert {i for r in log for i in r.get("skipped", [])} == {3, 40} and "val_top1" in log[-1]
-    assert "picture 0 of 12 cannot be read (not a picture): grey in its place" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
+
+
+def test_too_many_grey_pictures(tiny_data, tmp_path):
+    """More than ten and one in a hundred: the number would not be that of the set."""
+    images = Pairs(with_bad_pictures(tiny_data, tmp_path / "data", range(0, 48, 4)), "toy", "train").images
+    with pytest.raises(SystemExit, match="12 of 48 pictures cannot be read: prepare the set again"):
+        evaluate.EvalImages(images, 16).stack(range(48))
 
 
 @pytest.mark.slow

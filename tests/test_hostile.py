@@ -727,4 +727,4 @@ def test_a_run_over_all_of_it(loop, num_workers, made, tmp_path, capfd):
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 10))
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["norm"]) for r in log if "loss" in r)
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["finished"]
-    assert "cannot be read: " in said and "picture 3 of 12 cannot be read (not a picture): grey" in said
+    assert "cannot be read: " in said and "picture 3 of 12 cannot be read: grey" in said

@@ -426,12 +426,56 @@ def test_full_disk(run, tmp_path, monkeypatch, what):
     assert all(same(whole[k], resumed[k]) for k in ("model", "optimizer", "student", "heads"))
 
 
-def test_a_second_signal_ends_at_once(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        for _ in range(2):
-            signal_at(m, distill_image, "get_lr", 6, signal.SIGINT)
+@pytest.mark.parametrize("apart, step", [(0, 7), (1.1, None)])
+def test_a_second_signal_ends_at_once(run, tmp_path, monkeypatch, apart, step):
+    """But not the same one that came twice, to all processes and from a parent."""
+    get_lr = distill_image.get_lr
+
+    def twice(now, args):
+        if now == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(apart)
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_lr(now, args)
+    monkeypatch.setattr(distill_image, "get_lr", twice)
+    with pytest.raises(KeyboardInterrupt if step is None else SystemExit):
         run("mask")
-    assert not (tmp_path / "run" / "ckpt.pt").exists()
+    path = tmp_path / "run" / "ckpt.pt"
+    assert read_checkpoint(path)["step"] == step if step else not path.exists()
+
+
+def test_a_signal_in_the_last_save(run, tmp_path, monkeypatch, capsys):
+    """The run is finished, and says so; what would come after it does not begin."""
+    def save(path, *rest, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(path, *rest, **kwargs)
+    monkeypatch.setattr(distill_multimodal, "save_checkpoint", save)
+    with pytest.raises(SystemExit) as ended:
+        run("queue", max_steps=3)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["finished"]
+    assert capsys.readouterr().out.endswith("ckpt.pt. The run is finished.\n")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", "x"), ("args", None), ("optimizer", {}), ("best", None), ("queue", 3), ("model", {})])
+def test_resume_from_a_damaged_checkpoint(run, tmp_path, monkeypatch, key, value):
+    """Or from one of another program in our format: a sentence."""
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        signal_at(m, distill_multimodal, "get_lr", 2, signal.SIGTERM)
+        run("queue")
+    path = tmp_path / "run" / "ckpt.pt"
+    checkpoint = read_checkpoint(path)
+    for damaged in ({**checkpoint, key: value}, {k: v for k, v in checkpoint.items() if k != key}):
+        torch.save(damaged, path)
+        with pytest.raises(SystemExit, match="cannot be continued|does not fit"):
+            run("queue", resume=True)
+    torch.save(checkpoint, path)
+    (tmp_path / "run" / "ckpt.pt.tmp99").write_bytes(b"cut short by a kill")
+    with open(tmp_path / "run" / "log.jsonl", "ab") as f:
+        f.write(bytes(40) + b"\n[3]\n") # what a lost power leaves
+    assert run("queue", resume=True)["finished"] and len(records(tmp_path / "run")) == 32
+    assert not (tmp_path / "run" / "ckpt.pt.tmp99").exists()
 
 
 def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
@@ -639,6 +683,21 @@ def test_killed_at_random(run, tmp_path, tiny_data, teacher, name, changes):
                for k in ("model", "optimizer", "best", "queue", "student", "heads"))
     assert [r["step"] for r in records(tmp_path / "parts")] == [r["step"]
                                                                 for r in records(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["exception", "twice"])
+def test_workers_never_keep_a_process(tmp_path, tiny_data, how):
+    """They ignore the signals by which Python ends its children as it exits."""
+    words = flags(dict(SETTINGS["mask"][1], data_dir=tiny_data, out_dir=tmp_path / "run", num_workers=2))
+    code = ("import os, signal, sys, time, distill_image as d\ndef twice(*_):\n"
+            "    os.kill(os.getpid(), signal.SIGINT); time.sleep(1.2); os.kill(os.getpid(), signal.SIGINT)\n"
+            f"d.get_lr = {'twice' if how == 'twice' else 'None'}\nd.main(d.get_args(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, text=True, capture_output=True,
+                          timeout=60)
+    error = {"exception": "TypeError: 'NoneType' object is not callable", "twice": "KeyboardInterrupt"}[how]
+    assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith(error), done.stderr
+    assert done.stderr.count("Traceback") == 1
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ def test_cached_targets(preset, dim, small, small_paths, toy, monkeypatch, capsy
     stored = np.load(toy / name)
     assert f"targets of 48 images, 0.000 GB, go to {toy / name}" in capsys.readouterr().out
     args = distill_multimodal.get_args([f"--preset={preset}"])
-    images = torch.stack(list(EvalImages(Pairs(str(toy), "toy", "train").images, 32, False)))
+    images = EvalImages(Pairs(str(toy), "toy", "train").images, 32).stack(range(48))
     if preset == "shre":
         expected = load_pretrained("resnet50", str(small_paths["resnet50"]))(normalize(images))
     else:
@@ -294,7 +294,7 @@ def test_joined_sets(small, toy):
         images = torch.utils.data.ConcatDataset(joined)
         bank = distill_multimodal.cached_targets(target_of, teacher, 5, images, args, torch.device("cpu"), 16)
         for i in (0, 30, 59):
-            picture = torch.stack([EvalImages(images, 32, False)[i]])
+            picture = EvalImages(images, 32).stack([i])
             assert torch.allclose(bank[i].float(), target_of(normalize(picture))[0], atol=1e-2)
     assert len(caches(toy)) == 2
 
