@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 import evaluate
 from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder,
-                   continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished, join_ranks,
-                   keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights, loader_processes,
-                   log_record, normalize, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   random_patch_mask, run_script, save_atomic, save_checkpoint, split_batch, sum_over_ranks,
-                   trim_log, use_compile)
+                   check_resume, continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished,
+                   join_ranks, keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights,
+                   loader_processes, log_record, normalize, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, random_patch_mask, run_script, save_atomic, save_checkpoint, split_batch,
+                   sum_over_ranks, trim_log, use_compile)
 from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
@@ -490,9 +490,7 @@ def check(args):
              f"--align_weight={args.align_weight} leave nothing to learn")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
-    if args.resume and not os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--resume, but there is no {args.out_dir}/ckpt.pt. Leave --resume out (a teacher that was "
-             f"stopped continues by itself), or give the --out_dir to continue.")
+    check_resume(args)
     for key in unread(args):
         flag, values = READ_WITH[key]
         fail(f"--{key}={getattr(args, key)} is for --{flag}={'|'.join(values.split())}, not "

@@ -1117,8 +1117,8 @@ def check_resume(args):
     """Ends the program if --resume has nothing to continue; early, before teachers and data are loaded."""
     path = os.path.join(args.out_dir, "ckpt.pt")
     if args.resume and not os.path.exists(path):
-        fail(f"--resume, but there is no {path}. Leave --resume out to start, or give the --out_dir to "
-             f"continue.")
+        fail(f"--resume, but there is no {path}. Leave --resume out to start (what a preset prepares first "
+             f"continues by itself), or give the --out_dir to continue.")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,12 @@ from prepare_pairs import RecordWriter
 
 torch.set_num_threads(1)
 
+
+def slow(*values):
+    """Parameters of a test that run with -m slow only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPES = ["square", "circle", "triangle", "cross"]
 

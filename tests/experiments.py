@@ -11,15 +11,13 @@ minutes an arm and seed on one core with AMX; all arms train for as many minutes
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import sys
 
 import numpy as np
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
-from model import is_finished, save_atomic, write_json
+from model import is_finished, run_script, save_atomic, write_json
 from prepare_pairs import Pairs, RecordWriter
 
 TINY, IMAGE = "distill_multimodal.py --preset=tiny", "distill_image.py --preset=tiny"
@@ -58,11 +56,6 @@ PROBES = { # columns of the second table -> subcommand of evaluate.py
     "Tuned": "finetune --task=digits --augment=none --batch_size=64 --epochs=10"}
 
 
-def run(*words):
-    print("$ python", shlex.join(words), flush=True)
-    subprocess.run([sys.executable, os.path.join(REPO, words[0]), *words[1:]], check=True)
-
-
 def write_families(data_dir):
     """data_dir/families: OpenMoji's training pictures with their families as classes; of every fourth
     family that has several, one picture for validation."""
@@ -86,15 +79,16 @@ def train(arm, seed, args):
     """Trains an arm unless it is finished. Those whose checkpoints it reads come before it."""
     folder, words = f"{args.out_dir}/{arm}_{seed}", dict(PAIRS | IMAGES)[arm][1]
     words = words.format(**{k: f"{args.out_dir}/{k}_{seed}/ckpt.pt" for k in IMAGES}).split()
+    data_dir = f"--data_dir={args.data_dir}"
     if not is_finished(f"{folder}/ckpt.pt"):
-        run(*words, f"--seed={seed}", f"--out_dir={folder}", f"--data_dir={args.data_dir}",
-            f"--resume={os.path.exists(f'{folder}/ckpt.pt')}")
+        run_script(*words, f"--seed={seed}", f"--out_dir={folder}", data_dir,
+                   f"--resume={os.path.exists(f'{folder}/ckpt.pt')}")
     for name, command in PROBES.items() if arm in IMAGES else ():
         if not os.path.exists(f"{folder}/{name}.json"):
             command, *flags = command.split()
             out = [f"--out_dir={folder}/{name}"] * (command == "finetune")
-            run("evaluate.py", command, *flags, f"--ckpt={folder}/ckpt.pt", f"--data_dir={args.data_dir}",
-                f"--json={folder}/{name}.json", *out)
+            run_script("evaluate.py", command, *flags, f"--ckpt={folder}/ckpt.pt", data_dir, *out,
+                       f"--json={folder}/{name}.json")
 
 
 def read(path):
@@ -165,7 +159,7 @@ if __name__ == "__main__":
         p.error(f"no arm is called {', '.join(unknown)}. Arms: {', '.join([*IMAGES, *PAIRS])}")
     for name, script in (("openmoji", "prepare_pairs.py"), ("digits", "prepare_imagenet.py")):
         if args.arms and not os.path.exists(f"{args.data_dir}/{name}/meta.json"):
-            run(script, f"--data={name}", f"--data_dir={args.data_dir}")
+            run_script(script, f"--data={name}", f"--data_dir={args.data_dir}")
     if args.arms and not os.path.exists(f"{args.data_dir}/families/meta.json"):
         write_families(args.data_dir)
     for seed in range(args.seeds):

@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
-from conftest import COLOURS, SHAPES, shape_png
+from conftest import COLOURS, SHAPES, shape_png, slow
 from evaluate import chance_row, knn_accuracy, median_rank, median_rank_chunks, retrieval_metrics
 from model import Encoder, VisionLanguageModel, save_checkpoint
 from prepare_pairs import Pairs, RecordWriter
@@ -421,7 +421,7 @@ def test_published_rows_are_of_the_whole_test_set(data, split, images, captions,
 
 
 @pytest.mark.parametrize("text", ["frog", "woman playing water polo", "counterclockwise arrows button",
-                                  "x" * 500, "a man rides " * 40, ""])
+                                  slow("x" * 500), "a man rides " * 40, ""])
 def test_text_fits_its_box(text):
     fitted, font = evaluate.fit_text(text, 92, 92, 17)
     assert all(font.getlength(line) <= 92 for line in fitted.split("\n"))

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from conftest import slow
 from model import Encoder, VisionLanguageModel, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_pairs import Pairs
 from test_loops import flags, kill_and_resume, records, same, signal_at, with_bad_pictures
@@ -370,8 +371,8 @@ def test_micro_batches_change_nothing(run, tmp_path, probe):
 
 # 5: amid an epoch, a step after a checkpoint; 9: at the end of the third epoch
 @pytest.mark.parametrize("step, changes", [
-    (5, {}), (9, {}), (5, dict(num_workers=2)), (5, dict(linear_probe=True)),
-    (9, dict(linear_probe=True, augment="none"))])
+    (5, {}), slow(9, {}), slow(5, dict(num_workers=2)), (5, dict(linear_probe=True)),
+    slow(9, dict(linear_probe=True, augment="none"))])
 def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
     changes = dict(changes, save_interval=4)
     run("whole", **changes)
@@ -404,7 +405,7 @@ def test_signals_save_and_leave(run, monkeypatch, capsys, number):
     assert all(same(whole[k], resumed[k]) for k in {*whole} - {"args"})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     """In training another is drawn in their place, in the evaluation they are grey; both are named."""
     data_dir = with_bad_pictures(colours, tmp_path / "data", (3, 40))
@@ -413,7 +414,8 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     run(data_dir=data_dir, num_workers=workers)
     log = records(tmp_path / "run")
     assert {i for r in log for i in r.get("skipped", [])} == {3, 40} and "val_top1" in log[-1]
-    assert capfd.readouterr().err.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
+    said = capfd.readouterr().err
+    assert said.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
 
 
 def test_too_many_grey_pictures(tiny_data, tmp_path):

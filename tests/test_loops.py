@@ -23,6 +23,7 @@ import torch
 
 import distill_image
 import distill_multimodal
+from conftest import slow
 from evaluate import chance_row
 from model import Encoder, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_pairs import Pairs
@@ -306,11 +307,10 @@ def test_float16_and_gradient_scaling(run, tmp_path):
 
 @pytest.mark.parametrize("name, knobs", [
     ("mask", {}), ("mask", dict(dtype="float16")), ("views", dict(rotate=10)),
-    ("features", dict(micro_batch_size=8)), ("features", dict(num_workers=1)), ("queue", {}),
-    ("queue", dict(cache_targets=True)), ("queue", dict(micro_batch_size=8, color=0.2)),
-    ("queue", dict(num_workers=1, unit="label")), ("clip", dict(dtype="float16")), ("frozen", {}),
-    ("levels", {}),
-    ("l1", dict(dtype="bfloat16", grad_clip=1.0))])
+    slow("features", dict(micro_batch_size=8)), slow("features", dict(num_workers=1)), ("queue", {}),
+    slow("queue", dict(cache_targets=True)), ("queue", dict(micro_batch_size=8, color=0.2)),
+    slow("queue", dict(num_workers=1, unit="label")), ("clip", dict(dtype="float16")), slow("frozen", {}),
+    slow("levels", {}), ("l1", dict(dtype="bfloat16", grad_clip=1.0))])
 def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
     knobs = dict(max_steps=11, save_interval=3, eval_interval=4, **knobs) # over epochs of 1, 3 or 4 steps
     whole = run(name, "whole", **knobs)
@@ -332,7 +332,7 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
 
 
 @pytest.mark.parametrize("name, number, workers", [
-    ("mask", signal.SIGTERM, 0), ("mask", signal.SIGINT, 2), ("queue", signal.SIGTERM, 2),
+    ("mask", signal.SIGTERM, 0), slow("mask", signal.SIGINT, 2), slow("queue", signal.SIGTERM, 2),
     ("queue", signal.SIGINT, 0)])
 def test_signals_save_and_leave(run, tmp_path, monkeypatch, capsys, name, number, workers):
     """The step under way is finished and saved, the command to go on is printed, and that gives the same
@@ -458,7 +458,8 @@ def test_a_signal_in_the_last_save(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("step", "x"), ("args", None), ("optimizer", {}), ("best", None), ("queue", 3), ("model", {})])
+    ("step", "x"), slow("args", None), ("optimizer", {}), slow("best", None), slow("queue", 3),
+    slow("model", {})])
 def test_resume_from_a_damaged_checkpoint(run, tmp_path, monkeypatch, key, value):
     """Or from one of another program in our format: a sentence."""
     with monkeypatch.context() as m, pytest.raises(SystemExit):

@@ -18,6 +18,7 @@ import distill_multimodal
 import evaluate
 import model
 import prepare_pairs
+from conftest import slow
 from evaluate import EvalImages
 from model import load_checkpoint, load_encoder, load_pretrained, normalize, read_checkpoint
 from prepare_pairs import Pairs
@@ -118,8 +119,8 @@ def small(small_paths, tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, blocks, head", [
-    ("mmd2v2_beit", (5, 5, 1), None), ("mmd2v2", (5, 5, 1), None), ("mmd2v2_7", (6, 6, 1), None),
-    ("mmd2v2_7_2", (5, 5, 2), None), ("shre", (6, 6, 1), 1000), ("clip", (6, 6, 2), None),
+    slow("mmd2v2_beit", (5, 5, 1), None), slow("mmd2v2", (5, 5, 1), None), slow("mmd2v2_7", (6, 6, 1), None),
+    slow("mmd2v2_7_2", (5, 5, 2), None), ("shre", (6, 6, 1), 1000), ("clip", (6, 6, 2), None),
     ("smke", (6, 6, 1), 32)])
 def test_preset(preset, blocks, head, small, small_paths, tmp_path, capsys):
     """What the student is; that it starts from the published weights; and that a step changes all of them but
@@ -159,7 +160,7 @@ def test_preset(preset, blocks, head, small, small_paths, tmp_path, capsys):
     assert (f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f}M of them trained" in said) != early
 
 
-@pytest.mark.parametrize("preset, number", [("mmd2v2_beit", 1), ("mmd2v2_7_2", 2)])
+@pytest.mark.parametrize("preset, number", [slow("mmd2v2_beit", 1), ("mmd2v2_7_2", 2)])
 def test_shared_blocks_from_the_text_model(preset, number, small, small_paths):
     """Its last ones, eps and all, and trained then."""
     before, after = (small(preset, out, lr=lr, shared_init="text")
@@ -173,7 +174,7 @@ def test_shared_blocks_from_the_text_model(preset, number, small, small_paths):
         small(preset, "deep", shared_init="text", text_depth=12)
 
 
-@pytest.mark.parametrize("preset", ["mmd2v2_beit", "smke"])
+@pytest.mark.parametrize("preset", [slow("mmd2v2_beit"), "smke"])
 def test_from_the_files_of_coco_to_every_table(preset, small, tmp_path, monkeypatch, capsys):
     """Karpathy's list and COCO's archives, prepared; teachers in the published layouts; three steps, with a
     list of urls' set joined to it; then retrieval and zero-shot of the checkpoint."""
@@ -232,7 +233,7 @@ def caches(folder):
     return sorted(name for name in os.listdir(folder) if "targets" in name)
 
 
-@pytest.mark.parametrize("preset, dim", [("smke", 32), ("mmd2v2_beit", 32), ("shre", 1000)])
+@pytest.mark.parametrize("preset, dim", [("smke", 32), slow("mmd2v2_beit", 32), slow("shre", 1000)])
 def test_cached_targets(preset, dim, small, small_paths, toy, monkeypatch, capsys):
     """What the teacher says of each picture, whole, in half precision; a later run with other losses and
     another student decodes none for it."""

@@ -296,6 +296,7 @@ def test_every_block_equals_the_reference(name, case):
         and not any(p.requires_grad for p in encoder.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_six_blocks_make_a_student_that_learns_everywhere(name, case):
     """depth=6 gives the teacher's first six blocks; one step, without weight decay, moves all but the named
@@ -313,6 +314,7 @@ def test_six_blocks_make_a_student_that_learns_everywhere(name, case):
     assert not FROZEN[name] & dict(student.named_parameters()).keys()
 
 
+@pytest.mark.slow
 def test_bert_layouts(case, tmp_path):
     """Later files: safetensors, no prefix, new names of norms, no heads; and half precision."""
     weights = read_weights(case("bert").path)

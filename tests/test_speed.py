@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill_image
 import distill_multimodal
 import distill_text
+from conftest import slow
 from model import (Encoder, VisionLanguageModel, feature_target, imagenet_statistics, kept_patches,
                    random_patch_mask)
 from prepare_pairs import augment
@@ -142,7 +143,7 @@ CALLS = [dict(), dict(target_layers=2), dict(return_layers=True)]
 
 
 @pytest.mark.parametrize("more", CALLS, ids=str)
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, slow(False)])
 def test_encoders_are_one_graph(graphs, more, grad):
     images, kept = [(randn(4, 3, 32, 32, seed=i),) for i in range(3)], torch.arange(7).expand(4, -1)
     text = [ids_of(4, 9)] * 3
