@@ -136,10 +136,9 @@ def figure(args):
                 ax.plot(*zip(*lines[-1]), color=f"C{n}", linewidth=0.8, alpha=0.6)
         if lines:
             steps, means = zip(*np.mean([line[:min(map(len, lines))] for line in lines], axis=0))
-            ax.plot(steps, means, color=f"C{n}", linewidth=3)
-            ax.annotate(PAIRS[arm][0], (steps[-1], means[-1]), (6, 0), textcoords="offset points",
-                        color=f"C{n}", va="center", fontsize=11, annotation_clip=False)
-    ax.set(xlabel="steps of 512 pairs", ylabel="mean recall on validation families, %", ylim=(0, None))
+            ax.plot(steps, means, color=f"C{n}", linewidth=3, label=PAIRS[arm][0])
+    ax.set(xlabel="steps of 512 pairs", ylabel="mean recall, 100 validation families, %", ylim=(0, None))
+    ax.legend(loc="lower right", frameon=False)
     fig.savefig(args.figure, dpi=110)
     print(f"wrote {args.figure}")
 
