@@ -45,7 +45,7 @@ PRESETS = {
         out_dir="out/shared_encoder", init="random", share_embed=True, depth=5, mlp_ratio=3.0,
         attn_bias="alibi", grad_clip=2.0, max_steps=30000, warmup_steps=3000, eval_interval=5000,
         knn="cifar10,cifar100"),
-    # OpenMoji, two CPU cores, a minute and a half: the teacher of `distill_multimodal.py --preset=tiny`.
+    # OpenMoji, two CPU cores, a minute: the teacher of `distill_multimodal.py --preset=tiny`.
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views",
         img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5,
@@ -137,7 +137,7 @@ def get_args(argv=None):
     p.section("run")
     p.knob("out_dir", "out/data2vec2", "folder for ckpt.pt and log.jsonl")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("seed", 0, "of all that is random", most=2 ** 31 - 1)
     p.knob("log_interval", 50, "steps between log lines", least=1)
     p.knob("eval_interval", 5004, "steps between validations", least=1)
     p.knob("save_interval", 1000, "steps between checkpoints", least=1)

@@ -82,7 +82,7 @@ def get_args(argv=None):
            "and by teacher every validation compares; 0: none")
     p.knob("out_dir", "out/bert", "folder for ckpt.pt and log.jsonl")
     p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("seed", 0, "of all that is random", most=2 ** 31 - 1)
     p.knob("log_interval", 50, "steps between log lines", least=1)
     p.knob("eval_interval", 6000, "steps between validations", least=1)
     p.knob("save_interval", 1000, "steps between checkpoints", least=1)

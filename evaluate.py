@@ -660,7 +660,7 @@ class LabelledImages(torch.utils.data.Dataset):
                              box=crop_box(*image.size, self.args.crop_min, rng))
         if rng.random() < self.args.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = normalize(to_tensor(rand_augment(image, self.args.magnitude, rng))[None])[0]
+        image = normalize(to_tensor(rand_augment(image, 9.0, rng))[None])[0]
         with torch_seeded(rng): # the noise of erased boxes has the distribution of normalised pixels
             return v2.RandomErasing(self.args.erase, (0.02, 1 / 3), (0.3, 1 / 0.3), "random")(image)
 
@@ -675,7 +675,7 @@ def mix(images, targets, args, rng):
     if rng.random() >= args.mix_prob:
         return images, targets
     from torchvision.transforms import v2 # here, not above: see rand_augment_table
-    mixer = v2.CutMix(alpha=args.cutmix) if rng.random() < 0.5 else v2.MixUp(alpha=args.mixup)
+    mixer = v2.CutMix(alpha=1.0) if rng.random() < 0.5 else v2.MixUp(alpha=0.8) # as BEiT
     with torch_seeded(rng):
         return mixer(images, targets)
 
@@ -1201,7 +1201,7 @@ def train_flags(p, epochs, lr, out_dir, compiled):
     p.section("run")
     p.knob("out_dir", out_dir, "folder for ckpt.pt, best.pt (encoder and head of the best epoch) and "
            "log.jsonl; in glue a folder of folders, one a task, where best.pt becomes ckpt.pt in the end")
-    p.knob("seed", 0, "of initialisation, order and augmentation", most=2 ** 31 - 1)
+    p.knob("seed", 0, "of all that is random", most=2 ** 31 - 1)
     p.knob("log_interval", 50, "steps between log lines", least=1)
     p.knob("save_interval", 1000, "steps between checkpoints", least=1)
     p.knob("compile", compiled, "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
@@ -1283,7 +1283,7 @@ def knn(args):
             "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
 
 
-AUGMENT_KNOBS = ["crop_min", "flip", "magnitude", "erase", "mix_prob", "mixup", "cutmix"]
+AUGMENT_KNOBS = ["crop_min", "flip", "erase", "mix_prob"]
 
 
 def finetune_flags(p):
@@ -1295,13 +1295,8 @@ def finetune_flags(p):
            "crop; default: all that follows", choices=["default", "none"])
     p.knob("crop_min", 0.08, "smallest area of the random crop, as a share of the picture", most=1)
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
-    p.knob("magnitude", 9.0, "of RandAugment's two operations, on timm's scale (m9-mstd0.5-inc1); "
-           "10 changes most", most=10)
     p.knob("erase", 0.25, "probability of random erasing: a box of noise", most=1)
     p.knob("mix_prob", 0.9, "share of batches that are mixed, half of them by mixup, half by cutmix", most=1)
-    p.knob("mixup", 0.8, "mixup draws its share of the other image from Beta(this, this): "
-           "large values mix evenly", least=0.01)
-    p.knob("cutmix", 1.0, "cutmix draws the area of its box likewise", least=0.01)
     p.section("optimisation")
     p.knob("smoothing", 0.1, "share of each target that is spread evenly over all classes", most=1)
     p.knob("batch_size", 256, "images per optimiser step", least=1)

@@ -1035,7 +1035,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
-        reason = str(e).partition("\n")[0][:200]
+        reason = re.split(r"[.\n] ", str(e))[0][:200] # what torch says after that is no advice for strangers
         fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason}). If it was cut short, "
              f"train again or copy it anew.")
     if found != CHECKPOINT_FORMAT:

@@ -2,9 +2,9 @@
 Prepares image-text pairs, and owns the packed-record format they are stored in and its reader.
 
     python prepare_pairs.py                           # openmoji: about 10 s, nothing to download
-    python prepare_pairs.py --data=coco               # downloads 19 GB; --source=DIR takes files you have
+    python prepare_pairs.py --data=coco               # downloads 20 GB; --source=DIR takes files you have
     python prepare_pairs.py --data=flickr30k --source=dataset_flickr30k.json --images=flickr30k-images
-    python prepare_pairs.py --data=cc3m --source=DIR --resize=256 # days: 3 million strangers' urls; also
+    python prepare_pairs.py --data=cc3m --source=DIR --resize=256 # hours: 3 million strangers' urls; also
                                                         cc12m and sbu, whose lists are downloaded
     python prepare_pairs.py --data=cc3m --source=DIR --resize=256 --limit=10000  # a trial: the first there
     python prepare_pairs.py --data=cc3m --source=DIR --resize=256 --retry # asks again for what failed

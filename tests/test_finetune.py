@@ -511,7 +511,7 @@ WRONG_OF_BOTH = [ # flags, what the message says
 WRONG = [("knn", *case) for case in WRONG_OF_BOTH] + [("finetune", *case) for case in WRONG_OF_BOTH + [
     (dict(batch_size=100), "--batch_size=100, but there are 48"),
     (dict(micro_batch_size=5), "does not divide --batch_size=16"),
-    (dict(augment="none", mixup=1.0, erase=0.1), "--erase, --mixup: only for --augment=default"),
+    (dict(augment="none", mix_prob=1.0, erase=0.1), "--erase, --mix_prob: only for --augment=default"),
     (dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"),
     (dict(resume=True), "there is no run/ckpt.pt")]]
 

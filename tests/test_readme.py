@@ -102,7 +102,7 @@ def test_knobs_named_in_the_text_exist():
     known = {k for m in MODULES.values() for line in (lines[1:] if m is evaluate else lines[:1])
              for k in vars(m.get_args(line))}
     foreign = {"help", "key", "nproc_per_node", "standalone", "durations", "upgrade", "quiet", "index-url",
-               "recursive", "track"} # of other programs, and of tests/bench.py
+               "recursive", "track", "arms", "figure"} # of other programs, and of scripts in tests/
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", readme()))
     assert named and not named - known - foreign
 
