@@ -24,7 +24,7 @@ import evaluate
 import prepare_imagenet
 import prepare_owt
 import prepare_pairs
-from model import Encoder, VisionLanguageModel, save_checkpoint
+from model import Encoder, VisionLanguageModel, save_checkpoint, use_compile
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOOPS = [distill_image, distill_multimodal, distill_text]
@@ -381,6 +381,15 @@ def test_wrong_input_of_prepare(tmp_path, openmoji):
         with pytest.raises(SystemExit, match=said):
             prepare_pairs.main(prepare_pairs.get_args(words.split()))
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_compile_is_on_where_it_works(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert use_compile("auto", cuda) and use_compile("true", cpu)
+    assert not use_compile("auto", cpu) and not use_compile("false", cuda)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not use_compile("auto", cuda)
 
 
 def test_the_command_users_type_first(tmp_path):

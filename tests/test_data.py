@@ -17,7 +17,7 @@ import emoji
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import prepare_pairs
 from model import Tokenizer, normalize
@@ -345,6 +345,17 @@ def test_other_colour_modes():
                                           (255, 0, 0))) < 9
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16)) # 16 bits, half way
     assert pixel(encoded(deep)) == pixel(encoded(deep, transparency=0x8000)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("how", range(1, 9))
+def test_every_exif_turn(how):
+    """As PIL's own, which writes the EXIF anew and fails where it is corrupt."""
+    exif = Image.Exif()
+    exif[0x0112] = how
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8))
+    data = encoded(image.resize((90, 60), Image.NEAREST), "JPEG", exif=exif, quality=95)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(expected))
 
 
 def test_exif_rotation():

@@ -437,6 +437,15 @@ def test_killed_at_random(run, tmp_path, colours):
     assert all(same(whole[k], resumed[k]) for k in ("model", "head", "optimizer", "best"))
 
 
+def test_smoothing_and_warmup_count(run, tmp_path):
+    first = []
+    for out, knobs in ("a", {}), ("b", dict(smoothing=0.5)), ("c", dict(warmup_share=0.5)):
+        run(out, epochs=1, augment="none", **knobs)
+        first.append(records(tmp_path / out)[0])
+    assert first[0]["loss"] != first[1]["loss"] and first[0]["loss"] == first[2]["loss"]
+    assert first[2]["lr"] < first[0]["lr"]
+
+
 def test_resume_with_other_flags(run, monkeypatch):
     stop_at(monkeypatch, 7, lambda: run())
     shutil.copy("encoder.pt", "same.pt")

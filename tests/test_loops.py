@@ -186,6 +186,31 @@ def test_every_tensor_learns(run, name):
     assert {k for k, a, b in weights if torch.equal(a, b)} == {k for k, _, _ in weights} & frozen
 
 
+@pytest.mark.parametrize("name", ["features", "queue"])
+def test_what_decays(run, monkeypatch, name):
+    """Weight decay is for matrices: not for biases, norms, positions, tokens and their embeddings."""
+    made, adamw = [], torch.optim.AdamW
+
+    def spy(groups, **rest):
+        made.extend(groups)
+        return adamw(groups, **rest)
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    weights = run(name, max_steps=1, weight_decay=0.5)["model"]
+    shapes = [sorted(tuple(p.shape) for p in group["params"]) for group in made]
+    assert [group["weight_decay"] for group in made] == [0.5, 0.0]
+    assert shapes[0] == sorted(tuple(v.shape) for k, v in weights.items() if k.endswith(".weight")
+                               and v.ndim > 1 and not k.endswith("embed.weight"))
+
+
+def test_the_average_slows_down(run, monkeypatch):
+    """The decay rises in a line from --ema_decay to 1."""
+    shares, lerp = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_",
+                        lambda a, b, share: shares.append(share) or lerp(a, b, share))
+    run("mask", max_steps=4, ema_decay=0.8)
+    assert shares == pytest.approx([0.2, 0.15, 0.1, 0.05])
+
+
 def test_student_starts_from_the_teacher(run, teacher):
     weights = read_checkpoint(teacher)["model"]
     for name, prefix in (("features", ""), ("mse", "image_encoder.")):
