@@ -189,7 +189,8 @@ def views_loss(student, heads, views, kept, temperature, autocast):
     among all 2n - 1 others. views: two tensors of images (n, 3, H, W); kept (n, 2, K): the patches that the
     student sees of each. Mean over the 2n views."""
     with autocast:
-        z = heads["project"](student(torch.cat(views), kept=kept.transpose(0, 1).flatten(0, 1))[:, 0])
+        kept = kept.transpose(0, 1).flatten(0, 1) # (2n, K)
+        z = heads["project"](student(torch.cat(views), kept=kept)[:, 0]) # (2n, 128)
     z = F.normalize(z.float(), dim=-1) # (2n, 128)
     if torch.is_grad_enabled(): # in training, with what the other ranks have; validation is one's alone
         z = torch.cat([gather(x) for x in z.chunk(2)])

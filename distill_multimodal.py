@@ -29,9 +29,9 @@ import evaluate
 from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder,
                    check_resume, continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished,
                    join_ranks, keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights,
-                   loader_processes, log_record, normalize, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, random_patch_mask, run_script, save_atomic, save_checkpoint, split_batch,
-                   sum_over_ranks, trim_log, use_compile)
+                   loader_processes, log_record, nearest, normalize, open_run, peak_memory, pick_device,
+                   pick_dtype, print_settings, random_patch_mask, run_script, save_atomic, save_checkpoint,
+                   split_batch, sum_over_ranks, trim_log, use_compile)
 from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
@@ -442,6 +442,7 @@ def what_is_missing(args):
     asked = ([("teacher", args.teacher)] * needs_teacher(args) +
              [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
+                 f"{nearest(name, PRETRAINED)}"
                  for k, name in asked if name not in ("random", "teacher", *PRETRAINED)
                  and not os.path.isfile(name)]
     problems += [f"--{k}={getattr(args, k)} is no file" for k in ("path", "image_path", "text_path")
@@ -850,7 +851,7 @@ def main(args):
         vars(after).update(new)
         same = [f"--{k}={getattr(args, k)}"
                 for k in args.given if k not in (*new, *unread(after), "preset", "resume")]
-        print("next, the same without the teacher:\n  python distill_multimodal.py "
+        print(f"next, the same without the teacher:\n  python {os.path.basename(sys.argv[0])} "
               + shlex.join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
 
 

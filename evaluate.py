@@ -547,7 +547,7 @@ def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
         raise ValueError(f"{len(classnames)} classes and {len(fill)} templates give no prompt")
     emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
                      for i in progress(range(0, len(prompts), batch_size), "prompts")]) # (C * prompts, D)
-    return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1)
+    return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1) # (C, D)
 
 
 # -----------------------------------------------------------------------------

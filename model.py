@@ -4,11 +4,11 @@ The model file: one small vocabulary of Transformer blocks, and every encoder ma
     Encoder               image or text encoder: ViT, BEiTv2, data2vec 2.0 and BERT are settings of it
     VisionLanguageModel   image encoder + text encoder + shared blocks: the multimodal student
     feature_target        what feature distillation regresses (eq. 36-38 of the thesis)
-    load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, BERT, ResNet-50
+    load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, BERT, MiniLM, ResNet-50
     load_tokenizer        BERT's WordPiece and GPT-2's BPE
     load_checkpoint       reads what the distill scripts write
 
-and in the last section the small things that every script needs: flags, devices, atomic files.
+and in the last section the small things that every script needs: flags, devices, atomic files, signals.
 
 Shapes: B batch, N patches, M text tokens, T tokens in all (T = N + 1 with the CLS token), D embed_dim,
 L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool, True where padding.
@@ -135,7 +135,7 @@ class Attention(nn.Module):
             bias = bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        return self.proj(x.transpose(1, 2).reshape(B, T, D)) # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -353,7 +353,7 @@ def random_patch_mask(n, num_patches, ratio, generator):
 
 def kept_patches(patch_mask):
     """(n, N) bool, True for as many patches in every row -> the others' numbers, (n, K) int64, in order."""
-    return (~patch_mask).nonzero()[:, 1].view(len(patch_mask), -1)
+    return (~patch_mask).nonzero()[:, 1].view(len(patch_mask), -1) # (n, K)
 
 
 def init_weights(module, embed_dim):
