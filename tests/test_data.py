@@ -429,6 +429,15 @@ def test_a_reduced_jpeg_gives_the_same_crops(size, exif):
     assert reduced == (0 if exif else 20)
 
 
+def test_colours_vary_as_far_as_documented():
+    """Gain by color, brightness by half of it: black shows the second alone, mid grey both."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for level, most in ((0, 0.1), (128, 128 / 255 * 1.2 + 0.1)):
+        images = torch.full((2000, 3, 1, 1), level, dtype=torch.uint8)
+        out = augment(images, torch.Generator().manual_seed(0), 0, 0, 0.2) * std + mean
+        assert most - 0.02 < out.max() <= most + 1e-5
+
+
 def test_eval_image_crops_or_squashes():
     image = Image.new("RGB", (60, 20), "blue")
     image.paste("red", (0, 0, 20, 20))
