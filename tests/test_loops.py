@@ -734,6 +734,21 @@ def test_workers_never_keep_a_process(tmp_path, tiny_data, how):
 
 
 @pytest.mark.slow
+def test_a_script_that_another_started_is_not_left_alone(tmp_path, tiny_data):
+    """SIGTERM to the parent alone: the teacher's loop saves, both end."""
+    words = flags(dict(SETTINGS["mask"][1], data_dir=tiny_data, out_dir=tmp_path / "run", max_steps=5000))
+    code = f"import sys; sys.path.insert(0, {REPO!r}); import model; model.run_script(*sys.argv[1:])"
+    parent = subprocess.Popen([sys.executable, "-c", code, "distill_image.py", *words], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while parent.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    said, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; wrote " in said, said
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_all_processes(tmp_path, tiny_data, number):
     """As a terminal, a scheduler or a container ends a run: the loader's workers get the signal, too."""
