@@ -749,8 +749,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
 
     # -- resume
     path, step, best = os.path.join(args.out_dir, "ckpt.pt"), 0, {}
-    checkpoint = open_run(args, model_knobs, max_steps, f"--epochs={args.epochs}, {max_steps} steps,",
-                          again=args.command == "finetune") # to measure what was finished
+    checkpoint = open_run(args, model_knobs, max_steps, f"--epochs={args.epochs}, {max_steps} steps,")
     if checkpoint:
         with continuing(path):
             load_weights(model, checkpoint["model"], path)

@@ -861,8 +861,8 @@ def read_weights(path):
             except pickle.UnpicklingError: # it holds more than tensors and containers
                 weights = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
     except Exception as e: # torch and pickle raise a dozen types for a file that is not theirs
-        fail(f"{path} cannot be read as weights ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). "
-             f"If it was cut short, remove it and fetch it again.")
+        fail(f"{path} cannot be read as weights ({reason(e)}). If it was cut short, remove it and fetch it "
+             f"again.")
     for key in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -993,6 +993,12 @@ def fail(message):
     sys.exit(f"error: {message}") # to stderr, exit code 1
 
 
+def reason(e):
+    """An exception's type and first sentence: what torch says after that is no advice here."""
+    sentence, *_ = re.split(r"\. |\n", str(e))
+    return f"{type(e).__name__}: {sentence[:200]}"
+
+
 def save_atomic(path, write):
     """Call write(file) on a temporary name beside path, then rename: path is never there half-written."""
     temporary = f"{path}.tmp{os.getpid()}"
@@ -1035,9 +1041,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
-        reason = re.split(r"[.\n] ", str(e))[0][:200] # what torch says after that is no advice for strangers
-        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason}). If it was cut short, "
-             f"train again or copy it anew.")
+        fail(f"{path} cannot be read as a checkpoint ({reason(e)}). If it was cut short, train again or copy "
+             f"it anew.")
     if found != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this repository (format {found}, expected {CHECKPOINT_FORMAT})")
     return checkpoint
@@ -1054,7 +1059,7 @@ def load_checkpoint(path):
         if checkpoint.get("tokenizer"):
             model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
     except Exception as e: # of whatever a stranger wrote there
-        fail(f"{path} holds no model or tokenizer of this version ({type(e).__name__}: {e})")
+        fail(f"{path} holds no model or tokenizer of this version ({reason(e)})")
     return ready(model)
 
 
@@ -1097,7 +1102,9 @@ def load_weights(model, weights, path):
              "unexpected": [k for k in weights if k not in own],
              "mis-shaped": [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
                             for k in own if k in weights and weights[k].shape != own[k].shape],
-             "with NaN or infinity": [k for k in own if k in weights and not weights[k].isfinite().all()]}
+             # of the right shape only: a few bytes can claim any other
+             "with NaN or infinity": [k for k in own if k in weights and weights[k].shape == own[k].shape
+                                      and not weights[k].isfinite().all()]}
     if any(wrong.values()):
         fail(f"{path} does not fit this model:" + list_wrong(wrong))
     model.load_state_dict(weights)
@@ -1127,16 +1134,15 @@ def continuing(path):
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
-        fail(f"{path} cannot be continued ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]}). Start "
-             f"again with another --out_dir.")
+        fail(f"{path} cannot be continued ({reason(e)}). Start again with another --out_dir.")
 
 
-def open_run(args, model_knobs, max_steps=None, asked=None, again=False):
+def open_run(args, model_knobs, max_steps=None, asked=None):
     """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run
     is never written over, a finished one is kept under another name; what makes the model, model_knobs,
-    cannot change on resume. max_steps and the flag that asks for them, in words: where it is not --max_steps.
-    again: a finished run of as many steps is continued, too, for what comes after them. Call it when nothing
-    else can go wrong: it is the first to write."""
+    cannot change on resume. max_steps and the flag that asks for them, in words: where it is not --max_steps;
+    a finished run of as many is continued, too, for what comes after them. Call it when nothing else can go
+    wrong: it is the first to write."""
     check_resume(args)
     path = os.path.join(args.out_dir, "ckpt.pt")
     checkpoint = read_checkpoint(path) if os.path.exists(path) else None
@@ -1145,7 +1151,7 @@ def open_run(args, model_knobs, max_steps=None, asked=None, again=False):
             step, finished = int(checkpoint["step"]), checkpoint.get("finished", True)
             changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
                        if k not in ("resume", "given") and getattr(args, k, v) != v}
-        if finished and not (again and step == max_steps):
+        if finished and step != max_steps:
             fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
         if not finished and step >= (max_steps or args.max_steps):
             fail(f"{path} has done {step} steps already: "

@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
-from prepare_imagenet import end_with_parent, folder_files, readable
+from prepare_imagenet import MOST_BYTES, end_with_parent, folder_files, readable
 from prepare_pairs import FLUSH_SECONDS, lock, read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
@@ -131,9 +131,7 @@ def documents(piece):
             data = f.read(piece.end - piece.start)
         if piece.kind == "xz": # read as the tar that it is: headers and padding are no text
             with tarfile.open(fileobj=lzma.open(io.BytesIO(data)), mode="r|") as tar:
-                for member in tar: # a few bytes can claim to be a terabyte
-                    if member.isreg():
-                        yield tar.extractfile(member).read(2 ** 26)
+                yield from (tar.extractfile(member).read(MOST_BYTES) for member in tar if member.isreg())
         elif piece.kind == "lines":
             jsonl = piece.path.lower().endswith(".jsonl")
             for line in io.BytesIO(data):

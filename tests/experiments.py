@@ -77,7 +77,7 @@ def write_families(data_dir):
 
 def train(arm, seed, args):
     """Trains an arm unless it is finished. Those whose checkpoints it reads come before it."""
-    folder, words = f"{args.out_dir}/{arm}_{seed}", dict(PAIRS | IMAGES)[arm][1]
+    folder, words = f"{args.out_dir}/{arm}_{seed}", (PAIRS | IMAGES)[arm][1]
     words = words.format(**{k: f"{args.out_dir}/{k}_{seed}/ckpt.pt" for k in IMAGES}).split()
     data_dir = f"--data_dir={args.data_dir}"
     if not is_finished(f"{folder}/ckpt.pt"):

@@ -162,6 +162,7 @@ TABLE = {
         "ours: text model": "is no image encoder",
         "ours: NaN weights": "1 with NaN or infinity: norm.bias",
         "ours: weights of another size": "does not fit this model",
+        "ours: a tensor of 10^12 elements": "1 mis-shaped: cls_token",
         "ours: unknown setting": "holds no model or tokenizer of this version",
         "ours: broken tokenizer": "holds no model or tokenizer of this version",
         "teacher: fairseq file": "loads", # argparse's and numpy's objects become stand-ins that keep nothing
@@ -577,6 +578,8 @@ CHECKPOINTS = { # kind -> function of (path, a teacher's weights, what a hostile
     "ours: text model": lambda path, *_: ours(path, dict(modality="text", vocab_size=9, max_length=9)),
     "ours: NaN weights": lambda path, *_: ours(path, spoil=True),
     "ours: weights of another size": lambda path, w, _: ours(path, model={**w, "cls_token": torch.ones(2)}),
+    "ours: a tensor of 10^12 elements": lambda path, w, _: ours(
+        path, model={**w, "cls_token": torch.ones(1).expand(10 ** 12)}),
     "ours: unknown setting": lambda path, *_: ours(path, config={"modality": "image", "shell": "rm"}),
     "ours: broken tokenizer": lambda path, *_: ours(path, tokenizer='{"version": "1.0"}'),
     "teacher: fairseq file": lambda path, w, _: torch.save(trainer_file(w), path),

@@ -179,11 +179,13 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, str(function)
-        copies = {"aten._to_copy.default": (args[0], kwargs.get("device"), kwargs.get("non_blocking")),
-                  "aten.copy_.default": (args[-1], args[0].device, len(args) > 2)}.get(name) \
-            if name in ("aten._to_copy.default", "aten.copy_.default") else None
-        if copies and copies[1] is not None and copies[0].device.type != torch.device(copies[1]).type:
-            self.found += [name] * (not copies[2])
+        device = None # that something is copied to
+        if name == "aten._to_copy.default":
+            source, device, non_blocking = args[0], kwargs.get("device"), kwargs.get("non_blocking")
+        elif name == "aten.copy_.default":
+            source, device, non_blocking = args[1], args[0].device, args[2:] == (True,)
+        if device and torch.device(device).type != source.device.type and not non_blocking:
+            self.found.append(name)
         indexed = name.startswith("aten.index") and any(
             x is not None and (x.dtype == torch.bool or x.device.type == "cpu")
             for arg in args if isinstance(arg, (list, tuple)) for x in arg)
@@ -232,8 +234,8 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
         kept, hidden = torch.zeros(4, 2, 8, dtype=torch.int64), torch.zeros(4, 16, dtype=torch.bool)
         queue = torch.zeros(6, 48), torch.zeros(6, dtype=torch.int64)
     with fake, Waits() as waits: # no default device now
-        images = augment(raw, torch.Generator("cpu"), 0.5, args.__dict__.get("rotate", 0),
-                         args.__dict__.get("color", 0))
+        images = augment(raw, torch.Generator("cpu"), 0.5, getattr(args, "rotate", 0),
+                         getattr(args, "color", 0))
         if name == "text":
             loss = distill_text.feature_loss(text, text, ids, padding_mask, args, autocast)
         elif name == "multimodal":

@@ -106,7 +106,7 @@ def test_micro_batches_of_other_lengths(encoder):
     assert parts == pytest.approx(whole, rel=1e-6) and (g - h).norm() < 1e-6 * g.norm()
     rows = zip(ids[:, None], mask[:, None])
     means = [feature_loss(student, encoder, i, m, ARGS, PLAIN) / (~m).sum() for i, m in rows]
-    assert abs(sum(means).item() / 4 / whole - 1) > 1e-4
+    assert abs(sum(means).item() / 4 / whole - 1) > 1e-3
 
 
 def test_sequences_hold_the_stream(text_data, encoder):
@@ -277,21 +277,21 @@ def test_ids_beyond_the_vocabulary(run, text_data, tmp_path, capsys):
     """Such sequences have the next in their place and are named; too many end the run, saved."""
     folder = tmp_path / "data" / "toy_text"
     shutil.copytree(f"{text_data}/toy_text", folder)
-    for n, damage in enumerate((range(40, 41), range(0, 3005, 100))):
+
+    def damage(positions):
         with open(folder / "train.bin", "r+b") as f:
-            for i in damage:
+            for i in positions:
                 f.seek(2 * i)
                 f.write(b"\xff\xff")
-        words = dict(data_dir=tmp_path / "data", max_steps=15 + n)
-        if n == 0:
-            run("all", "few", **words)
-            log = records(tmp_path / "few")
-            assert {i for r in log for i in r.get("skipped", [])} == {40 // (TOY["max_length"] - 2)}
-            continue
-        with pytest.raises(SystemExit) as ended:
-            run("all", "many", **words)
-        assert ended.value.code == 1 and "samples that cannot be read" in capsys.readouterr().out
-        assert 0 < read_checkpoint(tmp_path / "many" / "ckpt.pt")["step"] < 16
+    damage([40])
+    run("all", "few", data_dir=tmp_path / "data", max_steps=15)
+    log = records(tmp_path / "few")
+    assert {i for r in log for i in r.get("skipped", [])} == {40 // (TOY["max_length"] - 2)}
+    damage(range(0, 3005, 100))
+    with pytest.raises(SystemExit) as ended:
+        run("all", "many", data_dir=tmp_path / "data", max_steps=16)
+    assert ended.value.code == 1 and "samples that cannot be read" in capsys.readouterr().out
+    assert 0 < read_checkpoint(tmp_path / "many" / "ckpt.pt")["step"] < 16
 
 
 def test_run_folders(run, tmp_path, monkeypatch):
