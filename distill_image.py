@@ -25,9 +25,9 @@ import torch.nn.functional as F
 import evaluate
 from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, continuing, fail, finite_rows, gather,
                    git_sha, ignore_signals, init_weights, join_ranks, keep_blocks, kept_patches, load_encoder,
-                   load_weights, loader_processes, log_record, open_run, peak_memory, pick_device, pick_dtype,
-                   print_settings, random_patch_mask, save_checkpoint, split_batch, sum_over_ranks, trim_log,
-                   use_compile)
+                   load_weights, loader_processes, log_record, open_log, open_run, peak_memory, pick_device,
+                   pick_dtype, print_settings, random_patch_mask, save_checkpoint, split_batch,
+                   sum_over_ranks, use_compile)
 from prepare_pairs import Bad, Pairs, augment, train_image
 
 # -----------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def main(args):
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], dict(checkpoint["best"])
     if not rank: # the first validates and writes for all
-        trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+        open_log(args, step if checkpoint else -1, device, dtype)
         # ImageNet's may lie class by class
         chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
         val_images = evaluate.EvalImages(val.images, size).stack(chosen)

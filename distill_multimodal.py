@@ -11,6 +11,7 @@ Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt; the first ta
 cores and finds about 24 % of 300 held-out families among its first ten. Any flag below can follow; --resume
 continues a run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
+import argparse
 import copy
 import glob
 import hashlib
@@ -29,9 +30,9 @@ import evaluate
 from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder,
                    check_resume, continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished,
                    join_ranks, keep_blocks, kept_patches, load_encoder, load_pretrained, load_weights,
-                   loader_processes, log_record, nearest, normalize, open_run, peak_memory, pick_device,
-                   pick_dtype, print_settings, random_patch_mask, run_script, save_atomic, save_checkpoint,
-                   split_batch, sum_over_ranks, trim_log, use_compile)
+                   loader_processes, log_record, nearest, normalize, open_log, open_run, peak_memory,
+                   pick_device, pick_dtype, print_settings, random_patch_mask, run_script, save_atomic,
+                   save_checkpoint, split_batch, sum_over_ranks, use_compile)
 from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
 
 # -----------------------------------------------------------------------------
@@ -438,7 +439,8 @@ def what_is_missing(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start."""
     missing = [name for name in args.data.split(",")
                if not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
-    problems = [f"data set {name} is not in {args.data_dir}/" for name in missing]
+    problems = [f"data set {name} is not in {args.data_dir}/{'' if name in SOURCES else nearest(name, SOURCES)}"
+                for name in missing]
     asked = ([("teacher", args.teacher)] * needs_teacher(args) +
              [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
@@ -470,6 +472,8 @@ def prepare_tiny(args):
                          f"--dtype={args.dtype}", f"--img_size={args.img_size}",
                          f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
                          f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"])
+    elif needs_teacher(args) and args.teacher not in PRETRAINED and not os.path.exists(args.teacher):
+        what_is_missing(args) # before anything is made
     for command in commands:
         run_script(*command)
 
@@ -509,6 +513,16 @@ def unread(args):
     plain = get_args([]) # to give a flag its default says nothing
     return [k for k, (flag, values) in NO_EFFECT.items() if k in args.given
             and getattr(args, k) != getattr(plain, k) and getattr(args, flag) in values.split()]
+
+
+def own_tokenizer(path):
+    """That of a prepared set."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return Tokenizer(f.read())
+    except Exception as e: # tokenizers raises nothing more specific
+        fail(f"{path} is no tokenizer ({e}). Put one there, or take a published one with --text_init=bert; "
+             f"of a set that prepare_pairs.py makes, remove the folder and prepare it again")
 
 
 def build_student(args, sources, vocab_size, head_dim):
@@ -563,6 +577,17 @@ def build_student(args, sources, vocab_size, head_dim):
     return student
 
 
+def without_teacher(args):
+    """The command that trains the same without the teacher."""
+    new = dict(kd_loss="none", align_loss="contrastive", align_weight=1.0, out_dir=f"{args.out_dir}_clip")
+    if args.image_init == "teacher":
+        new["image_init"] = "random"
+    after = argparse.Namespace(**{**vars(args), **new})
+    same = {k: getattr(args, k) for k in args.given if k not in (*new, *unread(after), "preset", "resume")}
+    return shlex.join(["python", os.path.basename(sys.argv[0]), f"--preset={args.preset}",
+                       *(f"--{k}={v}" for k, v in {**same, **new}.items())])
+
+
 def main(args):
     # -- set up
     started = time.time()
@@ -590,14 +615,7 @@ def main(args):
         sources["text"] = load_encoder(args.text_init, "text", args.text_path)
         tokenizer = sources["text"].tokenizer
     else:
-        path = os.path.join(args.data_dir, first_set, "tokenizer.json")
-        try:
-            with open(path, encoding="utf-8") as f:
-                tokenizer = Tokenizer(f.read())
-        except Exception as e: # tokenizers raises nothing more specific
-            fail(f"{path} is no tokenizer ({e}). Put one there, or take a published one with "
-                 f"--text_init=bert; of a set that prepare_pairs.py makes, remove the folder and "
-                 f"prepare it again")
+        tokenizer = own_tokenizer(os.path.join(args.data_dir, first_set, "tokenizer.json"))
     pairs = TrainPairs(train_pairs, tokenizer, args)
     B, (n, micro) = args.batch_size, split_batch(args)
     if B > pairs.num_units:
@@ -671,7 +689,7 @@ def main(args):
             if checkpoint["queue"] and args.queue_size:
                 queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
     if not rank: # the first validates and writes for all
-        trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+        open_log(args, step if checkpoint else -1, device, dtype)
         val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     if compiled: # in place: the weights keep their names
         student.compile()
@@ -844,15 +862,7 @@ def main(args):
         evaluate.main(command)
     print(f"{(time.time() - started) / 60:.1f} minutes in all")
     if args.kd_loss != "none":
-        new = dict(kd_loss="none", align_loss="contrastive", align_weight=1.0, out_dir=f"{args.out_dir}_clip")
-        if args.image_init == "teacher":
-            new["image_init"] = "random"
-        after = copy.copy(args)
-        vars(after).update(new)
-        same = [f"--{k}={getattr(args, k)}"
-                for k in args.given if k not in (*new, *unread(after), "preset", "resume")]
-        print(f"next, the same without the teacher:\n  python {os.path.basename(sys.argv[0])} "
-              + shlex.join([f"--preset={args.preset}", *same, *(f"--{k}={v}" for k, v in new.items())]))
+        print(f"next, the same without the teacher:\n  {without_teacher(args)}")
 
 
 if __name__ == "__main__":

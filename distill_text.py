@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, continuing, fail, finite_rows, git_sha,
-                   join_ranks, keep_blocks, load_encoder, load_weights, log_record, open_run, peak_memory,
-                   pick_device, pick_dtype, print_settings, run_script, save_checkpoint, split_batch,
-                   sum_over_ranks, trim_log, use_compile)
+                   join_ranks, keep_blocks, load_encoder, load_weights, log_record, open_log, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, run_script, save_checkpoint,
+                   split_batch, sum_over_ranks, use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def main(args):
             scaler.load_state_dict(checkpoint["scaler"])
             step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
     if not rank: # the first validates and writes for all
-        trim_log(os.path.join(args.out_dir, "log.jsonl"), step if checkpoint else -1)
+        open_log(args, step if checkpoint else -1, device, dtype)
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from model import (GPT2Tokenizer, Parser, Stop, continuing, fail, finite_rows, git_sha, ignore_signals,
                    init_weights, load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize,
-                   number, open_run, peak_memory, pick_device, pick_dtype, print_settings, read_checkpoint,
-                   save_atomic, save_checkpoint, trim_log, use_compile, write_json)
+                   number, open_log, open_run, peak_memory, pick_device, pick_dtype, print_settings,
+                   read_checkpoint, save_atomic, save_checkpoint, use_compile, write_json)
 from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
 # -----------------------------------------------------------------------------
@@ -760,7 +760,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
                 group |= own # load_state_dict brought the old ones back
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], checkpoint["best"]
-    trim_log(os.path.join(args.out_dir, "log.jsonl"), step)
+    open_log(args, step if checkpoint else -1, device, dtype)
 
     def save(name, **rest):
         save_checkpoint(os.path.join(args.out_dir, name), model, head=head.state_dict(), step=step, best=best,

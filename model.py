@@ -1205,18 +1205,23 @@ def log_record(args, step, text, **record):
         fail(f"cannot write {path}: {e.strerror}. The last checkpoint is whole: make room and go on from it.")
 
 
-def trim_log(path, step):
-    """Drops the records after `step` from a log.jsonl, and a line cut short: what a killed run did after its
-    last checkpoint is done again."""
+def open_log(args, step, device, dtype):
+    """Drops the records after `step` (-1: all) from OUT_DIR/log.jsonl, and a line cut short: what a killed
+    run did after its last checkpoint is done again. Then adds what the run can be repeated from: its command,
+    the code's commit, versions and every setting."""
     def is_kept(line):
         try:
             return line.endswith("\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError): # a disk that was full, or lost power
             return False
+    path, lines = os.path.join(args.out_dir, "log.jsonl"), []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             lines = [*filter(is_kept, f)]
-        save_atomic(path, lambda f: f.write("".join(lines).encode()))
+    settings = {k: v for k, v in vars(args).items() if k != "given"}
+    start = {"step": max(step, 0), "command": ["python", *sys.argv], "with": versions(device, dtype),
+             "settings": settings}
+    save_atomic(path, lambda f: f.write("".join([*lines, json.dumps(start) + "\n"]).encode()))
 
 
 class Stop:
@@ -1461,11 +1466,15 @@ def git_sha():
     return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
+def versions(device, dtype):
+    return (f"code {git_sha()}, Python {platform.python_version()}, torch {torch.__version__}, "
+            f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device} "
+            f"({torch.get_num_threads()} threads), autocast {str(dtype).removeprefix('torch.')}")
+
+
 def print_settings(args, device, dtype, compiled):
-    """The first lines of a log: with them the run can be repeated."""
-    print(f"$ python {' '.join(sys.argv)}\ncode {git_sha()}, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else device} "
-          f"({torch.get_num_threads()} threads), autocast {str(dtype).removeprefix('torch.')}, compile "
+    """The first lines of a run: with them it can be repeated."""
+    print(f"$ python {' '.join(sys.argv)}\n{versions(device, dtype)}, compile "
           f"{'on' if compiled else 'off'} (--device, --dtype, --compile change that)")
     words = [f"{k}={v}{'*' if k in args.given else ''}" for k, v in vars(args).items() if k != "given"]
     print(textwrap.fill(", ".join(words) + " (* set by a flag)", width=110))
@@ -1505,7 +1514,8 @@ class Parser(argparse.ArgumentParser):
         self.group = self
         if presets:
             self.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
-                              help="sets the defaults of other flags; explicit flags win")
+                              help="sets the defaults of other flags; explicit flags win. What each "
+                                   "reproduces stands beside PRESETS at the top of the script")
 
     def error(self, message):
         if ranks()[0]: # the first says it, and torchrun ends the others

@@ -91,12 +91,14 @@ def run(tiny_data, teacher, tmp_path):
     return run
 
 
-def records(folder):
-    """The lines of log.jsonl. JSON has no NaN: a line with one is no record."""
+def records(folder, starts=False):
+    """The lines of log.jsonl; with starts those that a start writes. JSON has no NaN: a line with one is no
+    record."""
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
     with open(folder / "log.jsonl") as f:
-        return [json.loads(line, parse_constant=refuse) for line in f]
+        lines = [json.loads(line, parse_constant=refuse) for line in f]
+    return [record for record in lines if ("settings" in record) == starts]
 
 
 def stop_at(monkeypatch, module, step, exception=KeyboardInterrupt):
@@ -348,6 +350,11 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, knobs):
     with open(tmp_path / "parts" / "log.jsonl", "a") as f:
         f.write('{"step": 8, "lo') # the kill cut a line short
     resumed = run(name, "parts", **knobs, resume=True)
+    first, second = records(tmp_path / "parts", starts=True) # what each start could be repeated from
+    assert (first["step"], second["step"]) == (0, 6) and "code " in first["with"]
+    for start, done in ((first, whole), (second, resumed)):
+        assert start["settings"] == {k: v for k, v in done["args"].items() if k != "given"} \
+            | dict(out_dir=f"{tmp_path}/parts")
     for key in ("model", "optimizer", "scaler", "step", "best", "finished", "queue", "student", "heads"):
         assert same(whole.get(key), resumed.get(key)), key
     logs = [[(r["step"], r.get("loss"), r.get("val_loss", r.get("val_mean")))

@@ -363,6 +363,12 @@ def test_student_outputs():
         assert model.encode_image(images).dtype == torch.float32
 
 
+def test_word_classifier_starts_at_chance():
+    """Its loss at the start is the logarithm of the vocabulary, whatever the embedding."""
+    words = VisionLanguageModel(IMAGE, TEXT, words=True).words
+    assert_close(words(randn(4, 48)).log_softmax(1), torch.full((4, 50), -math.log(50)), 1e-6)
+
+
 @torch.no_grad()
 def test_token_types_and_shared_blocks_matter():
     model, (images, ids, padding_mask) = student(), batch()
