@@ -404,9 +404,8 @@ def main(args):
             if self_distilled:
                 load_weights(student, checkpoint["student"], path)
                 load_weights(heads, checkpoint["heads"], path)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-                param_group["weight_decay"] = decay # load_state_dict brought the old one back
+            optimizer.load_state_dict(checkpoint["optimizer"] | # the decay may be another now
+                                      {"param_groups": optimizer.state_dict()["param_groups"]})
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], dict(checkpoint["best"])
     if not rank: # the first validates and writes for all

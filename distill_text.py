@@ -304,9 +304,8 @@ def main(args):
     if checkpoint:
         with continuing(path):
             load_weights(student, checkpoint["model"], path)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for param_group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-                param_group["weight_decay"] = decay # load_state_dict brought the old one back
+            optimizer.load_state_dict(checkpoint["optimizer"] | # the decay may be another now
+                                      {"param_groups": optimizer.state_dict()["param_groups"]})
             scaler.load_state_dict(checkpoint["scaler"])
             step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
     if not rank: # the first validates and writes for all

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from model import (GPT2Tokenizer, Parser, Stop, continuing, fail, finite_rows, git_sha, ignore_signals,
                    init_weights, load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize,
                    number, open_log, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   read_checkpoint, save_atomic, save_checkpoint, use_compile, write_json)
+                   read_checkpoint, save_atomic, save_checkpoint, split_batch, use_compile, write_json)
 from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
 # -----------------------------------------------------------------------------
@@ -61,9 +61,7 @@ def checked(image_emb, text_emb, text_to_image):
     images, texts = normed
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"image_emb has {images.shape[1]} dimensions, text_emb {texts.shape[1]}")
-    if torch.is_tensor(text_to_image):
-        text_to_image = text_to_image.cpu().numpy()
-    owner = np.asarray(text_to_image)
+    owner = torch.as_tensor(text_to_image).cpu().numpy()
     if owner.shape != (len(texts),) or owner.dtype.kind not in "iu":
         raise ValueError(f"text_to_image must be {len(texts)} integers, but is {owner.shape} {owner.dtype}")
     if owner.min() < 0 or owner.max() >= len(images):
@@ -250,10 +248,6 @@ def evaluating(model):
             module.training = mode
 
 
-def progress(batches, what):
-    return tqdm(batches, desc=what, leave=False, disable=len(batches) < 20 or not sys.stderr.isatty())
-
-
 @torch.no_grad()
 def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collate=None):
     """Every item once, in order, by encode: a batch of items, as collate makes it -> (B, D). Returns (n, D)
@@ -262,8 +256,9 @@ def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collat
     loader = torch.utils.data.DataLoader(
         items, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
         generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
+    batches = tqdm(loader, "embedding", leave=False, disable=len(loader) < 20 or not sys.stderr.isatty())
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([encode(batch).float().cpu() for batch in progress(loader, "embedding")])
+        return torch.cat([encode(batch).float().cpu() for batch in batches])
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -535,18 +530,17 @@ def class_prompts(task, classes):
 
 
 @torch.no_grad()
-def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
+def zero_shot_weights(encode_text, classnames, templates):
     """One embedding a class, (C, D) float32 of length 1: the mean of its prompts' embeddings, each normalised
     before, normalised again.
 
-    encode_text: list of at most batch_size strings -> (n, D), any float dtype and length. templates: strings
+    encode_text: list of all prompts, class by class -> (n, D), any float dtype and length. templates: strings
     with {} for the name, or functions name -> prompt. ValueError without a class or template."""
     fill = [template if callable(template) else template.format for template in templates]
     prompts = [prompt(name) for name in classnames for prompt in fill]
     if not prompts:
         raise ValueError(f"{len(classnames)} classes and {len(fill)} templates give no prompt")
-    emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
-                     for i in progress(range(0, len(prompts), batch_size), "prompts")]) # (C * prompts, D)
+    emb = F.normalize(encode_text(prompts).float(), dim=1) # (C * prompts, D)
     return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1) # (C, D)
 
 
@@ -562,14 +556,11 @@ PUBLISHED_VISION = { # top-1 finetuned and of a linear probe: on ImageNet, CIFAR
     "BEiTv2, 1600 epochs": (85.5, None),
     "FLAVA": (None, 75.54),
     "ResNet-101": (80.1, None)}
-PUBLISHED_TASKS = ["imagenet", "cifar10", "cifar100"]
-# the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
-LAYER_DECAY = {"cifar10": 0.75, "cifar100": 0.75}
 
 
 def vision_rows(task):
     """name -> the two published numbers, for the models that have any on this task."""
-    i = 2 * PUBLISHED_TASKS.index(task) if task in PUBLISHED_TASKS else 6
+    i = {"imagenet": 0, "cifar10": 2, "cifar100": 4}.get(task, 6)
     return {name: row[i:i + 2] for name, row in PUBLISHED_VISION.items() if row[i:i + 2]}
 
 
@@ -680,19 +671,13 @@ def mix(images, targets, args, rng):
         return mixer(images, targets)
 
 
-def soft_cross_entropy(logits, targets, smoothing):
-    """Minus sum of t log p over the classes, mean over the batch, float32; of each target the share
-    `smoothing` is spread evenly over all classes. logits, targets (B, C). (The thesis' code divides by C as
-    well.)"""
-    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-
-
 def parameter_groups(encoder, head, args):
     """AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l =
     1 .. L, a block, learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the head
     layer L + 1. No decay for biases, norms, positions, tokens. Frozen parameters are left out."""
     L, groups = encoder.config["depth"], {}
-    decay = args.layer_decay or LAYER_DECAY.get(args.task, 0.81)
+    # the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
+    decay = args.layer_decay or (0.75 if args.task in ("cifar10", "cifar100") else 0.81)
     for name, p in [*encoder.named_parameters(), *head.named_parameters("head")]:
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
         # the table serves all blocks: its rate in BEiT too
@@ -745,6 +730,8 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
     warmup_steps = round(args.warmup_share * max_steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if use_compile(args.compile, device): # in place: the weights keep their names
+        model.compile()
     print(f"{args.epochs} epochs of {per_epoch} steps, {warmup_steps} of warm-up; {split} says which is best")
 
     # -- resume
@@ -754,10 +741,8 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
         with continuing(path):
             load_weights(model, checkpoint["model"], path)
             load_weights(head, checkpoint["head"], path)
-            now = [{k: group[k] for k in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for group, own in zip(optimizer.param_groups, now):
-                group |= own # load_state_dict brought the old ones back
+            optimizer.load_state_dict(checkpoint["optimizer"] | # rates and decay may be others now
+                                      {"param_groups": optimizer.state_dict()["param_groups"]})
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], checkpoint["best"]
     open_log(args, step if checkpoint else -1, device, dtype)
@@ -865,10 +850,7 @@ else accuracy; -mm: MNLI mismatched. Score: mean of the row without WNLI and -mm
 
 def correlation(x, y):
     """Pearson's, of two binary variables Matthews'; 0 where one is constant and it is not defined."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    return (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
+    return np.corrcoef(x, y)[0, 1] if np.ptp(x) and np.ptp(y) else 0.0
 
 
 def tied_ranks(x):
@@ -996,8 +978,6 @@ def finetune_task(task, args, splits, encoder, kept, device, dtype):
         head[0].load_state_dict({"weight": encoder.pooler_weight, "bias": encoder.pooler_bias})
     encoder.train().requires_grad_(True).to(device)
     head.to(device)
-    if use_compile(args.compile, device):
-        encoder.compile()
     trained = [*encoder.parameters(), *head.parameters()]
     groups = [{"params": trained, "peak_lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
@@ -1103,9 +1083,8 @@ def retrieval_flags(p):
     p.knob("picture", None, "draw some queries and what was found for them, as a PNG", type=str)
 
 
-def retrieval(args):
+def retrieval(args, device, dtype):
     """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner."""
-    device = pick_device(args.device)
     model, name = two_towers(args, device)
     pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
     N, M = len(pairs.images), len(pairs.captions)
@@ -1113,7 +1092,7 @@ def retrieval(args):
     print(f"{args.data} {args.split}: {N:,} images, {M:,} captions (all there are"
           f"{f'; others take the first five, {five:,}' * (five < M)}), {TRANSFORMS[args.squash]}")
     metrics, image_emb, text_emb = evaluate_retrieval(
-        model, pairs, args.batch_size, device, pick_dtype(args.dtype, device), args.squash, args.num_workers)
+        model, pairs, args.batch_size, device, dtype, args.squash, args.num_workers)
     chance, published = chance_row(pairs.text_to_image, N), published_retrieval(args.data, args.split, N, M)
     print(retrieval_table({name: metrics, "chance": chance}, published))
     if published:
@@ -1141,12 +1120,10 @@ def zeroshot_flags(p):
     two_tower_flags(p)
 
 
-def zeroshot(args):
+def zeroshot(args, device, dtype):
     """Zero-shot classification as CLIP does it: a picture's class is the one whose prompts, embedded and
     averaged, are closest to it. Measured on the split test, or val where there is none; for ImageNet's whole
     val and CLIP's 80 prompts (pip install open_clip_torch) published rows are printed."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
     split, pairs = labelled_splits(args.task, args.data_dir, args.command, ("val", "test")).popitem()
     names, templates, words = class_prompts(args.task, pairs.meta.get("classes"))
     N, C = len(pairs.images), len(names)
@@ -1155,7 +1132,7 @@ def zeroshot(args):
     model, name = two_towers(args, device)
     print(f"{args.task} {split}: {N:,} images of {C:,} classes, {words}; {TRANSFORMS[args.squash]}")
     encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
-    weights = zero_shot_weights(encode_text, names, templates, args.batch_size) # (C, D)
+    weights = zero_shot_weights(encode_text, names, templates) # (C, D)
     image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
                              dtype, args.squash, args.num_workers) # (N, D)
     ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
@@ -1265,24 +1242,20 @@ def knn_flags(p):
     run_flags(p)
 
 
-def knn(args):
+def knn(args, device, dtype):
     """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3
     nearest, held-out images searched in the training images and the other way round."""
-    device = pick_device(args.device)
     encoder = one_encoder(args, "image").to(device)
     splits = labelled_splits(args.task, args.data_dir, args.command)
     train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
     print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}; feature: "
           f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
-    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, pick_dtype(args.dtype, device),
-                           args.pool, args.num_workers)
+    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, dtype, args.pool,
+                           args.num_workers)
     top, ckpt = [*metrics.values()], args.encoder or args.ckpt
     print(table([ckpt, "top-1", "top-3"], {f"train -> {name}": top[:2], f"{name} -> train": top[2:]}))
     return {"ckpt": ckpt, "task": args.task, "split": name, "pool": args.pool,
             "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
-
-
-AUGMENT_KNOBS = ["crop_min", "flip", "erase", "mix_prob"]
 
 
 def finetune_flags(p):
@@ -1307,19 +1280,16 @@ def finetune_flags(p):
     p.knob("resume", False, "continue the run in OUT_DIR")
 
 
-def finetune(args):
+def finetune(args, device, dtype):
     """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm ->
     Linear), or trains the classifier alone, and measures how many held-out images it names right."""
     # -- set up
-    useless = [f"--{k}" for k in args.given if args.augment == "none" and k in AUGMENT_KNOBS]
-    if useless:
+    useless = [f"--{k}" for k in ("crop_min", "erase", "flip", "mix_prob") if k in args.given]
+    if useless and args.augment == "none":
         fail(f"{', '.join(useless)}: only for --augment=default")
     if args.linear_probe and "layer_decay" in args.given:
         fail("--layer_decay: a linear probe trains the head alone, at --lr")
-    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
-        fail(f"--micro_batch_size={args.micro_batch_size} does not divide --batch_size={args.batch_size}")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    B, micro = split_batch(args)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end
@@ -1327,11 +1297,9 @@ def finetune(args):
     train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
     classes = np.unique(train.labels)
     targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
-    N, C, B, micro = (len(train.images), len(classes), args.batch_size,
-                      args.micro_batch_size or args.batch_size)
+    N, C = len(train.images), len(classes)
     if B > N:
         fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
-    per_epoch = N // B
 
     # -- encoder, head, optimizer
     encoder = one_encoder(args, "image")
@@ -1344,11 +1312,8 @@ def finetune(args):
     encoder, head = encoder.to(device), head.to(device)
     if not args.linear_probe:
         encoder.train().requires_grad_(True)
-    if use_compile(args.compile, device): # in place: the weights keep their names
-        encoder.compile()
     groups = parameter_groups(encoder, head, args)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.999), 1e-8, fused=device.type in ("cuda", "cpu"))
     print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
           f"{B} = {B // micro} x {micro} images per step")
     for layer in sorted({group["layer"] for group in groups}): # as seeds' table 3
@@ -1387,14 +1352,13 @@ def finetune(args):
             x, target = mix(x, target, args, np.random.default_rng((args.seed, step, 0, 1)))
         for start in range(0, B, micro):
             c = slice(start, start + micro)
-            pooled = x[c]
-            if not cached:
-                with autocast, torch.set_grad_enabled(not args.linear_probe):
-                    pooled = pool_tokens(encoder(x[c]), "mean") # (micro, D)
-            yield soft_cross_entropy(head(pooled), target[c], args.smoothing) * (micro / B)
+            with autocast:
+                pooled = x[c] if cached else pool_tokens(encoder(x[c]), "mean") # (micro, D) float32
+            loss = F.cross_entropy(head(pooled), target[c], label_smoothing=args.smoothing)
+            yield loss * (micro / B) # a mean over the batch; the thesis' code divides by C as well
 
     start = time.time()
-    best = train_epochs(args, encoder, head, optimizer, per_epoch, batches, losses, lambda: measure(val),
+    best = train_epochs(args, encoder, head, optimizer, N // B, batches, losses, lambda: measure(val),
                         "images", val, ["task", "ckpt", "encoder", "linear_probe"],
                         {"classes": classes.tolist()}, device, dtype)
     metrics = {k: best[k] for k in ("top1", "top5")}
@@ -1434,13 +1398,11 @@ def glue_flags(p):
     train_flags(p, None, None, "out/glue", "false") # batches have many lengths, and each is compiled anew
 
 
-def glue(args):
+def glue(args, device, dtype):
     """Finetunes a text encoder (of a multimodal checkpoint without what images share) on GLUE's tasks, each
     from the same weights (CLS token -> pooler, tanh, dropout -> linear), and prints the dev scores. The same
     command again skips finished tasks and continues an unfinished one."""
     # -- all that can be wrong, with any task, before the first is trained
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, use_compile(args.compile, device))
     tasks = [*GLUE] if args.task == "all" else [args.task]
     splits = {task: read_glue(task, args.glue_dir, args.limit) for task in tasks}
@@ -1525,7 +1487,8 @@ def get_args(argv):
 
 def main(argv=None):
     args = get_args(sys.argv[1:] if argv is None else argv)
-    result = COMMANDS[args.command][1](args)
+    device = pick_device(args.device)
+    result = COMMANDS[args.command][1](args, device, pick_dtype(args.dtype, device))
     if args.json:
         write_json(args.json, result)
         print(f"wrote {args.json}")
