@@ -25,9 +25,9 @@ import torch.nn.functional as F
 import evaluate
 from model import (PRETRAINED, Encoder, Parser, Stop, WholeBatch, continuing, fail, finite_rows, gather,
                    git_sha, ignore_signals, init_weights, join_ranks, keep_blocks, kept_patches, load_encoder,
-                   load_weights, loader_processes, log_record, open_log, open_run, peak_memory, pick_device,
-                   pick_dtype, print_settings, random_patch_mask, save_checkpoint, split_batch,
-                   sum_over_ranks, use_compile)
+                   load_optimizer, load_weights, loader_processes, log_record, open_log, open_run,
+                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, save_checkpoint,
+                   split_batch, sum_over_ranks, use_compile)
 from prepare_pairs import Bad, Pairs, augment, train_image
 
 # -----------------------------------------------------------------------------
@@ -404,8 +404,7 @@ def main(args):
             if self_distilled:
                 load_weights(student, checkpoint["student"], path)
                 load_weights(heads, checkpoint["heads"], path)
-            optimizer.load_state_dict(checkpoint["optimizer"] | # the decay may be another now
-                                      {"param_groups": optimizer.state_dict()["param_groups"]})
+            load_optimizer(optimizer, checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], dict(checkpoint["best"])
     if not rank: # the first validates and writes for all

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from model import (PRETRAINED, Encoder, Parser, Stop, check_resume, continuing, fail, finite_rows, git_sha,
-                   join_ranks, keep_blocks, load_encoder, load_weights, log_record, open_log, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, run_script, save_checkpoint,
-                   split_batch, sum_over_ranks, use_compile)
+                   join_ranks, keep_blocks, load_encoder, load_optimizer, load_weights, log_record, open_log,
+                   open_run, peak_memory, pick_device, pick_dtype, print_settings, run_script,
+                   save_checkpoint, split_batch, sum_over_ranks, use_compile)
 from prepare_owt import Tokens
 
 # -----------------------------------------------------------------------------
@@ -304,8 +304,7 @@ def main(args):
     if checkpoint:
         with continuing(path):
             load_weights(student, checkpoint["model"], path)
-            optimizer.load_state_dict(checkpoint["optimizer"] | # the decay may be another now
-                                      {"param_groups": optimizer.state_dict()["param_groups"]})
+            load_optimizer(optimizer, checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
             step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
     if not rank: # the first validates and writes for all

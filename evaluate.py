@@ -37,9 +37,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (GPT2Tokenizer, Parser, Stop, continuing, fail, finite_rows, git_sha, ignore_signals,
-                   init_weights, load_checkpoint, load_encoder, load_weights, log_record, nearest, normalize,
-                   number, open_log, open_run, peak_memory, pick_device, pick_dtype, print_settings,
-                   read_checkpoint, save_atomic, save_checkpoint, split_batch, use_compile, write_json)
+                   init_weights, load_checkpoint, load_encoder, load_optimizer, load_weights, log_record,
+                   nearest, normalize, number, open_log, open_run, peak_memory, pick_device, pick_dtype,
+                   print_settings, read_checkpoint, save_atomic, save_checkpoint, use_compile, write_json)
 from prepare_pairs import Bad, Pairs, crop_box, decode, eval_image, or_bad, to_tensor
 
 # -----------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def checked(image_emb, text_emb, text_to_image):
     images, texts = normed
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"image_emb has {images.shape[1]} dimensions, text_emb {texts.shape[1]}")
-    owner = torch.as_tensor(text_to_image).cpu().numpy()
+    owner = np.asarray(text_to_image.cpu() if torch.is_tensor(text_to_image) else text_to_image)
     if owner.shape != (len(texts),) or owner.dtype.kind not in "iu":
         raise ValueError(f"text_to_image must be {len(texts)} integers, but is {owner.shape} {owner.dtype}")
     if owner.min() < 0 or owner.max() >= len(images):
@@ -530,17 +530,18 @@ def class_prompts(task, classes):
 
 
 @torch.no_grad()
-def zero_shot_weights(encode_text, classnames, templates):
+def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
     """One embedding a class, (C, D) float32 of length 1: the mean of its prompts' embeddings, each normalised
     before, normalised again.
 
-    encode_text: list of all prompts, class by class -> (n, D), any float dtype and length. templates: strings
+    encode_text: list of at most batch_size strings -> (n, D), any float dtype and length. templates: strings
     with {} for the name, or functions name -> prompt. ValueError without a class or template."""
     fill = [template if callable(template) else template.format for template in templates]
     prompts = [prompt(name) for name in classnames for prompt in fill]
     if not prompts:
         raise ValueError(f"{len(classnames)} classes and {len(fill)} templates give no prompt")
-    emb = F.normalize(encode_text(prompts).float(), dim=1) # (C * prompts, D)
+    emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
+                     for i in range(0, len(prompts), batch_size)]) # (C * prompts, D)
     return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1) # (C, D)
 
 
@@ -741,8 +742,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
         with continuing(path):
             load_weights(model, checkpoint["model"], path)
             load_weights(head, checkpoint["head"], path)
-            optimizer.load_state_dict(checkpoint["optimizer"] | # rates and decay may be others now
-                                      {"param_groups": optimizer.state_dict()["param_groups"]})
+            load_optimizer(optimizer, checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], checkpoint["best"]
     open_log(args, step if checkpoint else -1, device, dtype)
@@ -1132,7 +1132,7 @@ def zeroshot(args, device, dtype):
     model, name = two_towers(args, device)
     print(f"{args.task} {split}: {N:,} images of {C:,} classes, {words}; {TRANSFORMS[args.squash]}")
     encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
-    weights = zero_shot_weights(encode_text, names, templates) # (C, D)
+    weights = zero_shot_weights(encode_text, names, templates, len(names) * len(templates)) # batched there
     image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
                              dtype, args.squash, args.num_workers) # (N, D)
     ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
@@ -1289,7 +1289,9 @@ def finetune(args, device, dtype):
         fail(f"{', '.join(useless)}: only for --augment=default")
     if args.linear_probe and "layer_decay" in args.given:
         fail("--layer_decay: a linear probe trains the head alone, at --lr")
-    B, micro = split_batch(args)
+    B, micro = args.batch_size, args.micro_batch_size or args.batch_size
+    if B % micro:
+        fail(f"--micro_batch_size={micro} does not divide --batch_size={B}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end

@@ -1110,6 +1110,18 @@ def load_weights(model, weights, path):
     model.load_state_dict(weights)
 
 
+def load_optimizer(optimizer, saved):
+    """The state of an optimizer over the same parameters; rates and decay stay those of this run. ValueError
+    if it is of others, to which torch's fused kernels would write wherever that leads."""
+    own = optimizer.state_dict()["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [(i, x) for i, kept in saved["state"].items() for x in kept.values() if x.ndim]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own] \
+            or any(x.shape != params[i].shape for i, x in moments):
+        raise ValueError("the optimizer is of other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
 def list_wrong(wrong):
     """dict what -> keys, as lines that name the first few keys and their number."""
     return "".join(f"\n  {len(keys)} {what}: {', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''}"
@@ -1313,6 +1325,7 @@ def run_script(name, *flags):
     for number, handler in before.items():
         signal.signal(number, handler)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM): # it saved, and said so
+        print("or give your own command again, which goes on from there")
         sys.exit(code)
     if code:
         fail(f"{name} ended with exit code {code}; its message is above")

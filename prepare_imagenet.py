@@ -485,7 +485,8 @@ def main(args):
     if source and os.path.join(source, "").startswith(os.path.join(os.path.realpath(folder), "")):
         fail(f"--source={args.source} lies where the result goes, {folder}. "
              f"Move it, or give another --data_dir.")
-    options = {k: getattr(args, k) for k in ("resize", "quality", "limit")} # what makes another set of it
+    options = {"made_by": "prepare_imagenet.py", # what makes another set of it
+               **{k: getattr(args, k) for k in ("resize", "quality", "limit")}}
     meta = prepared(folder, args, options | ({"source": source} if source else {}))
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
@@ -500,7 +501,7 @@ def main(args):
         if meta and meta["classes"] != classes:
             fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). "
                  f"Remove it to start again.")
-        meta = {"data": args.data, "made_by": "prepare_imagenet.py", "source": source,
+        meta = {"data": args.data, "source": source,
                 "layout": {split: f.layout for split, f in found.items()}, **options,
                 "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"),
                 "classes": classes}

@@ -78,8 +78,6 @@ from tqdm import tqdm
 from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, normalize,
                    save_atomic, write_json)
 
-progress = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 60) # in a log, a line a minute
-
 # -----------------------------------------------------------------------------
 # the packed-record format
 
@@ -170,6 +168,10 @@ def going_on(what, flush=lambda: None):
         fail("stopped. Give the same command again to go on.")
     except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
         fail(f"{what}: {e}. Give the same command again to go on.")
+
+
+def progress(**kwargs):
+    return tqdm(**kwargs, mininterval=0.5 if sys.stderr.isatty() else 60) # in a log, a line a minute
 
 
 def make_folder(folder, args):
@@ -1544,7 +1546,7 @@ def main(args):
 
     folder = os.path.join(args.data_dir, args.data)
     flags = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "quality")
-    meta = prepared(folder, args, {k: getattr(args, k) for k in flags})
+    meta = prepared(folder, args, {"made_by": "prepare_pairs.py", **{k: getattr(args, k) for k in flags}})
     if meta and not args.retry and meta["vocab_size"] == args.vocab_size \
             and (not meta.get("limit") or 0 < args.limit <= meta["limit"]):
         print(f"{folder} is already prepared; remove it to do it again" +

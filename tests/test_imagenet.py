@@ -7,6 +7,7 @@ digits.
 """
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -408,6 +409,22 @@ def test_torn_archives_are_named_and_mended(at, tmp_path, monkeypatch):
             and "Half a download" in said, said
         write(path, data)
         assert files_of(prepare(tmp_path / layout, source)) == whole
+
+
+def test_ctrl_c_loses_nothing(tmp_path, monkeypatch):
+    """What was done since the last flush is in the journal."""
+    build("folders", tmp_path / "src")
+    write_record, calls = RecordWriter.write, []
+
+    def dies(self, record):
+        calls.append(record)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return write_record(self, record)
+    monkeypatch.setattr(RecordWriter, "write", dies)
+    assert "Give the same command again" in message(tmp_path, tmp_path / "src")
+    with open(tmp_path / "imagenet" / "val_journal.jsonl") as f:
+        assert len([line for line in map(json.loads, f) if not line[5]]) == 5
 
 
 def test_changed_source_is_noticed(tmp_path, monkeypatch):
