@@ -33,9 +33,10 @@ PAIRS = { # arm -> what it is in the table, its command without --seed and --out
     "queue": ("with a queue of 2,048 targets", f"{TINY} --queue_size=2048 --teacher={{teacher}}"),
     "towers": ("two towers, nothing shared",
                f"{TINY} --shared=projection --depth=5 --text_depth=3 --teacher={{teacher}}"),
-    "mean": ("mean token of the teacher as target", f"{TINY} --teacher={{teacher}} --kd_target=mean"),
+    "heavy": ("distillation weighs 0.5, not 0.2", f"{TINY} --teacher={{teacher}} --kd_weight=0.5"),
     "labels": ("the same, of a teacher trained on labels",
-               f"{TINY} --teacher={{supervised}} --kd_target=mean"),
+               f"{TINY} --teacher={{supervised}} --kd_weight=0.5"),
+    "kd_cls": ("0.5, towards the CLS token", f"{TINY} --teacher={{teacher}} --kd_weight=0.5 --kd_target=cls"),
 }
 IMAGES = {
     "teacher": ("teacher, five blocks", IMAGE),

@@ -25,7 +25,7 @@ import distill_image
 import distill_multimodal
 from conftest import slow
 from evaluate import chance_row
-from model import Encoder, load_checkpoint, read_checkpoint, save_checkpoint
+from model import Encoder, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
 from prepare_pairs import Pairs
 from test_pretrained import FULL, published, trainer_file
 
@@ -518,6 +518,24 @@ def test_resume_from_a_damaged_checkpoint(run, tmp_path, monkeypatch, key, value
     assert not (tmp_path / "run" / "ckpt.pt.tmp99").exists()
 
 
+def test_optimizer_of_other_parameters():
+    """To load moments of another shape ends in torch's fused kernels, and the process with them."""
+    def adamw(sizes, **settings):
+        layers = [torch.nn.Linear(3, n) for n in sizes]
+        optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in layers], fused=True,
+                                      **settings)
+        sum(layer(torch.ones(3)).sum() for layer in layers).backward()
+        optimizer.step()
+        return optimizer
+    ours, saved = adamw([2, 4], lr=1, weight_decay=2), adamw([2, 4], lr=3, weight_decay=4).state_dict()
+    load_optimizer(ours, saved)
+    assert same(ours.state_dict()["state"], saved["state"])
+    assert [(g["lr"], g["weight_decay"]) for g in ours.param_groups] == [(1, 2)] * 2
+    for other in (adamw([2]), adamw([4, 2]), adamw([2, 4, 4])):
+        with pytest.raises(ValueError, match="other parameters"):
+            load_optimizer(ours, other.state_dict())
+
+
 def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
     """Nothing to resume: the next run starts over, and its log with it."""
     with monkeypatch.context() as m:
@@ -811,6 +829,6 @@ def test_tiny_preset_twice(openmoji, tmp_path):
     process = script(*following[1:], cwd=tmp_path) # the command it ends with runs, too
     said, _ = process.communicate()
     assert process.returncode == 0 and "R@10" in said, said
-    assert sorted(os.listdir(tmp_path / "out")) == ["tiny", "tiny.1", "tiny_clip", "tiny_teacher"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["tiny", "tiny.1", "tiny_alone", "tiny_teacher"]
     assert sorted(os.listdir(tmp_path / "out" / "tiny")) == ["ckpt.pt", "log.jsonl", "retrieval.json",
                                                              "retrieval.png"]

@@ -221,6 +221,14 @@ def test_next_command_runs(small, capsys, monkeypatch):
     assert "no teacher" in capsys.readouterr().out
 
 
+def test_misspelt_teacher_of_tiny(tmp_path):
+    """Nothing is drawn before it is refused."""
+    with pytest.raises(SystemExit, match=r"--teacher=beit is neither .*\(did you mean beitv2\?\)"):
+        distill_multimodal.main(distill_multimodal.get_args(
+            ["--preset=tiny", "--teacher=beit", f"--data_dir={tmp_path}/data"]))
+    assert not os.listdir(tmp_path)
+
+
 # -----------------------------------------------------------------------------
 # the teacher's targets on disk
 
