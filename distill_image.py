@@ -408,7 +408,7 @@ def main(args):
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], dict(checkpoint["best"])
     if not rank: # the first validates and writes for all
-        open_log(args, step if checkpoint else -1, device, dtype)
+        open_log(args, step, device, dtype)
         # ImageNet's may lie class by class
         chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
         val_images = evaluate.EvalImages(val.images, size).stack(chosen)

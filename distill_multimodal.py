@@ -435,17 +435,18 @@ def needs_teacher(args):
     return args.kd_loss != "none" or args.image_init == "teacher"
 
 
-def what_is_missing(args):
-    """Ends the program in seconds, with the commands to run, if the run cannot start."""
-    missing = [name for name in args.data.split(",")
-               if not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
+def what_is_missing(args, made=()):
+    """Ends the program in seconds, with the commands to run, if the run cannot start. made: what will be
+    there by then."""
+    missing = [name for name in args.data.split(",") if name not in made
+               and not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
     problems = [f"data set {name} is not in {args.data_dir}/" + nearest(name, SOURCES) * (name not in SOURCES)
                 for name in missing]
     asked = ([("teacher", args.teacher)] * needs_teacher(args) +
              [(k, getattr(args, k)) for k in ("image_init", "text_init")])
     problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
                  f"{nearest(name, PRETRAINED)}"
-                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED)
+                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED, *made)
                  and not os.path.isfile(name)]
     problems += [f"--{k}={getattr(args, k)} is no file" for k in ("path", "image_path", "text_path")
                  if getattr(args, k) and not os.path.exists(getattr(args, k))]
@@ -462,19 +463,18 @@ def what_is_missing(args):
 
 def prepare_tiny(args):
     """Data and teacher of the tiny preset, if they are not there yet, each by the command that it prints."""
-    commands = []
+    commands = {} # what it makes -> the command
     if args.data == "openmoji" and not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
-        commands.append(["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"])
+        commands[args.data] = ["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"]
     folder, name = os.path.split(args.teacher)
     if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
-        commands.append(["distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}",
-                         f"--out_dir={folder or '.'}", f"--seed={args.seed}", f"--device={args.device}",
-                         f"--dtype={args.dtype}", f"--img_size={args.img_size}",
-                         f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
-                         f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"])
-    elif needs_teacher(args) and args.teacher not in PRETRAINED and not os.path.exists(args.teacher):
-        what_is_missing(args) # before anything is made
-    for command in commands:
+        commands[args.teacher] = [
+            "distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder or '.'}",
+            f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
+            f"--img_size={args.img_size}", f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
+            f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"]
+    what_is_missing(args, commands) # before anything is made
+    for command in commands.values():
         run_script(*command)
 
 
@@ -689,7 +689,7 @@ def main(args):
             if checkpoint["queue"] and args.queue_size:
                 queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
     if not rank: # the first validates and writes for all
-        open_log(args, step if checkpoint else -1, device, dtype)
+        open_log(args, step, device, dtype)
         val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
     if compiled: # in place: the weights keep their names
         student.compile()

@@ -308,7 +308,7 @@ def main(args):
             scaler.load_state_dict(checkpoint["scaler"])
             step, best, start = checkpoint["step"], checkpoint["best"], checkpoint["start"]
     if not rank: # the first validates and writes for all
-        open_log(args, step if checkpoint else -1, device, dtype)
+        open_log(args, step, device, dtype)
     if compiled: # in place: the weights keep their names
         student.compile()
         teacher.compile()

@@ -745,7 +745,7 @@ def train_epochs(args, model, head, optimizer, per_epoch, batches, losses, measu
             load_optimizer(optimizer, checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
             step, best = checkpoint["step"], checkpoint["best"]
-    open_log(args, step if checkpoint else -1, device, dtype)
+    open_log(args, step, device, dtype)
 
     def save(name, **rest):
         save_checkpoint(os.path.join(args.out_dir, name), model, head=head.state_dict(), step=step, best=best,

@@ -1019,6 +1019,14 @@ def save_atomic(path, write):
             os.remove(temporary)
 
 
+def make_folder(path, named):
+    """named: what the message calls it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        fail(f"{named} cannot be made: {e.strerror}")
+
+
 def write_json(path, value):
     save_atomic(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
 
@@ -1186,10 +1194,7 @@ def open_run(args, model_knobs, max_steps=None, asked=None):
         n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{folder}.{n}"))
         os.rename(folder, f"{folder}.{n}")
         print(f"{folder} held a finished run: renamed to {folder}.{n}")
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-    except OSError as e:
-        fail(f"--out_dir={args.out_dir} cannot be made: {e.strerror}")
+    make_folder(args.out_dir, f"--out_dir={args.out_dir}")
     return checkpoint if args.resume else None
 
 
@@ -1218,20 +1223,20 @@ def log_record(args, step, text, **record):
 
 
 def open_log(args, step, device, dtype):
-    """Drops the records after `step` (-1: all) from OUT_DIR/log.jsonl, and a line cut short: what a killed
-    run did after its last checkpoint is done again. Then adds what the run can be repeated from: its command,
-    the code's commit, versions and every setting."""
+    """Drops the records after `step` from OUT_DIR/log.jsonl, and a line cut short: what a killed run did
+    after its last checkpoint is done again; without --resume all. Then adds what the run can be repeated
+    from: its command, the code's commit, versions and every setting."""
     def is_kept(line):
         try:
             return line.endswith("\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError): # a disk that was full, or lost power
             return False
     path, lines = os.path.join(args.out_dir, "log.jsonl"), []
-    if os.path.exists(path):
+    if args.resume and os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             lines = [*filter(is_kept, f)]
     settings = {k: v for k, v in vars(args).items() if k != "given"}
-    start = {"step": max(step, 0), "command": ["python", *sys.argv], "with": versions(device, dtype),
+    start = {"step": step, "command": ["python", *sys.argv], "with": versions(device, dtype),
              "settings": settings}
     save_atomic(path, lambda f: f.write("".join([*lines, json.dumps(start) + "\n"]).encode()))
 

@@ -48,9 +48,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model import Parser, cache_folder, fail, nearest, save_atomic, write_json
+from model import Parser, cache_folder, fail, make_folder, nearest, save_atomic, write_json
 from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, add_lines, bytes_left,
-                           going_on, make_folder, open_journal, prepared, progress, resize_flags, to_record)
+                           going_on, open_journal, prepared, progress, resize_flags, to_record)
 
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
@@ -496,7 +496,7 @@ def main(args):
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
-        make_folder(folder, args)
+        make_folder(folder, f"--data_dir={args.data_dir}: {folder}")
         check_disk(folder, found, args)
         if meta and meta["classes"] != classes:
             fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). "

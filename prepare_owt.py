@@ -38,9 +38,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, write_json
+from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, make_folder, write_json
 from prepare_imagenet import MOST_BYTES, end_with_parent, folder_files, readable
-from prepare_pairs import FLUSH_SECONDS, going_on, lock, make_folder, prepared, progress, read_meta
+from prepare_pairs import FLUSH_SECONDS, going_on, lock, prepared, progress, read_meta
 
 CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
@@ -419,7 +419,7 @@ def main(args):
             "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
             "splits": {}}
     if not os.path.exists(done):
-        make_folder(folder, args)
+        make_folder(folder, f"--data_dir={args.data_dir}: {folder}")
         held = open(os.path.join(folder, "lock"), "a") # until the program ends
         lock(held, folder)
     meta = prepared(folder, args, options) or meta

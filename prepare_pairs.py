@@ -75,8 +75,8 @@ import urllib3
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, normalize,
-                   save_atomic, write_json)
+from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, make_folder,
+                   normalize, save_atomic, write_json)
 
 # -----------------------------------------------------------------------------
 # the packed-record format
@@ -172,13 +172,6 @@ def going_on(what, flush=lambda: None):
 
 def progress(**kwargs):
     return tqdm(**kwargs, mininterval=0.5 if sys.stderr.isatty() else 60) # in a log, a line a minute
-
-
-def make_folder(folder, args):
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        fail(f"--data_dir={args.data_dir}: {folder} cannot be made: {e.strerror}")
 
 
 class Records:
@@ -1552,7 +1545,7 @@ def main(args):
         print(f"{folder} is already prepared; remove it to do it again" +
               (", or --retry" if meta.get("failed") else ""))
     else:
-        make_folder(folder, args)
+        make_folder(folder, f"--data_dir={args.data_dir}: {folder}")
         meta = (prepare_openmoji if args.data == "openmoji" else prepare_rows)(args)
         print(f"wrote {folder} from {meta['source']}; {meta.get('credit') or 'licence: ' + meta['license']}")
     print(f"{'split':8}{'words/caption':>15}{'captions/image':>16}{'images':>12}{'pairs':>12}")
