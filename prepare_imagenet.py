@@ -1,111 +1,394 @@
 """
 Prepares pictures with labels: ImageNet in any form it is handed out in, CIFAR, digits, or folders of your
-own.
+own. Owns the packed records of all sets, the reader of tars and parquet, and all that is done to a picture.
 
     python prepare_imagenet.py --data=imagenet --source=DIR                 # 155 GB, as fast as the disk
-    python prepare_imagenet.py --data=imagenet --source=DIR --resize=256 --num_workers=16     # about 40 GB
-    python prepare_imagenet.py --data=imagenet --source=DIR --limit=10000   # a trial, ten pictures of
-                                                                              each class
+    python prepare_imagenet.py --data=imagenet --source=DIR --resize=256    # about 40 GB, all cores
+    python prepare_imagenet.py --data=imagenet --source=DIR --limit=10000   # a trial, ten of each class
     python prepare_imagenet.py --data=cifar10        # or cifar100: downloads 170 MB
-    python prepare_imagenet.py --data=digits         # 1,797 digits that scikit-learn carries: no download,
-                                                       two seconds
+    python prepare_imagenet.py --data=digits         # 1,797 digits that scikit-learn carries: two seconds
     python prepare_imagenet.py --data=flowers --source=DIR   # your own: DIR/{train,val,test}/<class>/*
 
-DIR for ImageNet holds, for each split, one of (what was found is printed):
+DIR holds, for each split, one of (what was found is printed; a split alone will do, as val for zero-shot):
 
     ILSVRC2012_img_train.tar, or in train/ the tars inside it   image-net.org/download, behind a login
-    ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz     likewise; the labels are in the devkit
-    train_images_*.tar.gz, val_images.tar.gz (also in data/)    huggingface.co/datasets/ILSVRC/imagenet-1k
-    train/<wnid>/*, val/<wnid>/*                                extracted; under ILSVRC/Data/CLS-LOC as
-                                                                Kaggle has it
-    val/*                                                       flat, with the devkit or Kaggle's
-                                                                LOC_val_solution.csv
+    ILSVRC2012_img_val.tar or val/*, and LOC_val_solution.csv   likewise; the table of labels is Kaggle's
+    data/train-00000-of-00294.parquet ..                        huggingface.co/datasets/ILSVRC/imagenet-1k
+    train_images_*.tar.gz, val_images.tar.gz (also in data/)    the same, as it was until 2024
+    *train*.tar, *val*.tar of .jpg and .cls                     webdataset; or in folders train/, val/
+    train/<class>/*, val/<class>/* or <class>.tar               extracted; under ILSVRC/Data/CLS-LOC as Kaggle
+                                                                has it; valid, validation and dev are val, too
 
-data/imagenet/ then holds <split>_images.{bin,idx} and <split>_labels.npy as described in prepare_pairs.py
-and, last, meta.json: counts, classes, options, licence. A label is the rank of the class's name (ImageNet's
-wnid) in sorted order; for CIFAR and digits the official number. ImageNet's 50,000 held-out pictures are split
-"val"; CIFAR's official test sets and 500 of the digits are "test". A run that was killed goes on if the same
+data/imagenet/ then holds <split>_images.bin (encoded pictures end to end), .idx (N + 1 offsets, uint64,
+little-endian), <split>_labels.npy (int64) and, written last, meta.json: counts, classes, options, licence. A
+label is the rank of the class's name (ImageNet's wnid) in sorted order, or the number given in CIFAR, digits,
+parquet or .cls. CIFAR's official test sets and 500 of the digits are "test". A killed run goes on if the same
 command is given again.
 """
+import concurrent.futures
 import contextlib
 import csv
+import functools
 import glob
 import io
-import multiprocessing
+import itertools
+import json
+import math
 import os
+import pathlib
 import re
 import shutil
 import sys
 import tarfile
 import threading
 import time
+import warnings
 import zlib
-from collections import Counter
+from collections import deque
 from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from model import Parser, cache_folder, fail, make_folder, nearest, save_atomic, write_json
-from prepare_pairs import (FLUSH_SECONDS, LABELLED, SOURCES, Bad, RecordWriter, add_lines, bytes_left,
-                           going_on, open_journal, prepared, progress, resize_flags, to_record)
+from model import Parser, cache_folder, fail, going_on, lock, nearest, prepared, progress, write_json
 
+LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # the sets that this script knows
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 FILE_BYTES = 115_000 # of a file of ImageNet, on average
-MOST_BYTES = 2 ** 26 # read of a file: a few bytes of an archive can claim to be a terabyte of zeros
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
-            "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features from "
-                     "Tiny Images",
+            "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features ..",
             "digits": "CC BY 4.0; Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits"}
 
 # -----------------------------------------------------------------------------
-# where pictures come from: a split is a list of shards, each read from its start to its end, always in the
-# same order
+# the packed-record format
+
+COMMIT_SECONDS = 5 # the most work that a kill costs
 
 
-class Shard(NamedTuple):
-    where: str # file or folder, for messages
-    members: Callable # () -> iterator of (name, function that reads the bytes)
-    cls: str = None # of all its members, if it is one class
+class Growing:
+    """A file that is appended to as <path>.tmp and appears under its name at close(), when it is whole. size:
+    so many bytes are kept of what an earlier writer left, killed or closed; what lies behind them is cut
+    off."""
+
+    def __init__(self, path, size=0):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.path = path
+        if size and not os.path.exists(path + ".tmp"): # it was closed
+            os.replace(path, path + ".tmp")
+        self.file = open(path + ".tmp", "r+b" if size else "wb", buffering=1 << 20)
+        if self.file.seek(0, os.SEEK_END) < size:
+            fail(f"{path}.tmp has lost its end. Remove {os.path.dirname(path)} to start again.")
+        self.file.truncate(size)
+        self.file.seek(size)
+
+    def flush(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.flush()
+        self.file.close()
+        os.replace(self.path + ".tmp", self.path)
 
 
-class Split(NamedTuple):
-    layout: str # what was found, in words
-    shards: list
-    classes: list # sorted; None if only reading all of it would tell
-    count: int # pictures and bytes; estimates where only reading all of it would tell
-    nbytes: int
-    class_of: Callable = None # name -> class or None, for shards of many classes
+class RecordWriter:
+    """Writes <prefix>.bin and <prefix>.idx, behind the first `count` records of an earlier writer."""
+
+    def __init__(self, prefix, count=0):
+        self.index = Growing(prefix + ".idx", 8 * (count + 1) if count else 0)
+        self.count, self.nbytes = count, 0
+        if count:
+            self.index.file.seek(8 * count)
+            self.nbytes = int.from_bytes(self.index.file.read(8), "little")
+        else:
+            self.index.file.write(bytes(8))
+        self.records = Growing(prefix + ".bin", self.nbytes)
+
+    def write(self, record):
+        """record: bytes. Returns its index."""
+        self.records.file.write(record)
+        self.nbytes += len(record)
+        self.index.file.write(self.nbytes.to_bytes(8, "little"))
+        self.count += 1
+        return self.count - 1
+
+    def flush(self):
+        self.records.flush()
+        self.index.flush()
+
+    def close(self):
+        self.records.close()
+        self.index.close()
+
+
+class NumberWriter(Growing):
+    """As RecordWriter, of one int64 array: writes <prefix>.npy."""
+
+    def __init__(self, prefix, count=0):
+        super().__init__(prefix + ".npy", 128 + 8 * count if count else 0)
+        self.count = count
+        self.file.write(b"" if count else bytes(128))
+
+    def write(self, number):
+        self.file.write(number.to_bytes(8, "little", signed=True))
+        self.count += 1
+
+    def close(self):
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self.count},), }}"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n") # 128 bytes
+        super().close()
+
+
+class SetWriter:
+    """Appends to the splits of a set. .state, kept in begun.json, says how much of each file counts and, by
+    what the caller puts there, where to go on: both are written at once, at commit(). What lies behind is cut
+    off after a kill, and made again. head: what .state begins with. used: the columns of used.tsv, where one
+    is kept."""
+
+    def __init__(self, folder, head, used=()):
+        warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
+        self.folder, self.begun, self.files = folder, os.path.join(folder, "begun.json"), {}
+        self.state, self.committed = {**head, "splits": {}, "used": 0}, time.monotonic()
+        if os.path.exists(self.begun):
+            self.state = json.loads(pathlib.Path(self.begun).read_bytes())
+            other = [key for key, value in head.items() if value != {} and self.state.get(key) != value]
+            if other:
+                fail(f"{folder} was begun with other {', '.join(other)}. Bring it back, or remove {folder}.")
+        for path in glob.glob(os.path.join(glob.escape(folder), "*")):
+            if re.search(r"meta\.json$|\.tmp\d+$", path): # no set until it is whole again; left by a kill
+                os.remove(path)
+        if used:
+            self.files["used"] = Growing(os.path.join(folder, "used.tsv"), self.state["used"])
+            if not self.state["used"]:
+                self.note(*used)
+
+    def count(self, split, what="images"):
+        return self.state["splits"].get(split, {}).get(what, 0)
+
+    def file(self, split, what):
+        """The writer of <split>_<what>, opened behind what counts of it."""
+        if (split, what) not in self.files:
+            kind = RecordWriter if what in ("images", "captions") else NumberWriter
+            prefix = os.path.join(self.folder, f"{split}_{what}")
+            self.files[split, what] = kind(prefix, self.count(split, what))
+        return self.files[split, what]
+
+    def write(self, split, what, value):
+        file = self.file(split, what)
+        file.write(value)
+        self.state["splits"].setdefault(split, {})[what] = file.count
+        return file.count - 1
+
+    def add(self, split, record, captions=(), label=None):
+        """A picture, bytes, with its captions, str, or its label, int. Returns its index."""
+        image = self.write(split, "images", record)
+        if label is not None:
+            self.write(split, "labels", label)
+        self.add_captions(split, image, captions)
+        return image
+
+    def add_captions(self, split, image, captions):
+        counts = self.state["splits"][split]
+        for caption in captions:
+            self.write(split, "captions", caption.encode("utf-8", "replace"))
+            self.write(split, "text_to_image", image)
+            counts["words"] = counts.get("words", 0) + len(caption.split())
+
+    def note(self, *cells):
+        """A line of used.tsv."""
+        line = "\t".join(map(str, cells))
+        if "\n" in line or "\r" in line or line.count("\t") >= len(cells):
+            line = "\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells)
+        self.state["used"] += self.files["used"].file.write(f"{line}\n".encode("utf-8", "replace"))
+
+    def notes(self):
+        """The lines of used.tsv that count, but the first, as lists of cells."""
+        self.files["used"].flush()
+        with open(self.files["used"].path + ".tmp", encoding="utf-8", newline="\n") as f:
+            yield from (line.rstrip("\n").split("\t") for line in itertools.islice(f, 1, None))
+
+    def commit(self, seconds=0):
+        """Makes what was written count, unless the last time is not so many seconds ago."""
+        if time.monotonic() - self.committed > seconds or not seconds:
+            for file in self.files.values():
+                file.flush()
+            write_json(self.begun, self.state)
+            self.committed = time.monotonic()
+
+    def close(self):
+        """Gives all files their names -> {split: counts}, what meta.json says of them."""
+        self.commit()
+        splits = {}
+        for split, counts in self.state["splits"].items():
+            N, M = counts["images"], counts.get("captions")
+            splits[split] = {"images": N, "bytes": self.file(split, "images").nbytes}
+            if M:
+                splits[split] |= {"captions": M, "captions_per_image": round(M / N, 2),
+                                  "words_per_caption": round(counts["words"] / M, 2)}
+            for what in set(counts) & {"captions", "text_to_image", "labels"}:
+                self.file(split, what)
+        for file in self.files.values():
+            file.close()
+        return splits
+
+
+class Records:
+    """Reads what RecordWriter wrote: len(records), records[i] -> bytes. Plain reads, no memory map: resident
+    memory stays flat however long a run is. Safe in DataLoader workers, forked or spawned."""
+
+    def __init__(self, prefix):
+        self.path, self.fd = prefix + ".bin", None
+        try:
+            self.offsets = np.fromfile(prefix + ".idx", "<u8")
+            size = os.path.getsize(self.path)
+        except OSError as e:
+            raise ValueError(f"{e.filename or prefix}: {e.strerror}") from None
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != size \
+                or (np.diff(self.offsets.astype(np.int64)) < 0).any():
+            raise ValueError(f"{self.path} has {size} bytes, its .idx does not describe them: half a copy?")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.path}")
+        if self.fd is None: # opened at first use: a file descriptor does not travel to spawned workers
+            self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        if hasattr(os, "pread"):
+            return os.pread(self.fd, end - start, start)
+        os.lseek(self.fd, start, os.SEEK_SET) # Windows
+        return os.read(self.fd, end - start)
+
+    def __getstate__(self):
+        return {**self.__dict__, "fd": None}
+
+
+class Texts(Records):
+    """Records of UTF-8, read as str; texts[a:b] is a list."""
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        # prepare_pairs.py keeps 2,000 characters of at most four bytes; other sets may hold anything
+        return super().__getitem__(i)[:8000].decode("utf-8", "replace")
+
+
+def read_meta(folder, name, split, advice):
+    """meta.json of a prepared set that has this split. Ends the program if the set is not there, not whole or
+    without it, with `advice`, the command to run; ValueError, KeyError, TypeError or OSError if damaged."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        what = "is half-written" if os.path.isdir(folder) else "is not there"
+        fail(f"data set {name}: {folder} {what} (no meta.json). {advice}")
+    meta = json.loads(pathlib.Path(path).read_bytes())
+    if split not in meta["splits"]:
+        fail(f"data set {name} has no split {split!r}, only {', '.join(meta['splits'])}")
+    return meta
+
+
+class Pairs:
+    """One split of a prepared set: images (Records), captions (Texts), text_to_image (M,) int64, labels (N,)
+    int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or not
+    whole. A set without captions has [] and an empty text_to_image, unless needs_captions, which ends the
+    program then."""
+
+    def __init__(self, data_dir, name, split, needs_captions=False):
+        warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
+        folder = os.path.join(os.path.expanduser(data_dir), name)
+        if not name:
+            fail("data set '': --data=NAME says which folder of DATA_DIR")
+        script = "prepare_imagenet.py" if name in LABELLED else "prepare_pairs.py"
+        advice = f"Run: python {script} --data={name} --data_dir={data_dir} (which --help explains)"
+        if name not in LABELLED and not needs_captions:
+            advice += ", or, for pictures in folders of classes, prepare_imagenet.py"
+        try:
+            self.meta = read_meta(folder, name, split, advice)
+            prefix, counts = os.path.join(folder, split), self.meta["splits"][split]
+            self.images, self.labels = Records(prefix + "_images"), None
+            self.captions, self.text_to_image = [], np.zeros(0, np.int64)
+            if counts.get("captions"):
+                self.captions = Texts(prefix + "_captions")
+                self.text_to_image = np.load(prefix + "_text_to_image.npy")
+            elif needs_captions:
+                fail(f"data set {name} has no captions, only pictures. Take one that has both, as from: "
+                     f"python prepare_pairs.py --data=openmoji")
+            if os.path.exists(prefix + "_labels.npy"):
+                self.labels = np.load(prefix + "_labels.npy")
+            N, M = len(self.images), len(self.captions)
+            if (N, M) != (counts["images"], counts.get("captions", 0)):
+                raise ValueError(f"{prefix}_*: {N} pictures and {M} captions are not what meta.json says")
+            for what, length in (("text_to_image", M), ("labels", N)):
+                numbers = getattr(self, what)
+                if numbers is not None and (numbers.dtype != np.int64 or numbers.shape != (length,)):
+                    raise ValueError(f"{prefix}_{what}.npy: not {length} numbers of int64")
+            if M and (self.text_to_image.min() < 0 or self.text_to_image.max() >= N
+                      or not np.bincount(self.text_to_image, minlength=N).all()):
+                raise ValueError(f"{prefix}_text_to_image.npy: captions or pictures without the other")
+        except Exception as e: # numpy and json raise nearly anything on broken files
+            fail(f"data set {name} is damaged: {e}. Remove {folder} and prepare it again. {advice}")
+
+
+# -----------------------------------------------------------------------------
+# files, tars and parquet: read as streams, and nothing in them is ever extracted, so that no name, link or
+# device in an archive can reach the disk
+
+MOST_BYTES = 2 ** 26 # read of a file: a few bytes of an archive can claim to be a terabyte of zeros
+PICTURE_NAMES = ("jpg", "jpeg", "png", "webp") # of a tar's members
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes")
+LABEL_FIELDS = ("cls", "label", "labels", "fine_label", "class")
+SPLITS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val",
+          "validation": "val", "dev": "val", "test": "test", "testing": "test"}
+UNREADABLE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) # ValueError: pyarrow's are such
+
+
+def split_of(name):
+    """The split that a path of a file or folder, relative to its source, names, the last part first; or
+    None."""
+    for part in reversed(re.split(r"[/\\]", name.lower())):
+        for word in re.findall(r"[a-z]+", part):
+            if word in SPLITS and word != "restval":
+                return SPLITS[word]
+
+
+def shown(path):
+    """A path as text that can be printed and stored: bytes that are no UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_junk(path):
     """What macOS and Windows leave in folders and archives: ._x.JPEG, .DS_Store, __MACOSX/, Thumbs.db."""
-    parts = [p for p in re.split(r"[/\\]", path) if p.strip(".")]
+    parts = [p for p in path.replace("\\", "/").split("/") if p.strip(".")]
     return not parts or any(p[0] == "." or p in ("__MACOSX", "Thumbs.db", "desktop.ini") for p in parts)
 
 
-@contextlib.contextmanager
-def readable(path):
-    try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
-        fail(f"{path} cannot be read, or not to its end: {e}. Half a download, or another file of that name? "
-             f"Put the whole one there and give the same command again.")
+def walk(folder, endings=("",)):
+    """Yields the files under a folder with these endings, sorted. Links are followed, but each file and
+    folder is read once: a link to what is read anyway is named and left out."""
+    root, seen = os.path.join(os.path.realpath(folder), ""), set()
 
+    def is_new(path):
+        target = os.path.realpath(path)
+        if not os.path.islink(path) or not os.path.exists(target):
+            return True
+        read_anyway = target.startswith(root) and not is_junk(target[len(root):]) \
+            and (os.path.isdir(target) or target.lower().endswith(endings))
+        if read_anyway or target in seen or root.startswith(os.path.join(target, "")):
+            print(f"note: {shown(path)} is a link to {shown(target)}, which is read already: left out")
+            return False
+        seen.add(target)
+        return True
 
-def tar_members(path, inside=None):
-    """The files of a tar, or of the tar that is its member `inside`. They are read as streams and never
-    extracted, so that no name, link or device in an archive can reach the disk."""
-    with contextlib.ExitStack() as stack:
-        tar = stack.enter_context(tarfile.open(path))
-        if inside:
-            tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inside)))
-        while (member := tar.next()) is not None:
-            tar.members.clear() # or tarfile keeps them all, a kilobyte each
-            if member.isreg() and not is_junk(member.name):
-                yield member.name, lambda: tar.extractfile(member).read(MOST_BYTES)
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders)
+                      if not is_junk(name) and is_new(os.path.join(here, name))]
+        paths = [os.path.join(here, name) for name in sorted(files) if not is_junk(name)]
+        yield from (path for path in paths if path.lower().endswith(endings) and is_new(path))
 
 
 def read_file(path):
@@ -116,184 +399,573 @@ def read_file(path):
     return b""
 
 
-def folder_files(folder):
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not is_junk(f))
-        yield from (os.path.join(here, f) for f in sorted(files) if not is_junk(f))
-
-
 def folder_members(folder):
-    for path in folder_files(folder):
-        yield os.path.relpath(path, os.path.dirname(folder)), partial(read_file, path)
+    for path in walk(folder):
+        yield shown(os.path.relpath(path, os.path.dirname(folder))), partial(read_file, path)
 
 
-def array_members(images):
-    for i, pixels in enumerate(images): # (H, W) or (H, W, 3) uint8
-        png = io.BytesIO()
-        Image.fromarray(pixels).convert("RGB").save(png, "PNG")
-        yield str(i), png.getvalue
+class Member(tarfile.TarInfo):
+    """A header in a tar. tarfile takes a damaged one, or the end of the file, for the end of the tar: here
+    only the mark is that which writers put there, and all else raises tarfile.ReadError."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(f"it ends without the mark of an end ({e})") from None
 
 
-def measure(folder):
-    """Number of files in a folder and, from a few of them, about how many bytes."""
-    paths = list(folder_files(folder))
-    sizes = [os.path.getsize(p) for p in paths[::len(paths) // 16 + 1] if os.path.exists(p)]
-    return len(paths), int(np.mean(sizes or [0]) * len(paths))
+def read_member(tar, member):
+    if member.issparse():
+        return tar.extractfile(member).read(MOST_BYTES)
+    tar.fileobj.seek(member.offset_data) # of the three layers of extractfile() the fastest
+    data = tar.fileobj.read(min(member.size, MOST_BYTES))
+    if len(data) < min(member.size, MOST_BYTES):
+        raise tarfile.ReadError("it ends in the middle of a file")
+    return data
+
+
+def tar_members(path, inside=None):
+    """The files of a tar, or of the tar that is its member `inside`: (name, function that reads its
+    bytes)."""
+    with contextlib.ExitStack() as stack:
+        tar = stack.enter_context(tarfile.open(path, tarinfo=Member))
+        if inside:
+            tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inside), tarinfo=Member))
+        while (member := tar.next()) is not None:
+            tar.members.clear() # or tarfile keeps them all, a kilobyte each
+            if member.isreg() and not is_junk(member.name):
+                yield member.name, partial(read_member, tar, member)
+        if not inside and isinstance(tar.fileobj, io.BufferedReader) \
+                and os.path.getsize(path) - tar.offset > 1 << 16:
+            raise tarfile.ReadError("there is more behind the mark of its end: several tars in one file?")
+
+
+def grouped(members):
+    """(name, function that reads) of a tar or folder -> samples. Consecutive names that are equal up to the
+    first dot of their last part are one; they come in any order."""
+    key, data, fields, kinds = None, b"", {}, set()
+    for name, read in members:
+        folder, slash, base = name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        stem, kind = folder + slash + stem, kind.lower()
+        if kinds and (stem != key or kind in kinds):
+            yield key, data, fields
+            data, fields, kinds = b"", {}, set()
+        key = stem
+        if kind in PICTURE_NAMES and not data:
+            data = read()
+        elif kind in ("txt", "cls"):
+            fields[kind] = read().decode("utf-8", "replace")
+        elif kind == "json" and not stem.endswith(("_stats", "_info")):
+            with contextlib.suppress(ValueError): # what it should have said is missing then, and counted so
+                found = json.loads(read())
+                fields = {**found, **fields} if isinstance(found, dict) else fields
+        else:
+            continue
+        kinds.add(kind)
+    if kinds:
+        yield key, data, fields
+
+
+def table_batches(path, columns=None):
+    """Of a parquet file: its schema, then batches of a few rows."""
+    try:
+        from pyarrow import parquet
+    except ImportError as e:
+        fail(f"{e}, which reads {path}. Run: pip install pyarrow")
+    with parquet.ParquetFile(path, buffer_size=1 << 20) as file: # else a row group is read at once
+        yield file.schema_arrow
+        yield from file.iter_batches(32, columns=columns)
+
+
+def table_samples(path):
+    batches, n = table_batches(path), -1
+    schema = next(batches)
+    # bytes, or a struct that holds them, as the hub's libraries write it
+    found = [field.name for field in schema if str(field.type) in ("binary", "large_binary")
+             or str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0]
+    if not found:
+        fail(f"{path} has no column of pictures, only {', '.join(schema.names)}. Of urls img2dataset fetches "
+             "the pictures (python prepare_pairs.py --help); paths can be given as .csv.")
+    column = min(found, key=lambda name: (*PICTURE_COLUMNS, name).index(name))
+    for batch in batches:
+        for n, row in enumerate(batch.to_pylist(), n + 1):
+            data = row.pop(column)
+            yield str(row.get("key") or n), (data["bytes"] if isinstance(data, dict) else data) or b"", row
+
+
+def samples(path):
+    """Yields key, bytes of the picture (b"" where there is none) and fields, {name: value}, of a webdataset
+    tar, a parquet file, or a folder of key.jpg, key.txt, key.json. Fields are the columns, or the keys of
+    .json and "txt" and "cls", the contents of such members. Raises one of UNREADABLE for what is torn."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if not is_junk(name))
+        return grouped((name, partial(read_file, os.path.join(path, name))) for name in names)
+    return table_samples(path) if path.endswith(".parquet") else grouped(tar_members(path))
+
+
+def find_shards(source):
+    """What samples() reads in a folder, or the one file that source is: [(name relative to source, path)]. A
+    parquet file beside a tar or folder of its name is what img2dataset noted about it."""
+    if not os.path.isdir(source):
+        return [(os.path.basename(source), source)]
+    found = list(walk(source, (".tar", ".parquet")))
+    paths = [path for path in found if path.endswith(".tar") or path[:-8] + ".tar" not in found
+             and not os.path.isdir(path[:-8])]
+    if len({path.endswith(".tar") for path in paths}) > 1:
+        fail(f"--source={source} holds both .tar and .parquet: give the folder of one of them.")
+    if not paths: # img2dataset's "files"
+        endings = tuple(f".{kind}" for kind in PICTURE_NAMES)
+        paths = sorted({os.path.dirname(path) for path in walk(source, endings)})
+    return [(shown(os.path.relpath(path, source)), path) for path in paths]
+
+
+def in_order(work, items, threads=0):
+    """Yields (item, work(item)) in the order of items, some at a time in so many threads (0: one a core):
+    Pillow reads and writes pictures without Python's lock, which is handed over once for eight of them."""
+    threads, items, under_way = threads or os.cpu_count(), iter(items), deque()
+    if threads == 1:
+        yield from ((item, work(item)) for item in items)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        while (batch := list(itertools.islice(items, 8))) or under_way:
+            if batch:
+                under_way.append((batch, pool.submit(lambda batch: [work(item) for item in batch], batch)))
+            if not batch or len(under_way) > 2 * threads:
+                batch, future = under_way.popleft()
+                yield from zip(batch, future.result())
 
 
 # -----------------------------------------------------------------------------
-# layouts
+# pictures: bytes to tensors
+
+Image.init()
+# no EPS, for one, which PIL hands to another program
+FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
+MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
+LARGE = threading.Semaphore(2) # pictures of more than ten million pixels that are decoded at once
+QUALITY = 90 # of the JPEGs that --resize makes; 95 takes half as much space again
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# EXIF's ways to hold a camera; from 5 on, width and height change places
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+class Bad(Exception):
+    """A picture or row that is not taken. The message is its cause, one of few, for the report.
+    may_come_right: whether it is worth to ask again; wait: seconds before that, if a server said so."""
+
+    def __init__(self, cause, may_come_right=False, wait=0):
+        super().__init__(cause)
+        self.may_come_right = may_come_right
+        self.wait = wait
+
+
+@contextlib.contextmanager
+def or_bad():
+    """Around work on a stranger's picture: whatever that raises becomes Bad."""
+    try:
+        yield
+    except Bad:
+        raise
+    except UnidentifiedImageError:
+        raise Bad("not a picture") from None
+    except Image.DecompressionBombError:
+        raise Bad("too many pixels") from None
+    except Exception as e: # PIL raises nearly anything on broken files
+        raise Bad("damaged") from e
+
+
+def orientation(image):
+    """How the camera was held, 1 .. 8: 1 is upright, and what is said where the EXIF is corrupt, as in some
+    files of every large collection. PIL's exif_transpose also writes the EXIF anew, which fails there."""
+    try: # a TIFF turns itself
+        turn = image.getexif().get(0x0112) if "exif" in image.info and image.format != "TIFF" else 1
+    except Exception: # what PIL raises here is as varied as the damage
+        turn = 1
+    return turn if turn in TURNS else 1
+
+
+def refuse_bomb(image):
+    """Raises Bad for a picture, opened only, that would take more memory or time than any sound one."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Bad("too many pixels")
+    if image.info.get("progressive") and image.fp.getvalue().count(b"\xff\xda") > 100:
+        raise Bad("damaged") # each scan is a pass over it all
+
+
+def decode(data, reduce=1):
+    """Encoded picture, or one that was opened only -> RGB PIL image, transparent parts on white, rotated as
+    its EXIF says. reduce: a JPEG may come this much smaller (1/2, 1/4 or 1/8, rounded up), which takes much
+    less time."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+    refuse_bomb(image)
+    if image.mode in ("I", "F") and image.format != "PNG": # a PNG has 16 bits, "I" in older versions of PIL
+        raise Bad("32-bit values") # a measurement: nothing says what is white
+    if reduce > 1 and image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
+        image.draft(None, [-(-n // reduce) for n in image.size])
+    if (turn := orientation(image)) > 1:
+        image = image.transpose(Image.Transpose[TURNS[turn]])
+    if image.mode.startswith("I"): # 16-bit grayscale, which convert() would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image.info.pop("transparency", None)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.load() # now, not at the first use
+    return image if image.mode == "RGB" else image.convert("RGB") # which would copy it
+
+
+@or_bad()
+def to_record(data, resize=0, min_side=1, verify=True):
+    """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
+    JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
+    verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
+    if not data:
+        raise Bad("empty")
+    # half a download: zeros decode, to grey
+    body = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
+    image = Image.open(io.BytesIO(body), formats=FORMATS)
+    side, pixels = min(image.size), image.width * image.height
+    refuse_bomb(image)
+    if side < min_side:
+        raise Bad("tiny")
+    shrink = 0 < resize < side
+    as_it_is = image.format in ("JPEG", "MPO", "PNG") and not shrink
+    whole = body[-8:-4] == b"IEND" if image.format == "PNG" else body[-2:] == b"\xff\xd9"
+    if as_it_is and whole and not verify:
+        return data
+    with LARGE if pixels > 10_000_000 else contextlib.nullcontext(): # a few threads' memory, not all's
+        if as_it_is: # small and grey is enough to see whether it is sound
+            image.draft("L", [-(-n // 8) for n in image.size])
+            image.decodermaxblock = len(body) # in one go
+            image.load()
+            return data
+        image = decode(image, max(1, side // (2 * resize)) if shrink else 1)
+        if shrink:
+            side = min(image.size)
+            image = image.resize([max(resize, round(n * resize / side)) for n in image.size], Image.BICUBIC)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=QUALITY if shrink else 95)
+        return jpeg.getvalue()
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) # (3, H, W) uint8
+
+
+@or_bad()
+def eval_image(data, size, squash=False):
+    """Encoded picture -> (3, size, size) uint8: short side to size and the centre cut out, or, as the thesis
+    evaluated, the whole picture squashed to a square. Raises Bad."""
+    image = decode(data)
+    if squash:
+        return to_tensor(image.resize((size, size), Image.BICUBIC))
+    return to_tensor(ImageOps.fit(image, (size, size), Image.BICUBIC))
+
+
+def crop_box(width, height, scale_min, rng):
+    """Random resized crop, torchvision's distribution: area uniform in [scale_min, 1] of the picture, log of
+    the aspect ratio uniform in [log 3/4, log 4/3]; after ten misses the largest centred crop of allowed
+    ratio. rng: numpy Generator. Returns (left, upper, right, lower)."""
+    for _ in range(10):
+        area = width * height * rng.uniform(scale_min, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return left, upper, left + w, upper + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+@or_bad()
+def train_image(data, size, scale_min, rng, views=1):
+    """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from
+    the size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour
+    and normalisation come later, a batch at a time on the device: see augment. Raises Bad."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    turn = orientation(image)
+    if turn >= 5:
+        width, height = height, width
+    boxes = [crop_box(width, height, scale_min, rng) for _ in range(views)]
+    least = min(min(right - left, lower - upper) for left, upper, right, lower in boxes)
+    image = decode(image, max(1, least // size) if turn == 1 else 1) # turned, odd sizes would be off by half
+    reduced = round(width / image.width) # 1, 2, 4 or 8 times
+    crops = [to_tensor(image.crop([round(n / reduced) for n in box])) for box in boxes]
+    # five times as fast as Pillow's, and the same to a rounding
+    return torch.cat([F.interpolate(x[None], (size, size), mode="bicubic", antialias=True) for x in crops])
+
+
+@functools.cache
+def imagenet_statistics(device): # once: to make them there, the host waits for the device
+    return [torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def normalize(images):
+    """(n, 3, H, W) in [0, 255], uint8 or float -> float32, with ImageNet's mean and standard deviation."""
+    mean, std = imagenet_statistics(images.device)
+    return (images.float() / 255 - mean) / std
+
+
+def augment(images, noise, flip=0.5, rotate=0.0, color=0.0):
+    """Second half of the training transform, a batch at a time: (n, 3, H, W) uint8 on any device -> float32,
+    ImageNet-normalised. noise (n, 7) float32 in [0, 1), on the same device, is all the randomness: flip,
+    angle, saturation, gain of each channel, brightness.
+
+    flip: probability of a mirror image; rotate: up to this many degrees either way, white corners; color:
+    each channel's gain up to this share either way, saturation 1.5 times and brightness half as much."""
+    n, u = len(images), noise * 2 - 1
+    mirror = torch.where(noise[:, 0] < flip, -1.0, 1.0)
+    if rotate:
+        angle = u[:, 1] * math.pi / 180 * rotate
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        matrix = torch.stack([cos * mirror, -sin, zero, sin * mirror, cos, zero], dim=1).view(n, 2, 3)
+        grid = F.affine_grid(matrix, images.shape, align_corners=False)
+        # grid_sample fills with zeros what lies outside: make white zero first
+        x = F.grid_sample(images.float() / 255 - 1, grid, align_corners=False) + 1
+    else:
+        x = torch.where(mirror[:, None, None, None] < 0, images.flip(-1), images).float() / 255
+    if color:
+        saturation, gain, brightness = (part[:, :, None, None] for part in u[:, 2:].split([1, 3, 1], dim=1))
+        gray = x.mean(1, keepdim=True)
+        x = gray + (x - gray) * (1 + 1.5 * color * saturation)
+        x = (x * (1 + color * gain) + 0.5 * color * brightness).clamp(0, 1)
+    return normalize(x * 255)
+
+
+def visible_patches(noise, ratio):
+    """noise (n, N) -> the numbers of the patches that are seen, (n, K) int64 in rising order, where
+    K = N - int(N * ratio); None, which stands for all, where ratio is 0."""
+    if not ratio:
+        return None
+    hidden = int(noise.shape[1] * ratio)
+    return noise.argsort(1)[:, hidden:].sort(1).values
+
+
+# -----------------------------------------------------------------------------
+# labelled sets: a split is a list of shards, each read from its start to its end, always in the same order
+
+
+class Shard(NamedTuple):
+    where: str # file or folder, for messages
+    members: Callable # () -> iterator of (name, function that reads the bytes) and, of samples, their fields
+    cls: str = None # of all its members, if it is one class
+
+
+class Split(NamedTuple):
+    layout: str # what was found, in words
+    shards: list
+    classes: list # sorted; None if only reading all of it would tell
+    count: int # of pictures; an estimate where only reading all of it would tell
+    class_of: Callable = None # name, and fields -> class, its number, or None; for shards of many classes
+
+
+@contextlib.contextmanager
+def readable(path):
+    try:
+        yield
+    except UNREADABLE as e:
+        fail(f"{shown(path)} cannot be read, or not to its end: {e}. Half a download, or another file of "
+             "that name? Put the whole one there and give the same command again.")
 
 
 def class_folders(folder, names):
-    shards = [Shard(path := os.path.join(folder, c), partial(folder_members, path), c) for c in sorted(names)]
-    sizes = [measure(shard.where) for shard in shards]
-    if empty := [shard.where for shard, (count, _) in zip(shards, sizes) if count == 0]:
-        fail(f"{empty[0]} is a class without pictures ({len(empty)} such). Did the extraction stop? Fill "
-             f"or remove it.")
-    return Split(f"{folder}/<class>/*", shards, sorted(names), *map(sum, zip(*sizes)))
+    shards, seen, count = [], {}, 0
+    for name in sorted(names, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
+        path = os.path.join(folder, name)
+        twin, files = seen.setdefault(os.path.realpath(path), name), len(os.listdir(path))
+        if twin != name: # or it would count twice
+            print(f"note: {shown(path)} is a link to the class {shown(twin)}, which is there: left out")
+            continue
+        if not files:
+            fail(f"{shown(path)} is a class without pictures. Did the extraction stop? Fill or remove it.")
+        shards.append(Shard(path, partial(folder_members, path), shown(name)))
+        count += files
+    shards.sort(key=lambda shard: shard.cls)
+    return Split(f"{shown(folder)}/<class>/*", shards, [shard.cls for shard in shards], count)
 
 
 def class_tars(path):
-    """Tars named <wnid>.tar, in a folder or inside one large tar."""
+    """Tars named <class>.tar, in a folder or inside one large tar."""
     if os.path.isdir(path):
-        tars = {f[:-4]: (os.path.join(path, f), None) for f in os.listdir(path) if f.endswith(".tar")
-                and f[0] != "."}
+        tars = {shown(f[:-4]): (os.path.join(path, f), None) for f in os.listdir(path)
+                if f.endswith(".tar") and not is_junk(f)}
     else:
-        with readable(path), tarfile.open(path) as tar:
+        with readable(path), tarfile.open(path, tarinfo=Member) as tar:
             tars = {os.path.basename(m.name)[:-4]: (path, m) for m in tar.getmembers()
                     if m.isreg() and m.name.endswith(".tar") and not is_junk(m.name)}
     shards = [Shard(f"{c}.tar of {path}", partial(tar_members, *tars[c]), c) for c in sorted(tars)]
-    nbytes = sum(map(os.path.getsize, {tar for tar, _ in tars.values()}))
-    return Split(f"class tars in {path}", shards, sorted(tars), nbytes // FILE_BYTES, nbytes)
+    return Split(f"class tars in {path}", shards, sorted(tars), files_in(tar for tar, _ in tars.values()))
 
 
-def mixed(layout, shards, nbytes, class_of, look=True):
+def files_in(tars):
+    return sum(map(os.path.getsize, set(tars))) // FILE_BYTES
+
+
+def by_name(layout, shards, count, class_of, look=True):
     """Pictures of all classes side by side. look: read their names first, to know how many and which
     classes."""
-    count, classes = nbytes // FILE_BYTES, None
+    classes = None
     if look:
-        count, classes = 0, set()
+        found = []
         for shard in shards:
             with readable(shard.where):
-                for name, _ in shard.members():
-                    classes.add(class_of(name))
-                    count += 1
-        classes = sorted(classes - {None})
+                found += [class_of(name) for name, _ in shard.members()]
+        count, classes = len(found), sorted(set(found) - {None})
         if not classes:
-            fail(f"{layout}: nothing says which class a picture is. Put ILSVRC2012_devkit_t12.tar.gz or "
-                 f"Kaggle's LOC_val_solution.csv into --source (LOC_synset_mapping.txt lists only classes), "
-                 f"or sort the pictures into folders, one a class.")
-    return Split(layout, shards, classes, count, nbytes, class_of)
+            fail(f"{layout}: nothing says which class a picture is. Put Kaggle's LOC_val_solution.csv into "
+                 f"--source, or sort the pictures into folders, one a class.")
+    return Split(layout, shards, classes, count, class_of)
 
 
 def val_classes(source):
-    """{name without suffix: wnid} of ImageNet's validation pictures, by Kaggle's list or the devkit; {}
-    without."""
+    """{name without suffix: wnid} of ImageNet's validation pictures, by Kaggle's list; {} without."""
     path = os.path.join(source, "LOC_val_solution.csv")
-    if os.path.exists(path):
-        # ImageId, PredictionString: "n03995372 85 1 499 272"
-        with open(path, newline="", encoding="utf-8") as f:
-            return {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
-    members, path = [], os.path.join(source, "ILSVRC2012_devkit_t12")
-    if os.path.exists(path + ".tar.gz"):
-        members = tar_members(path + ".tar.gz")
-    elif os.path.isdir(path):
-        members = folder_members(path)
-    with readable(path):
-        devkit = {os.path.basename(name): read() for name, read in members
-                  if name.endswith(("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))}
-    if len(devkit) < 2:
+    if not os.path.exists(path):
         return {}
-    try:
-        from scipy.io import loadmat # which class has which number says only meta.mat, in MATLAB's own format
-    except ImportError as e:
-        fail(f"{e}, which reads the devkit's meta.mat. Run: pip install scipy; or put Kaggle's "
-             f"LOC_val_solution.csv into {source}")
-    synsets = loadmat(io.BytesIO(devkit["meta.mat"]), squeeze_me=True)["synsets"]
-    wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
-    numbers = devkit["ILSVRC2012_validation_ground_truth.txt"].split()
-    return {f"ILSVRC2012_val_{i:08d}": wnids.get(int(number)) for i, number in enumerate(numbers, 1)}
+    with open(path, newline="", encoding="utf-8") as f: # ImageId, PredictionString: "n03995372 85 1 499 272"
+        return {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
 
 
-def find_split(source, split):
+def label_of(fields):
+    """The class number that the fields of a sample give; None without, and for the -1 of a hidden one."""
+    value = next((fields[name] for name in LABEL_FIELDS if name in fields), None)
+    return int(value) if value is not None and re.fullmatch(r"\s*\d+\s*", str(value)) else None
+
+
+def by_number(paths, imagenet):
+    """Samples with a label of their own: parquet as on the hub, tars of .jpg and .cls. None without
+    labels."""
+    names, labels, layout = None, {None}, f"{len(paths)} files such as {shown(paths[0])}"
+    for path in paths:
+        with readable(path):
+            if path.endswith(".parquet"):
+                schema = next(table_batches(path))
+                column = next((name for name in LABEL_FIELDS if name in schema.names), None)
+                info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+                names = info.get("features", {}).get(column, {}).get("names") or names
+                for batch in itertools.islice(table_batches(path, [column] if column else []), 1, None):
+                    labels |= {label_of({"cls": n}) for n in batch.column(0).to_pylist()} if column else set()
+            elif not imagenet: # of whose tars to read all headers takes minutes
+                labels |= {label_of({"cls": read().decode()}) for name, read in tar_members(path)
+                           if name.endswith(".cls")}
+    if imagenet and not names:
+        from torchvision.models import ResNet50_Weights # which has their names, in the order of the labels
+        names = ResNet50_Weights.DEFAULT.meta["categories"][:NUM_CLASSES]
+    if labels == {None} and not imagenet:
+        print(f"note: {layout} have no labels: left out")
+        return None
+
+    def members(path):
+        for key, data, fields in samples(path):
+            yield key, lambda: data, fields
+    names = names or [str(n) for n in range(max(labels - {None}) + 1)]
+    shards = [Shard(path, partial(members, path)) for path in paths]
+    return Split(layout, shards, list(names), files_in(paths), lambda name, fields: label_of(fields))
+
+
+def has_labels(path):
+    """Whether a tar holds samples with a .cls, rather than the pictures of one class."""
+    with readable(path):
+        _, _, fields = next(samples(path), (None, None, {}))
+    return any(name in fields for name in LABEL_FIELDS)
+
+
+def find_split(source, split, imagenet):
     """The Split in whichever layout is there, or None."""
     table = {}
 
     def class_of(name):
-        if match := re.search(r"_(n\d{8})\.\w+$", name): # Hugging Face's names
+        if match := re.search(r"_(n\d{8})\.\w+$", name): # the hub's names
             return match[1]
         if not table:
             table.update(val_classes(source) or {"": None})
         return table.get(os.path.splitext(os.path.basename(name))[0])
 
     for root in (source, os.path.join(source, "data"), os.path.join(source, "ILSVRC", "Data", "CLS-LOC")):
-        tar, folder = os.path.join(root, f"ILSVRC2012_img_{split}.tar"), os.path.join(root, split)
+        tar = os.path.join(root, f"ILSVRC2012_img_{split}.tar")
         if os.path.exists(tar) and split == "train":
             return class_tars(tar)
         parts = glob.glob(os.path.join(glob.escape(root), f"{split}_images*.tar.gz"))
         parts = [tar] if os.path.exists(tar) else sorted(parts, key=lambda p: (len(p), p)) # 10 after 9
         if parts: # the train parts are not unpacked twice: val has their classes too
-            return mixed(", ".join(parts), [Shard(part, partial(tar_members, part)) for part in parts],
-                         sum(map(os.path.getsize, parts)), class_of, look=split != "train")
-        if os.path.isdir(folder):
+            shards = [Shard(part, partial(tar_members, part)) for part in parts]
+            return by_name(", ".join(parts), shards, files_in(parts), class_of, split != "train")
+        folders = [path for name in sorted(os.listdir(root) if os.path.isdir(root) else [])
+                   if SPLITS.get(name.lower()) == split and os.path.isdir(path := os.path.join(root, name))]
+        if len(folders) > 1:
+            fail(f"{' and '.join(folders)} are both {split}. Rename one of them.")
+        for folder in folders:
             names = [name for name in os.listdir(folder) if not is_junk(name)]
             classes = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+            shards = [name for name in names if name.endswith((".tar", ".parquet"))]
             if classes:
                 return class_folders(folder, classes)
-            if any(name.endswith(".tar") for name in names):
+            if shards and shards[0].endswith(".tar") and not has_labels(os.path.join(folder, shards[0])):
                 return class_tars(folder)
-            if split != "test": # ImageNet's has no labels
+            if names and not shards and split != "test": # ImageNet's has no labels
                 shard = Shard(folder, partial(folder_members, folder))
-                return mixed(f"{folder}/*", [shard], measure(folder)[1], class_of)
+                return by_name(f"{shown(folder)}/*", [shard], len(names), class_of)
+    paths = [path for name, path in find_shards(source) if split_of(name) == split and os.path.isfile(path)]
+    if paths and (paths[0].endswith(".parquet") or has_labels(paths[0])):
+        return by_number(paths, imagenet)
 
 
 def find_folders(args):
     """--source -> {split: Split}, classes."""
-    if not args.source:
-        fail(f"--data={args.data} needs --source=DIR, a folder in one of the layouts that --help lists"
-             f"{nearest(args.data, set(LABELLED) - {args.data}, '--data=')}")
-    if not os.path.isdir(args.source):
-        fail(f"--source={args.source} is no folder. Give the folder that holds the files.")
-    imagenet = args.data == "imagenet"
-    found = {s: f for s in ("train", "val", "test")[:2 if imagenet else 3]
-             if (f := find_split(args.source, s))}
-    missing = [s for s in ("train", "val") if s not in found and not (s == "val" and "test" in found)]
-    if missing:
-        fail(f"no {' and no '.join(missing)} pictures in {args.source}, in no layout that --help lists. "
-             f"There is: {', '.join(sorted(os.listdir(args.source))[:9]) or 'nothing'}")
-    first = next(f for f in found.values() if f.classes is not None)
-    for f in (f for f in found.values() if f.classes is not None):
-        if imagenet and (len(f.classes) != NUM_CLASSES
-                         or not all(re.fullmatch(r"n\d{8}", c) for c in f.classes)):
+    if not args.source or not os.path.isdir(args.source):
+        fail(f"--data={args.data} needs --source=DIR, in one of the layouts that --help lists"
+             f"{nearest(args.data, set(LABELLED) - {args.data}, '--data=')}; {args.source} is no folder")
+    imagenet, found = args.data == "imagenet", {}
+    for split in ("train", "val") if imagenet else ("train", "val", "test"):
+        if f := find_split(args.source, split, imagenet):
+            found[split] = f
+    entries = sorted(shown(name) for name in os.listdir(args.source) if not is_junk(name))
+    if not found:
+        fail(f"no pictures of train, val or test in {args.source}, in no layout that --help lists. There is: "
+             f"{', '.join(entries[:9]) or 'nothing'}")
+    unknown = [name for name in entries if split_of(name) is None and name not in ("data", "ILSVRC")
+               and os.path.isdir(os.path.join(args.source, name))]
+    if unknown:
+        print(f"note: left out, since no split is called so: {', '.join(unknown[:9])}")
+    if "train" not in found:
+        print("note: no training pictures in any layout that --help lists: this set is for judging alone")
+    known = [f for f in found.values() if f.classes is not None]
+    for f in known:
+        wnids = all(re.fullmatch(r"n\d{8}", c) for c in f.classes) or f.shards[0].cls is None
+        if imagenet and (len(f.classes) != NUM_CLASSES or not wnids):
             fail(f"{f.layout}: {len(f.classes):,} classes ({', '.join(f.classes[:3])} ..), but ImageNet has "
                  f"{NUM_CLASSES:,}, named n01440764 and so on. Half a download or extraction? A part of "
                  f"ImageNet needs a name of its own: --data=NAME")
-        if unknown := sorted(set(f.classes) - set(first.classes)):
-            fail(f"{f.layout} has classes that {first.layout} lacks: {', '.join(unknown[:5])} "
-                 f"({len(unknown)} in all)")
-    if len(first.classes) < 2:
-        fail(f"{first.layout}: {len(first.classes)} class, at least 2 are needed")
-    return found, first.classes
+        if lacking := sorted(set(f.classes) - set(known[0].classes)):
+            fail(f"{f.layout} has classes that {known[0].layout} lacks: {', '.join(lacking[:5])} "
+                 f"({len(lacking)} in all)")
+    if len(known[0].classes) < 2:
+        fail(f"{known[0].layout}: {len(known[0].classes)} class, at least 2 are needed")
+    return found, known[0].classes
 
 
 def find_cifar(args):
-    # here, since it takes a second to import; downloads, and compares checksums
-    from torchvision import datasets
+    from torchvision import datasets # here, since it takes a second; downloads, and compares checksums
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.data]
     root = os.path.normpath(args.source or os.path.join(cache_folder(), "cifar"))
     if os.path.basename(root) == reader.base_folder:
         root = os.path.dirname(root) # torchvision wants the folder above
-    if args.source and not any(os.path.exists(os.path.join(root, n))
-                               for n in (reader.base_folder, reader.filename)):
-        fail(f"{args.source} holds neither {reader.filename} nor {reader.base_folder}/. "
-             f"Leave it out to download.")
+    there = any(os.path.exists(os.path.join(root, n)) for n in (reader.base_folder, reader.filename))
+    if args.source and not there:
+        fail(f"{args.source} holds neither {reader.filename} nor {reader.base_folder}/: leave it out")
     try:
-        os.makedirs(root, exist_ok=True)
         train, test = (reader(root, train, download=True) for train in (True, False))
-    except (RuntimeError, OSError, EOFError, tarfile.TarError, zlib.error) as e: # OSError: of the network too
+    except (RuntimeError, *UNREADABLE) as e: # OSError: of the network too
         fail(f"{reader.filename} cannot be had at {root}: {e}. Fetch {reader.url} where there is a network "
-             f"and give its folder with --source=DIR; it is unpacked there")
+             "and give its folder with --source=DIR; it is unpacked there")
     return from_arrays(f"torchvision's {reader.__name__} in {root}", train.classes,
                        train=(train.data, train.targets), test=(test.data, test.targets))
 
@@ -307,214 +979,163 @@ def find_digits(args):
     images = [np.asarray(Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC))
               for x in data.images]
     order = np.random.RandomState(0).permutation(len(images)) # the generator whose numbers never change
-    splits = {"train": order[:-500], "test": order[-500:]}
-    return from_arrays("scikit-learn's load_digits, drawn 32 x 32", [str(i) for i in range(10)],
-                       **{split: ([images[i] for i in part], data.target[part])
-                          for split, part in splits.items()})
+    splits = {split: ([images[i] for i in part], data.target[part])
+              for split, part in (("train", order[:-500]), ("test", order[-500:]))}
+    return from_arrays("scikit-learn's load_digits, drawn 32 x 32", [str(i) for i in range(10)], **splits)
 
 
 def from_arrays(layout, classes, **splits):
-    return {split: Split(layout, [Shard(layout, partial(array_members, images))], classes, len(labels),
-                         2500 * len(labels), lambda name, labels=labels: classes[labels[int(name)]])
-            for split, (images, labels) in splits.items()}, list(classes)
+    """splits: {split: (images (N, H, W[, 3]) uint8, N labels)} -> {split: Split}, classes."""
+    def members(images):
+        for i, pixels in enumerate(images):
+            png = io.BytesIO()
+            Image.fromarray(pixels).convert("RGB").save(png, "PNG")
+            yield str(i), png.getvalue
+
+    found = {}
+    for split, (images, labels) in splits.items():
+        found[split] = Split(layout, [Shard(layout, partial(members, images))], list(classes), len(labels),
+                             lambda name, labels=labels: int(labels[int(name)]))
+    return found, list(classes)
 
 
-# -----------------------------------------------------------------------------
-# one picture
-
-
-class Convert(torch.utils.data.Dataset):
-    """(entry, bytes of a file) -> (entry, record, why it is skipped or ""). A Dataset, since a DataLoader
-    whose "indices" are what stream() yields does the rest: workers in parallel, results in order, few under
-    way."""
-
-    def __init__(self, args):
-        self.resize, self.quality = args.resize, args.quality
-        self.verify = args.data != "imagenet" # whose files are known to be sound when they are whole
-
-    def __getitem__(self, item):
-        entry, data = item
-        try:
-            return entry, to_record(data, self.resize, self.quality, verify=self.verify), ""
-        except Bad as e:
-            return entry, b"", f"{e} ({e.__cause__})" if e.__cause__ else str(e)
-
-
-def end_with_parent(worker):
-    """In a worker: end when the parent was killed. DataLoader's own watch waits for someone to read the
-    results."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-# -----------------------------------------------------------------------------
-# writing, and going on
-
-
-class Journal:
-    """What was done of a split, a line for each file: [shard, position in it, name, label, where its record
-    ends, why it was skipped]."""
-
-    def __init__(self, prefix):
-        self.last, size = (0, -1, None), bytes_left(prefix + "_images")
-        self.taken, self.labels, self.ends, self.skipped = Counter(), [], [], []
-
-        def take(entry):
-            if entry[4] > size: # after a power cut the records may be behind
-                return False
-            self.add(*entry)
-            return True
-
-        self.file = open_journal(prefix + "_journal.jsonl", f"{prefix}_images.bin", take)
-
-    def add(self, shard, position, name, label, end, problem):
-        self.last = shard, position, name
-        self.taken[label] += 1
-        if problem:
-            self.skipped.append(f"{name}: {problem}")
-        else:
-            self.labels.append(label)
-            self.ends.append(end)
-
-
-def stream(found, classes, journal, limit):
-    """Yields ((shard, position, name, label), bytes) of each file that is to be taken and not in the
-    journal."""
-    rank, C, taken = {c: i for i, c in enumerate(classes)}, len(classes), Counter(journal.taken)
+def stream(found, classes, at, limit):
+    """Yields (shard, position, name, label), and a function that reads the bytes, of each file that is to be
+    taken, behind where `at` says that an earlier run was. Label -1: nothing says what it is."""
+    rank, C, taken = {c: i for i, c in enumerate(classes)}, len(classes), list(at["taken"])
     # N of C classes: N / C of each, rounded down or up so that the sum is N and the larger ones are spread
     quota = [(i + 1) * limit // C - i * limit // C if limit else sys.maxsize for i in range(C)]
-    left = (limit or sys.maxsize) - sum(taken[i] for i in range(C))
-    first, last, last_name = journal.last
-    for s, shard in enumerate(found.shards[first:], first):
+    for s, shard in enumerate(found.shards[at["shard"]:], at["shard"]):
         with readable(shard.where):
-            for position, (name, read) in enumerate(shard.members()):
-                if not left:
+            for position, (name, read, *fields) in enumerate(shard.members()):
+                if limit and sum(taken) >= limit:
                     return
-                if (s, position) == (first, last) and name != last_name:
-                    fail(f"{shard.where} has changed since this was begun: {name} is where {last_name} was. "
-                         f"Remove what was written to start again, or bring the old files back.")
-                if (s, position) <= (first, last):
+                if s == at["shard"] and position <= at["position"]:
+                    if position == at["position"] and name != at["name"]:
+                        fail(f"{shown(shard.where)} has changed since this was begun: {name} is where "
+                             f"{at['name']} was. Remove what was written, or bring the old files back.")
                     continue
-                label = rank.get(shard.cls or found.class_of(name), -1) # -1: nothing says what it is
+                label = shard.cls or found.class_of(name, *fields)
+                label = rank.get(label, -1) if not isinstance(label, int) else label if label < C else -1
+                if label >= 0 and taken[label] >= quota[label]:
+                    if shard.cls:
+                        break
+                    continue
                 if label >= 0:
-                    if taken[label] == quota[label]:
-                        if shard.cls:
-                            break
-                        continue
                     taken[label] += 1
-                    left -= 1
                 yield (s, position, name, label), read() if label >= 0 else b""
 
 
-def write_split(folder, split, found, classes, args):
-    """Writes <split>_images and <split>_labels; returns the entry of meta.json."""
-    prefix = os.path.join(folder, split)
-    journal, lines = Journal(prefix), []
-    writer = RecordWriter(prefix + "_images", journal.ends)
-    flush = partial(add_lines, journal.file, lines, [writer])
-    done, flushed, total = journal.taken.total(), time.time(), min(args.limit or found.count, found.count)
-    if done:
+def write_split(writer, split, found, classes, args):
+    """Writes <split>_images and <split>_labels, behind what an earlier run left."""
+    at = writer.state["at"].setdefault(split, {"shard": 0, "position": -1, "name": None, "skipped": 0,
+                                               "skipped_files": [], "taken": [0] * len(classes)})
+    if done := sum(at["taken"]):
         print(f"{split}: {done:,} files were done by an earlier run; going on")
-    loader = torch.utils.data.DataLoader(Convert(args), sampler=stream(found, classes, journal, args.limit),
-                                         batch_size=None, num_workers=args.num_workers,
-                                         worker_init_fn=end_with_parent,
-                                         prefetch_factor=8 if args.num_workers else None)
-    with going_on(f"{prefix}_images.bin", flush):
-        with progress(desc=split, total=max(total, done), initial=done, unit=" images") as bar:
-            for (*where, label), record, problem in loader:
-                if record:
-                    writer.write(record)
-                lines.append((*where, label, writer.offsets[-1], problem if label >= 0 else "no known class"))
-                journal.add(*lines[-1])
-                bar.update()
-                if time.time() - flushed > FLUSH_SECONDS:
-                    flush()
-                    flushed = time.time()
-        flush()
-        if not journal.labels:
-            fail(f"{found.layout}: no picture that can be read. {'; '.join(journal.skipped[:3])}")
-        writer.close()
-    save_atomic(prefix + "_labels.npy", lambda f: np.save(f, np.asarray(journal.labels, np.int64)))
-    return {"images": len(journal.labels), "classes": len(set(journal.labels)), "bytes": writer.offsets[-1],
-            "skipped": len(journal.skipped), "skipped_files": journal.skipped[:20]}
+
+    def convert(item):
+        (*_, label), data = item
+        try: # ImageNet's files are known to be sound when they are whole
+            return to_record(data, args.resize, verify=args.data != "imagenet"), ""
+        except Bad as e:
+            return b"", "no known class" if label < 0 else f"{e} ({e.__cause__})" if e.__cause__ else str(e)
+
+    total, files = min(args.limit or found.count, found.count), stream(found, classes, at, args.limit)
+    with progress(desc=split, total=max(total, done), initial=done, unit=" images") as bar:
+        for (file, _), (record, problem) in in_order(convert, files, args.num_workers):
+            shard, position, name, label = file
+            if problem:
+                at["skipped"] += 1
+                at["skipped_files"] = [*at["skipped_files"], f"{name}: {problem}"][:20]
+            else:
+                writer.add(split, record, label=label)
+            if label >= 0:
+                at["taken"][label] += 1
+            at.update(shard=shard, position=position, name=name)
+            bar.update()
+            writer.commit(COMMIT_SECONDS)
+    writer.commit()
+    if not writer.count(split):
+        fail(f"{found.layout}: no picture that can be read. {'; '.join(at['skipped_files'][:3])}")
 
 
-def check_disk(folder, found, args):
-    """Says how much will be written, and ends the program if there is no room for it."""
-    need = 0
-    for f in found.values():
-        count = min(args.limit or f.count, f.count)
-        # 0.35 bytes a pixel at quality 90
-        small = count * args.resize ** 2 * 4 / 3 * 0.35 if args.resize else np.inf
-        need += min(f.nbytes * count / max(f.count, 1), small)
-    have = sum(bytes_left(os.path.join(folder, f"{split}_images")) for split in found)
-    free = shutil.disk_usage(folder).free
-    print(f"{folder} needs about {need / 1e9:.2f} GB, {have / 1e9:.2f} are there, {free / 1e9:.2f} are free")
-    if need - have > free:
-        fail("the disk has no room for it. Give another --data_dir, or smaller pictures (--resize=256), or "
-             "fewer (--limit=10000).")
+def prepare(folder, args, options, found, classes):
+    """Makes a set -> its meta.json."""
+    count = sum(min(args.limit or f.count, f.count) for f in found.values())
+    need = count * min(FILE_BYTES, args.resize ** 2 * 0.47 or FILE_BYTES) / 1e9 # 0.35 bytes a pixel, 4:3
+    free = shutil.disk_usage(os.path.dirname(folder) or ".").free / 1e9
+    print(f"{folder} takes about {need:.2f} GB, if files are as large as ImageNet's; {free:.2f} are free")
+    writer = SetWriter(folder, {**options, "classes": classes, "at": {}})
+    with going_on(folder): # the small one first: what is wrong shows early
+        for split in sorted(found, key=lambda split: found[split].count):
+            write_split(writer, split, found[split], classes, args)
+        splits = writer.close()
+    for split, counts in splits.items():
+        at = writer.state["at"][split]
+        counts |= {"skipped": at["skipped"], "skipped_files": at["skipped_files"],
+                   "classes": sum(n > 0 for n in at["taken"])}
+    meta = {"data": args.data, **options, "layout": {split: f.layout for split, f in found.items()},
+            "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"), "classes": classes,
+            "splits": {split: splits[split] for split in found}}
+    write_json(os.path.join(folder, "meta.json"), meta)
+    os.remove(writer.begun)
+    print(f"wrote {folder}; licence: {meta['license']}")
+    return meta
 
 
 # -----------------------------------------------------------------------------
+
+
+def shared_knobs(p):
+    """The flags that both scripts for pictures have."""
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA",
+           type=os.path.expanduser)
+    p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
+           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
+           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. Small "
+           "pictures are never enlarged")
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
     p.knob("data", "imagenet", "which set to prepare: imagenet, cifar10, cifar100, digits, or a new name for "
            "pictures of your own")
-    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA")
+    shared_knobs(p)
     p.knob("source", None, "folder with the files, in one of the layouts above; it is only read. CIFAR: the "
-           "folder with cifar-10-python.tar.gz, which torchvision unpacks there; "
-           "without it, that is downloaded", type=str)
-    resize_flags(p)
+           "folder with cifar-10-python.tar.gz, which is unpacked there; without it, that is downloaded",
+           type=os.path.expanduser)
     p.knob("limit", 0, "pictures of each split at most, for a trial, equally many of each class; 0: all. "
            "Labels are those of the whole set")
-    p.knob("num_workers", 0, "processes that decode and resize; 0: none but this one. The result is the same")
+    p.knob("num_workers", 0, "threads that decode and resize; 0: one a core. The result is the same")
     return p.parse(argv)
 
 
 def main(args):
+    for console in (sys.stdout, sys.stderr): # one that lacks a letter is no reason to stop
+        console.reconfigure(errors="backslashreplace")
     folder = os.path.join(args.data_dir, args.data)
-    done, begun = os.path.join(folder, "meta.json"), os.path.join(folder, "begun.json")
-    if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in SOURCES:
-        fail(f"--data={args.data} is "
-             f"{'made by prepare_pairs.py' if args.data in SOURCES else 'no name for a folder'}")
+    done = os.path.join(folder, "meta.json")
+    if not re.fullmatch(r"\w[\w.-]*", args.data):
+        fail(f"--data={args.data} is no name for a folder")
     source = os.path.realpath(args.source) if args.source else None
     if source and os.path.join(source, "").startswith(os.path.join(os.path.realpath(folder), "")):
-        fail(f"--source={args.source} lies where the result goes, {folder}. "
-             f"Move it, or give another --data_dir.")
-    options = {"made_by": "prepare_imagenet.py", # what makes another set of it
-               **{k: getattr(args, k) for k in ("resize", "quality", "limit")}}
-    meta = prepared(folder, args, options | ({"source": source} if source else {}))
-    if os.path.exists(done):
-        print(f"{folder} is already prepared; remove it to do it again")
-    else:
-        find = {"digits": find_digits, "cifar10": find_cifar, "cifar100": find_cifar}.get(
-            args.data, find_folders)
+        fail(f"--source={args.source} lies where the result goes, {folder}. Give another --data_dir.")
+    options = {"made_by": "prepare_imagenet.py", "resize": args.resize, "limit": args.limit}
+    if source or not os.path.exists(done):
+        options["source"] = source
+    meta = prepared(folder, args, options)
+    if not os.path.exists(done):
+        find = {"digits": find_digits, "cifar10": find_cifar, "cifar100": find_cifar}
+        find = find.get(args.data, find_folders)
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
-        make_folder(folder, f"--data_dir={args.data_dir}: {folder}")
-        check_disk(folder, found, args)
-        if meta and meta["classes"] != classes:
-            fail(f"{folder} was begun with other classes ({len(meta['classes']):,}, now {len(classes):,}). "
-                 f"Remove it to start again.")
-        meta = {"data": args.data, "source": source,
-                "layout": {split: f.layout for split, f in found.items()}, **options,
-                "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"),
-                "classes": classes}
-        write_json(begun, meta)
-        # in this order, but the small one first: what is wrong shows early
-        meta["splits"] = dict.fromkeys(found)
-        for split in sorted(found, key=lambda split: found[split].count):
-            meta["splits"][split] = write_split(folder, split, found[split], classes, args)
-        write_json(done, meta)
-        print(f"wrote {folder}; licence: {meta['license']}")
-    for pattern in ("begun.json*", "*_journal.jsonl"): # of begun.json also what a kill left of writing it
-        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            os.remove(path)
+        lock_file = lock(os.path.join(folder, "lock"), folder) # open, and so locked, until the program ends
+    if os.path.exists(done): # by now, it may be
+        print(f"{folder} is already prepared; remove it to do it again")
+        meta = prepared(folder, args, options)
+    else:
+        meta = prepare(folder, args, options, found, classes)
     print(f"{'split':8}{'images':>12}{'classes':>10}{'GB':>10}{'skipped':>10}")
     for split, c in meta["splits"].items():
         print(f"{split:8}{c['images']:>12,}{c['classes']:>10,}{c['bytes'] / 1e9:>10.3f}{c['skipped']:>10,}")
@@ -522,9 +1143,8 @@ def main(args):
             print(f"  skipped {name}")
         files = c["images"] + c["skipped"]
         if args.data == "imagenet" and not args.limit and NUM_IMAGES[split] != files:
-            print(f"  note: ImageNet has {NUM_IMAGES[split]:,} of these, {args.source or 'the source'} "
-                  f"had {files:,}")
-    if "val" in meta["splits"]:
+            print(f"  note: ImageNet has {NUM_IMAGES[split]:,} of these, {args.source} had {files:,}")
+    if {"train", "val"} <= set(meta["splits"]):
         print(f"next: python distill_image.py --data={args.data} --data_dir={args.data_dir}")
 
 

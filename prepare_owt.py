@@ -1,5 +1,6 @@
 """
-Prepares text as token ids: OpenWebText, Python's documentation, your own. Owns the format and its reader.
+Prepares text as token ids: OpenWebText, Python's documentation, your own. Owns the format and its reader, and
+the files of published tokenizers.
 
     python prepare_owt.py                                # downloads 27 of OpenWebText's 80 files, 8 GB
     python prepare_owt.py --source=DIR --tokenizer=gpt2  # from files you have, for data2vec 2.0
@@ -8,49 +9,106 @@ Prepares text as token ids: OpenWebText, Python's documentation, your own. Owns 
 
 DIR, or a folder in it, holds one of (the first that is there is taken, and printed):
 
-    urlsf_subset00.tar ..           OpenWebText as first published, 21 tars of .xz, each a tar of documents
-    urlsf_subset00-1_data.xz ..     the same, with the outer tars or openwebtext.tar.xz unpacked
-    train-00000-of-00080.parquet .. as published today; or any parquet files with a column "text"
+    train-00000-of-00080.parquet .. OpenWebText as published today, or any parquet files with a column "text";
+                                    of files named for splits those of train
     *.jsonl, *.txt                  a document a line, {"text": ..}; a document a file (a line, if the file is
                                     above 4 MB or is itself the --source)
 
 data/owt_bert/ (owt_gpt2, pydoc_minilm ..) then holds train.bin and val.bin, ids of the model's vocabulary as
 uint16, little-endian, after each document its end token ([SEP] or </s>), and, written last, meta.json. Of 21
 equal shares of the documents 6 are for training and the 7th for validation, as in the thesis. Null bytes and
-empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat, but
-for a folder of .txt files: 0.3 GB for a million of them.
+empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat, but for a
+folder of .txt files: 0.3 GB for a million of them.
 """
+import base64
 import glob
 import hashlib
 import io
 import itertools
 import json
-import lzma
+import multiprocessing
 import os
+import pathlib
 import platform
 import re
 import shutil
 import sys
-import tarfile
+import threading
 import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import GPT2Tokenizer, Parser, cache_folder, download, fail, load_tokenizer, make_folder, write_json
-from prepare_imagenet import MOST_BYTES, end_with_parent, folder_files, readable
-from prepare_pairs import FLUSH_SECONDS, going_on, lock, prepared, progress, read_meta
+from model import (PRETRAINED, GPT2Tokenizer, Parser, Tokenizer, bert_tokenizer, cache_folder, carried,
+                   download, fail, going_on, load_encoder, lock, prepared, progress, split_name, write_json)
 
-CHUNKS = 21 # of OpenWebText as first published; other layouts are cut into as many shares
+CHUNKS = 21 # shares of the documents, as OpenWebText was first published
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
 PIECE = 1 << 22 # bytes of a text file that one process takes at a time
+COMMIT_SECONDS = 5 # the most work that a kill costs
 TEACHERS = {"bert": "bert", "gpt2": "data2vec2_text", "minilm": "minilm"} # --tokenizer -> its model
 LICENCES = {"owt": "OpenWebText: CC0 for the packaging, not for the texts; texts of your own: as they say",
             "pydoc": "Python's documentation: PSF License Agreement"}
 
 # -----------------------------------------------------------------------------
-# the reader
+# the files of published tokenizers, and the reader
+
+TOKENIZER_FILES = {"bert": ["vocab.txt"], "minilm": ["vocab.txt"],
+                   "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
+
+
+def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
+    """Paths of the three files that fairseq publishes -> the text that GPT2Tokenizer reads."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    # it would keep copies by path, and read those instead of a mended file
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
+    with open(dict_txt, encoding="utf-8") as f:
+        dictionary = [line.rpartition(" ")[0] for line in f if line.strip()]
+    tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
+    return json.dumps({"kind": "gpt2", "tokens": tokens, "dictionary": dictionary})
+
+
+def load_tokenizer(name, path=None, weights_dir=None):
+    """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length)
+    -> ids, padding_mask. path: a folder that holds its files, or a file beside which they lie; None takes
+    those in weights_dir/NAME (default: the cache folder), where what is missing is downloaded once."""
+    names, own = TOKENIZER_FILES[name], os.path.join(weights_dir or cache_folder(), name)
+    if path is None and any(os.path.exists(os.path.join(own, n)) for n in [*names, "tokenizer.json"]):
+        path = own
+    path = path or carried(name)
+    if path is None or path == own and name != "bert": # bert: its tokenizer.json does as well
+        path = own
+        source = PRETRAINED[name]["url"].rpartition("/")[0]
+        for n in names:
+            if not os.path.exists(os.path.join(path, n)):
+                print(f"fetching {source}/{n}; licence: as of the weights, {PRETRAINED[name]['licence']}")
+                download(f"{source}/{n}", os.path.join(path, n))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if name == "bert" and not os.path.exists(os.path.join(folder, "vocab.txt")):
+        names = ["tokenizer.json"]
+    files = [os.path.join(folder, n) for n in names]
+    try:
+        if name == "data2vec2_text":
+            return GPT2Tokenizer(gpt2_tokenizer(*files))
+        with open(files[0], encoding="utf-8") as f:
+            return Tokenizer(f.read() if names == ["tokenizer.json"] else
+                             bert_tokenizer({line.rstrip("\n"): i for i, line in enumerate(f)}))
+    except Exception as e: # tokenizers and tiktoken raise nothing more specific
+        fail(f"no tokenizer of {name} ({type(e).__name__}: {e}): {' and '.join(TOKENIZER_FILES[name])} must "
+             f"lie in {folder}, beside the weights, and be whole")
+
+
+def load_text_encoder(which, weights_dir=None):
+    """A text Encoder as model.load_encoder gives it, frozen, with its .tokenizer."""
+    encoder = load_encoder(which, "text", weights_dir)
+    name, path = split_name(which)
+    if name:
+        encoder.tokenizer = load_tokenizer(name, path, weights_dir)
+    elif not hasattr(encoder, "tokenizer"):
+        fail(f"{which} has no tokenizer: give a published text model or a checkpoint of distill_text.py")
+    return encoder
 
 
 def vocabulary(tokenizer):
@@ -71,23 +129,27 @@ class Tokens:
     program, naming the command to run, if the set is missing, not whole or of another vocabulary."""
 
     def __init__(self, data_dir, name, split, tokenizer):
-        folder, (data, _, kind) = os.path.join(data_dir, name), name.partition("_")
-        again = "Made here are owt_bert, owt_gpt2, pydoc_minilm and so on: python prepare_owt.py --help"
+        folder, (data, _, kind) = os.path.join(os.path.expanduser(data_dir), name), name.partition("_")
+        advice = "Made here are owt_bert, owt_gpt2, pydoc_minilm and so on: python prepare_owt.py --help"
         if data in LICENCES and kind in TEACHERS:
-            again = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
+            advice = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            what = "is half-written" if os.path.isdir(folder) else "is not there"
+            fail(f"data set {name}: {folder} {what} (no meta.json). {advice}")
         try:
-            self.meta = read_meta(folder, name, split, again)
-            made_with, sha256 = self.meta["vocabulary"], self.meta["vocab_sha256"]
-            self.path = os.path.join(folder, split + ".bin")
-            self.length = self.meta["splits"][split]["tokens"]
+            self.meta = json.loads(pathlib.Path(folder, "meta.json").read_bytes())
+            made_with, sha256, splits = (self.meta[key] for key in ("vocabulary", "vocab_sha256", "splits"))
+            if split not in splits:
+                fail(f"data set {name} has no split {split!r}, only {', '.join(splits)}")
+            self.path, self.length = os.path.join(folder, split + ".bin"), splits[split]["tokens"]
             if (size := os.path.getsize(self.path)) != 2 * self.length:
                 raise ValueError(f"{self.path} has {size:,} bytes, not {2 * self.length:,}")
         except Exception as e: # json raises nearly anything on broken files
-            fail(f"data set {name} is damaged: {type(e).__name__}: {e}. Remove {folder} first. {again}")
-        own, own_sha256, self.end_id = vocabulary(tokenizer)
-        if own_sha256 != sha256:
-            fail(f"data set {name} was made with {made_with}, but the model reads {own}. Take one made for "
-                 f"it, as from: python prepare_owt.py --tokenizer={'gpt2' if own[0] == 'G' else 'bert'}")
+            fail(f"data set {name} is damaged: {type(e).__name__}: {e}. Remove {folder} first. {advice}")
+        reads, reads_sha256, self.end_id = vocabulary(tokenizer)
+        if reads_sha256 != sha256:
+            fail(f"data set {name} was made with {made_with}, but the model reads {reads}. Take one made for "
+                 f"it, as from: python prepare_owt.py --tokenizer={'gpt2' if reads[0] == 'G' else 'bert'}")
 
     def __len__(self):
         return self.length
@@ -104,18 +166,18 @@ class Tokens:
 
 
 class Piece(NamedTuple):
-    kind: str # xz, parquet, lines, file or pydoc
+    kind: str # parquet, lines, file or pydoc
     path: str
     start: int # its bytes in the file; parquet: its row group
     end: int
     nbytes: int # of ids that it gives, about
-    count: int = 1 # documents in it; those from first to last are wanted (xz: all, however many)
+    count: int = 1 # documents in it; those from first to last are wanted
     first: int = 0
     last: int = None
 
 
 def documents(piece):
-    """All documents of a piece, as bytes."""
+    """Yields all documents of a piece, as bytes."""
     if piece.kind == "pydoc":
         yield from pydoc_documents(piece.path)
     elif piece.kind == "parquet":
@@ -128,24 +190,18 @@ def documents(piece):
         with open(piece.path, "rb") as f:
             f.seek(piece.start)
             data = f.read(piece.end - piece.start)
-        if piece.kind == "xz": # read as the tar that it is: headers and padding are no text
-            with tarfile.open(fileobj=lzma.open(io.BytesIO(data)), mode="r|") as tar:
-                yield from (tar.extractfile(member).read(MOST_BYTES) for member in tar if member.isreg())
-        elif piece.kind == "lines":
-            jsonl = piece.path.lower().endswith(".jsonl")
-            for line in io.BytesIO(data):
-                if jsonl and line.strip():
-                    try:
-                        line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
-                    except (ValueError, KeyError, TypeError, AttributeError):
-                        raise ValueError(f'a line is no {{"text": ".."}}: {line[:60]!r}') from None
-                yield line
-        else:
-            yield data
+        for line in io.BytesIO(data) if piece.kind == "lines" else [data]:
+            if piece.kind == "lines" and piece.path.lower().endswith(".jsonl") and line.strip():
+                try:
+                    line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ValueError(f'a line is no {{"text": ".."}}: {line[:60]!r}') from None
+            yield line
 
 
 def share(pieces, low, high, part=0, parts=1):
-    """Of pieces, the part-th of so many equal parts of a corpus, the documents in its 21sts low to high."""
+    """Yields of pieces, the part-th of so many equal parts of a corpus, the documents in its 21sts low to
+    high."""
     count, before = sum(p.count for p in pieces), 0
     first, last = (min(max(-(-count * (edge * parts - CHUNKS * part) // CHUNKS), 0), count)
                    for edge in (low, high))
@@ -156,62 +212,30 @@ def share(pieces, low, high, part=0, parts=1):
         before += p.count
 
 
-def chunk_pieces(path):
-    """The .xz files in an outer tar, by where they lie in it; or the one that path is."""
-    found = [(0, os.path.getsize(path))]
-    if path.endswith(".tar"):
-        with readable(path), tarfile.open(path, "r:") as tar:
-            found = [(m.offset_data, m.size) for m in tar if m.isreg() and m.name.endswith(".xz")]
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512): # tarfile takes any end for the end
-                raise tarfile.ReadError("it ends in the middle")
-    return [Piece("xz", path, start, start + size, size * 14 // 10) for start, size in found]
-
-
-def find_chunks(files, args, splits):
-    chunks, name = {}, "urlsf_subset{:02}" + (".tar" if files[0].endswith(".tar") else "-*_data.xz")
-    numbers = {f: [int(n) for n in re.findall(r"\d+", os.path.basename(f))] for f in files} # 10 comes after 9
-    for f in sorted(files, key=numbers.get):
-        chunks.setdefault(numbers[f][0], []).append(f)
-    if missing := [name.format(c) for edges in splits.values() for c in range(*edges) if c not in chunks]:
-        fail(f"{args.source} lacks {', '.join(missing)}. Fetch them, or lower --train_chunks, --val_chunks")
-    return f"{len(chunks)} of {CHUNKS} chunks, {name.format(min(chunks))} and on", {
-        split: [p for c in range(*edges) for f in chunks[c] for p in chunk_pieces(f)]
-        for split, edges in splits.items()}
-
-
 def find_parquet(files, args, splits):
     """Of files named -of-00080 only those are needed, or else downloaded, that hold the shares asked for."""
     try:
         from pyarrow import parquet
     except ImportError as e:
         fail(f"{e}, which reads parquet. Run: pip install pyarrow")
-    there, total, found = dict(enumerate(files)), len(files) or 80, {}
-    if numbers := [m for f in files if (m := re.search(r"train-(\d+)-of-(\d+)\.parquet$", f))]:
-        there, total = {int(m[1]): m.string for m in numbers}, int(numbers[0][2])
-        if len(there) < len(files) or len({m[2] for m in numbers}) > 1:
-            fail(f"{args.source} holds more than one set of parquet files, "
-                 f"{', '.join(map(os.path.basename, files[:9]))}: leave one")
-    cache, name = os.path.join(cache_folder(), "openwebtext"), f"train-{{:05}}-of-{total:05}.parquet"
-    needed = {split: range(low * total // CHUNKS, -(-high * total // CHUNKS))
-              for split, (low, high) in splits.items()}
-    missing = [name.format(i) for i in sorted({*itertools.chain(*needed.values())} - {*there})]
-    if args.source and missing:
-        fail(f"{args.source} lacks {', '.join(missing)}. Fetch them, or lower --train_chunks, --val_chunks")
-    if missing := [n for n in missing if not os.path.exists(os.path.join(cache, n))]:
-        os.makedirs(cache, exist_ok=True)
-        need, free = len(missing) * 0.3, shutil.disk_usage(cache).free / 1e9
-        print(f"{'at most ' * (args.limit > 0)}{len(missing)} files of about 0.3 GB are missing, in all "
-              f"{need:.1f} GB; {cache} has {free:.1f} free. --source=DIR takes files you have")
-        if need > free and not args.limit:
-            fail(f"{cache} has no room for them. Lower --train_chunks, or set XDG_CACHE_HOME to another disk")
+    numbers, total, found = dict(enumerate(files)), len(files) or 80, {}
+    matches = [re.search(r"([a-z]+)-(\d+)-of-(\d+)(-\w+)?\.parquet$", path) for path in files]
+    if files and all(matches): # of other splits none must come into train
+        train = [m for m in matches if m[1] == "train"]
+        print(f"note: {len(files) - len(train)} files that are not of train are left out")
+        numbers, total = {int(m[2]): m.string for m in train}, max([int(m[3]) for m in train], default=0)
+        if not train or len(numbers) < len(train) or {int(m[3]) for m in train} != {total}:
+            fail(f"{args.source} holds no train-*.parquet, or more than one set of them: leave one")
     for split, (low, high) in splits.items():
         found[split] = []
-        for i in needed[split]:
-            path = there.get(i, os.path.join(cache, name.format(i)))
+        for i in range(low * total // CHUNKS, -(-high * total // CHUNKS)):
+            name = f"train-{i:05}-of-{total:05}.parquet"
+            if files and i not in numbers:
+                fail(f"{args.source} lacks {name}. Fetch it, or lower --train_chunks, --val_chunks")
+            path = numbers.get(i, os.path.join(cache_folder(), "openwebtext", name))
             if not os.path.exists(path):
-                print(f"fetching {URL}{name.format(i)}", flush=True)
-                download(URL + name.format(i), path)
+                print(f"fetching {URL}{name}, 0.3 GB. --source=DIR takes files you have", flush=True)
+                download(URL + name, path)
             try:
                 with parquet.ParquetFile(path) as file:
                     rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -223,18 +247,17 @@ def find_parquet(files, args, splits):
             found[split] += share(pieces, low, high, i, total)
             if 0 < args.limit <= sum(p.last - p.first for p in found[split]):
                 break # the rest is not needed, nor downloaded
-    return f"{total} parquet files, {len(there) or 'none'} of them before", found
+    return f"{total} parquet files, {len(numbers) or 'none'} of them before", found
 
 
 def find_texts(files, args, splits):
     pieces = []
     for path in files:
-        with readable(path), open(path, "rb") as f:
-            size = os.path.getsize(path)
-            if path.lower().endswith(".txt") and path != args.source and size <= PIECE:
-                pieces.append(Piece("file", path, 0, size, size // 2))
-                continue
-            start = end = count = 0
+        size, start, end, count = os.path.getsize(path), 0, 0, 0
+        if path.lower().endswith(".txt") and path != args.source and size <= PIECE:
+            pieces.append(Piece("file", path, 0, size, size // 2))
+            continue
+        with open(path, "rb") as f:
             for line in f:
                 end, count = end + len(line), count + 1
                 if end - start >= PIECE or end == size:
@@ -252,13 +275,14 @@ def find(args):
         return f"pydoc_data of Python {platform.python_version()}", pieces
     if not args.source:
         return find_parquet([], args, splits)
-    files = list(folder_files(args.source)) if os.path.isdir(args.source) else [args.source]
-    for pattern, layout in ((r"urlsf_subset\d+\.tar", find_chunks),
-                            (r"urlsf_subset\d+-\d+_data\.xz", find_chunks), (r".*\.parquet", find_parquet),
-                            (r"(?i:.*\.(jsonl|txt))", find_texts)):
-        if found := [f for f in files if re.fullmatch(pattern, os.path.basename(f))]:
+    files = [args.source]
+    if os.path.isdir(args.source):
+        files = sorted(os.path.join(here, name) for here, _, names in os.walk(args.source, followlinks=True)
+                       for name in names if name[0] != ".")
+    for pattern, layout in ((r".*\.parquet", find_parquet), (r"(?i:.*\.(jsonl|txt))", find_texts)):
+        if found := [f for f in files if re.fullmatch(pattern, os.path.basename(f), re.S)]:
             return layout(found, args, splits)
-    fail(f"--source={args.source} holds no text in a layout that --help lists (openwebtext.tar.xz has to be "
+    fail(f"--source={args.source} holds no text in a layout that --help lists (archives have to be "
          f"unpacked). There is: {', '.join(map(os.path.basename, files[:9])) or 'nothing'}")
 
 
@@ -312,8 +336,7 @@ class Encode(torch.utils.data.Dataset):
         return np.array(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, "<u2")
 
     def __getitem__(self, piece):
-        parts, sizes, end = [], [], np.array([self.end_id], "<u2")
-        cleaned = dict.fromkeys(CLEANED, 0)
+        parts, sizes, end, cleaned = [], [], np.array([self.end_id], "<u2"), dict.fromkeys(CLEANED, 0)
         try:
             for raw in itertools.islice(documents(piece), piece.first, piece.last):
                 text = raw.replace(b"\0", b"").decode("utf-8", "replace")
@@ -326,14 +349,19 @@ class Encode(torch.utils.data.Dataset):
                     ids = [self.ids(part) for part in PARTS.findall(text)]
                     parts += [*ids, end]
                     sizes.append((sum(map(len, ids)) + 1, len(text)))
-        except Exception as e: # lzma, tarfile and pyarrow raise a dozen types for files that are cut short
+        except Exception as e: # pyarrow raises a dozen types for files that are cut short
             return b"", [], cleaned, f"{type(e).__name__}: {e}"
         return b"".join(part.tobytes() for part in parts), sizes, cleaned, ""
 
 
 def start_worker(worker):
+    """In a worker: one thread, and an end when the parent was killed, for which DataLoader's own watch waits
+    until someone reads the results."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false" # there is a process for each core already
-    end_with_parent(worker)
 
 
 def write_split(path, pieces, encode, args, counts, save):
@@ -349,31 +377,65 @@ def write_split(path, pieces, encode, args, counts, save):
     with open(path, "ab") as file, progress(
             desc=os.path.basename(path), total=sum(p.nbytes for p in pieces), unit="B", unit_scale=True,
             initial=sum(p.nbytes for p in pieces[:counts["pieces"]])) as bar:
-        flushed = start
+        saved = start
         if file.tell() < 2 * counts["tokens"]:
             fail(f"{path} has lost its end. Remove {os.path.dirname(path)} to start again.")
         file.truncate(2 * counts["tokens"])
         for piece, (ids, sizes, cleaned, problem) in zip(todo, loader):
             if problem:
                 fail(f"{piece.path} cannot be read, or not to its end: {problem}. Half a download? Put the "
-                     f"whole one there and give the same command again.")
+                     "whole one there and give the same command again.")
             if args.limit:
                 sizes = sizes[:args.limit - counts["documents"]]
-            more = {"tokens": sum(n for n, _ in sizes), "characters": sum(n for _, n in sizes)}
-            file.write(ids[:2 * more["tokens"]])
-            for k, n in {**cleaned, **more, "pieces": 1, "documents": len(sizes)}.items():
+            new = {"tokens": sum(n for n, _ in sizes), "characters": sum(n for _, n in sizes)}
+            file.write(ids[:2 * new["tokens"]])
+            for k, n in {**cleaned, **new, "pieces": 1, "documents": len(sizes)}.items():
                 counts[k] += n
-            rate = (counts["tokens"] - before) / (time.time() - start)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{(counts['tokens'] - before) / (time.time() - start):,.0f} tokens/s",
+                                refresh=False)
             bar.update(piece.nbytes)
             full = counts["documents"] == args.limit > 0
-            if time.time() - flushed > FLUSH_SECONDS or full or counts["pieces"] == len(pieces):
+            if time.time() - saved > COMMIT_SECONDS or full or counts["pieces"] == len(pieces):
                 file.flush()
                 os.fsync(file.fileno())
                 save()
-                flushed = time.time()
+                saved = time.time()
             if full:
                 break
+
+
+def prepare(folder, args, meta, tokenizer):
+    """Makes the set, meta being what begun.json or the flags say of it."""
+    layout, found = find(args)
+    print(f"found {layout}")
+    begun = os.path.join(folder, "begun.json")
+    for split, pieces in found.items():
+        counts = dict.fromkeys(("pieces", "documents", "tokens", "characters", *CLEANED), 0)
+        # not of sizes: a file that was cut short may have been mended
+        listed = [(os.path.basename(p.path), p.count, p.first, p.last) for p in pieces]
+        source_hash = hashlib.sha256(repr(listed).encode()).hexdigest()
+        entry = meta["splits"].setdefault(split, {"source_sha256": source_hash, **counts})
+        if entry["source_sha256"] != source_hash:
+            fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
+    need = sum(min(sum(p.nbytes for p in f), args.limit * 2500 or sys.maxsize) for f in found.values())
+    free = shutil.disk_usage(folder).free
+    print(f"{folder} takes about {need / 1e9:.2f} GB, {free / 1e9:.2f} are free")
+    if need - 2 * sum(c["tokens"] for c in meta["splits"].values()) > free:
+        fail("the disk has no room for it. Give another --data_dir, or lower --train_chunks")
+    meta["layout"], encode = layout, Encode(tokenizer)
+    with going_on(folder):
+        for split in ("val", "train"): # the small one first: what is wrong shows early
+            counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
+            write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
+            if not counts["documents"]:
+                fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more to "
+                     f"--source, or more shares of it: --{split}_chunks")
+    for split in found:
+        os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
+    write_json(os.path.join(folder, "meta.json"), meta)
+    for path in glob.glob(glob.escape(begun) + "*"): # also what a kill left of writing it
+        os.remove(path)
+    print(f"wrote {folder}; licence: {meta['license']}")
 
 
 # -----------------------------------------------------------------------------
@@ -383,13 +445,14 @@ def get_args(argv=None):
     p = Parser(__doc__)
     p.knob("data", "owt", "owt: OpenWebText or the texts in --source; pydoc: English that Python carries",
            choices=list(LICENCES))
-    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA_TOKENIZER")
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA_TOKENIZER",
+           type=os.path.expanduser)
     p.knob("tokenizer", None, "whose ids: bert (if owt), gpt2 (BPE as data2vec 2.0 reads it) or minilm (if "
-           "pydoc: BERT's vocabulary out of a package)", choices=list(TEACHERS))
-    p.knob("tokenizer_path", None, "folder with vocab.txt, or encoder.json, vocab.bpe and dict.txt; without "
-           "they are downloaded", type=str)
-    p.knob("source", None, "folder or file with the texts, in a layout above; it is only read. Without "
-           f"it, what is needed comes from {URL}, an address not opened when this was written", type=str)
+           "pydoc: BERT's vocabulary out of a package); NAME:PATH takes its files from there", type=str)
+    p.knob("weights_dir", cache_folder(), "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and "
+           "downloaded to there", type=os.path.expanduser)
+    p.knob("source", None, "folder or file with the texts, in a layout above; it is only read. Without it, "
+           f"what is needed comes from {URL}", type=os.path.expanduser)
     p.knob("train_chunks", 6, "21sts of the documents for training, from the start", least=1, most=CHUNKS - 1)
     p.knob("val_chunks", 1, "21sts of the documents for validation, right after", least=1, most=CHUNKS - 1)
     p.knob("limit", 0, "documents of each split at most, for a trial; 0: all")
@@ -398,20 +461,21 @@ def get_args(argv=None):
 
 
 def main(args):
-    kind = args.tokenizer or {"owt": "bert", "pydoc": "minilm"}[args.data]
-    name = f"{args.data}_{kind}"
-    folder = os.path.join(args.data_dir, name)
-    done, begun = os.path.join(folder, "meta.json"), os.path.join(folder, "begun.json")
+    kind, _, path = (args.tokenizer or {"owt": "bert", "pydoc": "minilm"}[args.data]).partition(":")
+    if kind not in TEACHERS:
+        fail(f"--tokenizer={args.tokenizer} is none of {', '.join(TEACHERS)}")
     if args.data == "pydoc" and (unread := {"source", "train_chunks", "val_chunks"} & set(args.given)):
         fail(f"--{', --'.join(sorted(unread))}: for --data=owt, not for pydoc")
     if args.train_chunks + args.val_chunks > CHUNKS:
         fail(f"--train_chunks={args.train_chunks} and --val_chunks={args.val_chunks}: {CHUNKS} is all")
     if args.source and not os.path.exists(args.source):
         fail(f"--source={args.source} is not there. Give the folder with the files; --help says which.")
-    tokenizer = load_tokenizer(TEACHERS[kind], args.tokenizer_path)
+    tokenizer = load_tokenizer(TEACHERS[kind], os.path.expanduser(path) or None, args.weights_dir)
     if tokenizer.vocab_size > 1 << 16:
-        fail(f"--tokenizer_path={args.tokenizer_path} has {tokenizer.vocab_size:,} tokens, and ids of two "
-             f"bytes are enough for 65,536")
+        fail(f"the tokenizer has {tokenizer.vocab_size:,} tokens, and ids of two bytes are enough for 65,536")
+    name = f"{args.data}_{kind}"
+    folder = os.path.join(args.data_dir, name)
+    done = os.path.join(folder, "meta.json")
     words, sha256, end_id = vocabulary(tokenizer)
     options = {"vocabulary": words, "source": os.path.realpath(args.source) if args.source else None,
                **{k: getattr(args, k) for k in ("train_chunks", "val_chunks", "limit")}}
@@ -419,49 +483,19 @@ def main(args):
             "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
             "splits": {}}
     if not os.path.exists(done):
-        make_folder(folder, f"--data_dir={args.data_dir}: {folder}")
-        held = open(os.path.join(folder, "lock"), "a") # until the program ends
-        lock(held, folder)
+        lock_file = lock(os.path.join(folder, "lock"), folder) # open, and so locked, until the program ends
     meta = prepared(folder, args, options) or meta
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
-        layout, found = find(args)
-        print(f"found {layout}")
-        for split, pieces in found.items():
-            counts = dict.fromkeys(("pieces", "documents", "tokens", "characters", *CLEANED), 0)
-            # not of sizes: a file that was cut short may have been mended
-            of = [(os.path.basename(p.path), p.count, p.first, p.last) for p in pieces]
-            of = hashlib.sha256(repr(of).encode()).hexdigest()
-            if meta["splits"].setdefault(split, {"of": of, **counts})["of"] != of:
-                fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
-        need = sum(min(sum(p.nbytes for p in f), args.limit * 2500 or sys.maxsize) for f in found.values())
-        need -= 2 * sum(c["tokens"] for c in meta["splits"].values())
-        free = shutil.disk_usage(folder).free
-        print(f"{folder} needs about {max(need, 0) / 1e9:.2f} GB more, {free / 1e9:.2f} are free")
-        if need > free:
-            fail("the disk has no room for it. Give another --data_dir, or lower --train_chunks")
-        meta["layout"], encode = layout, Encode(tokenizer)
-        with going_on(folder):
-            for split in ("val", "train"): # the small one first: what is wrong shows early
-                counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
-                write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
-                if not counts["documents"]:
-                    fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more to "
-                         f"--source, or more shares of it: --{split}_chunks")
-        for split in found:
-            os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
-        write_json(done, meta)
-        for path in [held.name, *glob.glob(glob.escape(begun) + "*")]: # also what a kill left of writing it
-            os.remove(path)
-        print(f"wrote {folder}; licence: {meta['license']}")
+        prepare(folder, args, meta, tokenizer)
     columns = ("documents", "tokens", "characters", *CLEANED)
     print(f"{'split':6}" + "".join(f"{k:>15}" for k in columns) + f"{'GB':>8}")
     for split, c in meta["splits"].items():
         print(f"{split:6}" + "".join(f"{c[k]:>15,}" for k in columns) + f"{2 * c['tokens'] / 1e9:>8.3f}")
     if args.data == "owt" and not args.limit:
         print(f"training examples of 192 tokens: {meta['splits']['train']['tokens'] // 192:,} (published: "
-              f"13M of more than 2.5 billion tokens, about 6 GB)")
+              "13M of more than 2.5 billion tokens, about 6 GB)")
     preset = {"bert": "bert", "gpt2": "data2vec2", "minilm": "tiny"}[kind]
     print(f"next: python distill_text.py --preset={preset} --data={name} --data_dir={args.data_dir}")
 

@@ -4,6 +4,7 @@ the 68 kinds of url and of answers to it are the rows of OUTCOMES and URLS in te
 
     pytest tests/test_hostile.py            # with -m slow also other numbers of workers
 """
+import csv
 import io
 import json
 import math
@@ -31,7 +32,7 @@ import prepare_imagenet
 import prepare_pairs
 from conftest import write_toy
 from model import Encoder, Tokenizer, load_encoder, load_pretrained, read_checkpoint
-from prepare_pairs import Bad, Pairs, RecordWriter, Texts, decode, eval_image, train_image
+from prepare_imagenet import Bad, Pairs, RecordWriter, Texts, decode, eval_image, to_record, train_image
 from server import HTML, SVG, png_claiming
 from test_loops import SHAPE, TOY, flags, records
 from test_pretrained import SMALL, Call, published, touch, trainer_file
@@ -109,12 +110,12 @@ TABLE = {
         "1 MB, one word": (b"x" * 10 ** 6, "x" * 2000),
         "1 MB of words": (b"word " * 200_000, "word " * 399 + "word"),
         "1 MB of blanks": (b" " * 10 ** 6, "no caption"),
-        "invalid UTF-8": (b"caf\xe9", "caf\ufffd"),
-        "UTF-16 surrogates": (b"a \xed\xa0\x80 b", "a \ufffd\ufffd\ufffd b"),
+        "not UTF-8": (b"caf\xe9", "café"), # as Excel saves it, in cp1252
+        "UTF-16 surrogates": (b"a \xed\xa0\x80 b", "a í € b"), # likewise
         "control characters": (b"\x07a\x1b[31mred\x08\r\x7f b", "a [31mred b"),
         "two lines": (b"a\nb", "a b"),
         "right to left": ("שלום עולם".encode(), "שלום עולם"),
-        "direction turned over": ("a\u202egnp.exe".encode(), "a gnp.exe"),
+        "direction turned over": ("a\u202egnp.exe".encode(), "agnp.exe"),
         "nothing that is seen": ("\u200b\ufeff\u2060".encode(), "no caption"),
         "special tokens": (b"[CLS] a [SEP]", "[CLS] a [SEP]"),
     },
@@ -170,11 +171,11 @@ TABLE = {
         "teacher: hostile pickle beside the weights": "loads",
         "teacher: hostile pickle among the weights": "1 missing: blocks.0.norm1.bias",
         "teacher: hostile pickle that calls a result": "cannot be read as weights",
-        "teacher: TorchScript": "a TorchScript archive, which is a program",
+        "teacher: TorchScript": "torchscript checkpoint",
         "teacher: truncated": "cannot be read as weights",
         "teacher: zip of something else": "cannot be read as weights",
         "teacher: safetensors of a huge header": "cannot be read as weights",
-        "teacher: other model": "it looks like beitv2",
+        "teacher: other model": "is not data2vec2_image as it was published",
         "teacher: NaN weights": "1 with NaN or infinity: blocks.0.norm1.bias",
         "teacher: a tensor of 10^12 elements": "1 mis-shaped: blocks.0.norm1.bias",
     },
@@ -183,17 +184,17 @@ TABLE = {
         ".idx shorter than .bin": "its .idx does not describe them",
         ".idx descends": "its .idx does not describe them",
         ".idx of huge numbers": "its .idx does not describe them",
-        "captions point past the pictures": "counts and indices disagree",
-        "pictures without a caption": "pictures without a caption",
-        ".npy of floats": "not int64",
+        "captions point past the pictures": "_text_to_image.npy",
+        "pictures without a caption": "_text_to_image.npy",
+        ".npy of floats": "numbers of int64",
         ".npy is a pickle": "damaged", # np.load runs none
         ".npy holds objects": "damaged",
         ".npy is an .npz": "damaged",
         ".npy empty": "damaged",
         ".npy claims 70 TB": "damaged",
-        "labels too few": "counts and indices disagree",
+        "labels too few": "train_labels.npy: not",
         "meta.json cut": "damaged",
-        "meta.json of other counts": "counts and indices disagree",
+        "meta.json of other counts": "not what meta.json says",
         "meta.json without counts": "damaged",
         "meta.json 100,000 deep": "damaged",
         "tokenizer.json cut": "is no tokenizer",
@@ -202,7 +203,7 @@ TABLE = {
         "text: shorter than meta.json says": "has 1,000 bytes, not 6,010",
         "text: other vocabulary": "but the model reads WordPiece",
         "text: counts are words": "damaged",
-        "text: ids beyond the vocabulary": "runs", # those sequences are skipped and logged
+        "text: ids beyond the vocabulary": "ends, saved", # those sequences are skipped and logged
     },
 }
 COLOURS = {"red": (200, 40, 40), "blue": (40, 40, 200), "white": (255, 255, 255), "black": (0, 0, 0),
@@ -371,10 +372,10 @@ def prepare(folder, data):
     args = prepare_pairs.get_args([f"--data={data}", f"--source={folder}", f"--data_dir={folder}/out",
                                    "--threads=1"])
     prepare_pairs.main(args)
-    source = prepare_pairs.SOURCES.get(data, prepare_pairs.find_own)(args)
-    with open(folder / "out" / data / "rows.jsonl") as f:
-        entries = [json.loads(line) for line in f][1:]
-    causes = prepare_pairs.survey(source)[0] | {entry[0]: entry[2] for entry in entries}
+    source = (prepare_pairs.find_coco if data == "coco" else prepare_pairs.find_own)(args)
+    with open(folder / "out" / data / "used.tsv", encoding="utf-8") as f:
+        lines = list(csv.DictReader(f, delimiter="\t"))
+    causes = prepare_pairs.survey(source)[0] | {int(line["row"]): line["cause"] for line in lines}
     return ({row.where: causes[n] for n, row in enumerate(source.rows())},
             Pairs(f"{folder}/out", data, "train"))
 
@@ -414,7 +415,7 @@ def test_picture(kind, expected, made, table):
     assert caption == kind and seen(record) == trained
     assert (record == made[kind]) == (prepared == "as it is")
     assert prepared == "as it is" or Image.open(io.BytesIO(record)).format == "JPEG"
-    small = prepare_pairs.to_record(made[kind], resize=24) # the other way through it
+    small = to_record(made[kind], resize=24) # the other way through it
     assert seen(small) == trained and min(decode(small).size) == 24
 
 
@@ -684,14 +685,13 @@ def test_index(kind, expected, tmp_path, tiny_data, text_data):
                                          max_length=16, depth=1)
     args = loop.get_args(flags(dict(knobs, data_dir=tmp_path / "data", out_dir=tmp_path / "run",
                                     max_steps=16)))
-    if expected != "runs":
+    if expected != "ends, saved":
         assert expected in message(loop.main, args)
-        assert not os.path.exists(tmp_path / "run") and not os.path.exists(marker)
+        assert not os.path.exists(tmp_path / "run" / "ckpt.pt") and not os.path.exists(marker)
         return
-    loop.main(args) # one epoch, of 13 steps, and a bit
-    log = records(tmp_path / "run")
-    assert {i for r in log for i in r.get("skipped", [])} == {3, 7} and log[-1]["step"] == 16
-    assert all(math.isfinite(r["loss"]) for r in log if "loss" in r)
+    with pytest.raises(ValueError, match="ids beyond the vocabulary"):
+        loop.main(args)
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 16 # what was trained is saved
 
 
 # -----------------------------------------------------------------------------
@@ -703,7 +703,7 @@ def test_index(kind, expected, tmp_path, tiny_data, text_data):
     pytest.param(distill_multimodal, 0, marks=pytest.mark.slow)])
 def test_a_run_over_all_of_it(loop, num_workers, made, tmp_path, capfd):
     """One epoch over a set that holds every picture and caption above as it came, among good ones, and a bad
-    picture in its validation split: the run ends with the loss finite, and says which were skipped."""
+    picture in its validation split: the run ends with the loss finite, and says which are grey."""
     write_toy(str(tmp_path))
     folder = tmp_path / "toy"
     good, captions = Pairs(str(tmp_path), "toy", "train"), [raw for raw, _ in TABLE["captions"].values()]
@@ -726,8 +726,8 @@ def test_a_run_over_all_of_it(loop, num_workers, made, tmp_path, capfd):
                                        max_steps=9, eval_interval=9, num_workers=num_workers))))
     log, said = records(tmp_path / "run"), "".join(capfd.readouterr())
     bad = {i for i, kind in kinds.items() if TABLE["pictures"][kind][1] == "skipped"}
-    assert {i for r in log for i in r.get("skipped", [])} == bad and len(bad) > 20
+    assert {i for r in log for i in r.get("unreadable", [])} == bad and len(bad) > 20
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 10))
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["norm"]) for r in log if "loss" in r)
-    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["finished"]
-    assert "cannot be read: " in said and "picture 3 of 12 cannot be read: grey" in said
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["unreadable"] == len(bad)
+    assert "cannot be read, grey" in said and "picture 3 of 12 cannot be read: grey" in said

@@ -1,0 +1,446 @@
+"""
+Shards in: five pictures in each form that people have them in, laid out as the original writes it; what is
+torn, killed, repeated or hostile.
+
+    pytest tests/test_shards.py               # -m slow: kills at random, and three steps on each form
+"""
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+import prepare_imagenet
+import prepare_pairs
+from prepare_imagenet import Pairs, decode
+from server import picture
+
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, which reads parquet, is not installed")
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def write(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else
+                json.dumps(data).encode())
+
+
+def tar_bytes(members):
+    """[(name, bytes or text)] -> a tar, owned and dated as webdataset's writer does."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_parquet(path, rows, names=None):
+    """names: of the classes, which the hub keeps in the schema."""
+    from pyarrow import parquet
+    table = pyarrow.Table.from_pylist(rows)
+    if names:
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    parquet.write_table(table, path, row_group_size=2)
+
+
+def image(n, name=None):
+    return {"bytes": picture(n), "path": name}
+
+
+def row_of_img2dataset(n, **more):
+    status = {"status": "failed_to_download", "error_message": "HTTP Error 404: Not Found", "width": None}
+    ok = {"status": "success", "error_message": None, "width": 48}
+    return {**more, "caption": f"caption {n}", "url": f"http://x/{n}", "key": f"{n:06}",
+            **(status if n == 3 else ok), "exif": "{}", "sha256": f"{n}"}
+
+
+# -----------------------------------------------------------------------------
+# each form -> flags, {split: {number of the picture: its captions}}
+
+LIST = {"images": [ # as Karpathy's
+    {"filename": f"{n}.jpg", "imgid": n, "split": split, "sentids": [n],
+     "sentences": [{"raw": "other words"}]}
+    for n, split in enumerate(["train", "train", "restval", "val", "test"])]}
+SPLIT = ["train", "train", "train", "val", "test"]
+ONE = {n: [f"caption {n}"] for n in (0, 1, 2, 4, 5)} # of img2dataset's rows the fourth failed
+FIVE = {n: [f"words {k} of {n}" for k in range(5)] for n in range(5)}
+
+
+def by_split(captions):
+    return {split: {n: captions[n] for n in captions if SPLIT[n] == split}
+            for split in ("train", "val", "test")}
+
+
+def img2dataset_webdataset(folder):
+    for shard, numbers in (("00000", (2, 1, 0)), ("00001", (4, 5))): # not sorted by key
+        write(f"{folder}/{shard}.tar", tar_bytes(
+            (f"{n:06}.{kind}", data) for n in numbers for kind, data in (
+                ("jpg", picture(n)), ("json", json.dumps(row_of_img2dataset(n))), ("txt", f"caption {n}"))))
+        write_parquet(f"{folder}/{shard}.parquet", [row_of_img2dataset(n) for n in (*numbers, 3)])
+        write(f"{folder}/{shard}_stats.json", {"count": 3, "successes": len(numbers)})
+    return [], {None: ONE}
+
+
+def img2dataset_parquet(folder):
+    for shard, numbers in (("00000", (1, 2, 3, 0)), ("00001", (5, 4))):
+        write_parquet(f"{folder}/{shard}.parquet", [
+            {**row_of_img2dataset(n), "jpg": None if n == 3 else picture(n)} for n in numbers])
+    return [], {None: ONE}
+
+
+def img2dataset_files(folder):
+    for n in ONE:
+        for kind, data in (("jpg", picture(n)), ("json", row_of_img2dataset(n)), ("txt", f"caption {n}")):
+            write(f"{folder}/0000{n // 3}/{n:06}.{kind}", data)
+    write_parquet(f"{folder}/00000.parquet", [row_of_img2dataset(n) for n in range(4)])
+    write(f"{folder}/00000_stats.json", {"count": 4, "successes": 3})
+    return [], {None: ONE}
+
+
+def pixparse(folder):
+    for name, numbers in (("train-0000", (0, 1)), ("train-0001", (2,)), ("validation-0000", (3, 4))):
+        write(f"{folder}/cc3m-{name}.tar",
+              tar_bytes((f"{n:09}.{kind}", data) for n in numbers for kind, data in (
+            ("jpg", picture(n)), ("json", '{"caption": "from the .json"}'), ("txt", f"caption {n}"))))
+    write(f"{folder}/_info.json",
+          {"splits": {"train": {"shard_lengths": [2, 1]}, "validation": {"shard_lengths": [2]}}})
+    return [], {"train": {n: [f"caption {n}"] for n in (0, 1, 2)},
+                "val": {n: [f"caption {n}"] for n in (3, 4)}}
+
+
+def clip_benchmark(folder):
+    write(f"{folder}/test/0.tar", tar_bytes((f"s{n:07}.{kind}", data) for n in FIVE for kind, data in (
+        ("txt", "\n".join(FIVE[n])), ("jpg", picture(n)))))
+    return [], {"test": FIVE}
+
+
+def dreamlip(folder):
+    """img2dataset's, with save_additional_columns; some split into sentences, some null."""
+    extra = [{"raw_caption": f"raw {n}", "shortSV_captions": f"short {n}" if n else None,
+              "longSV_captions": [f"a {n}.", f"b {n}."], "longIB_captions": "not asked for"}
+             for n in range(5)]
+    write(f"{folder}/00000.tar", tar_bytes((f"{n:06}.{kind}", data) for n in range(5) for kind, data in (
+        ("json", json.dumps({**row_of_img2dataset(0), **extra[n]})), ("jpg", picture(n)),
+        ("txt", f"raw {n}"))))
+    return ["--caption_key=raw_caption,shortSV_captions,longSV_captions"], {None: {
+        n: [f"raw {n}", *([f"short {n}"] if n else []), f"a {n}.", f"b {n}."] for n in range(5)}}
+
+
+def umaru97(folder):
+    for split, part in (("train", (0, 1, 2)), ("validation", (3,)), ("test", (4,))):
+        write_parquet(f"{folder}/data/{split}-00000-of-00001-0a1b2c3d4e5f.parquet", [
+            {"image": image(n), "caption": FIVE[n], "sentids": ["1"], "split": "wrong", "img_id": str(n),
+             "filename": f"{n}.jpg"} for n in part])
+    return [], by_split(FIVE)
+
+
+def bitmind(folder):
+    """A row a caption, the picture repeated, also in another file."""
+    rows = [{"image": image(n), "filepath": "val2014", "sentids": [1], "filename": f"{n}.jpg", "imgid": n,
+             "split": LIST["images"][n]["split"],
+             "sentences": {"tokens": ["a"], "raw": FIVE[n][k], "imgid": n},
+             "cocoid": 900 + n} for k in range(5) for n in range(5)]
+    for i in range(2):
+        write_parquet(f"{folder}/data/part-0000{i}-of-00002.parquet", rows[13 * i:13 * i + 13])
+    return [], by_split(FIVE)
+
+
+def lmms_lab(folder):
+    """One split, no column that tells it: Karpathy's list beside it does."""
+    write_parquet(f"{folder}/data/test-00000-of-00001.parquet", [
+        {"image": image(n), "caption": FIVE[n], "sentids": ["1"], "img_id": str(n), "filename": f"{n}.jpg"}
+        for n in range(5)])
+    write(f"{folder}/dataset_flickr30k.json", LIST)
+    return [], by_split(FIVE)
+
+
+def nlphuji(folder):
+    lines = ["raw,sentids,split,filename,img_id"]
+    for n in range(5):
+        write(f"{folder}/flickr30k-images/{n}.jpg", picture(n))
+        raw = json.dumps(FIVE[n]).replace('"', '""')
+        lines.append(f'"{raw}","[0, 1]",{SPLIT[n]},{n}.jpg,{n}')
+    write(f"{folder}/flickr_annotations_30k.csv", "\n".join(lines))
+    return [f"--images={folder}/flickr30k-images"], by_split(FIVE)
+
+
+PAIRS = [img2dataset_webdataset, img2dataset_parquet, img2dataset_files, pixparse, clip_benchmark, dreamlip,
+         umaru97,
+         bitmind, lmms_lab, nlphuji]
+
+
+def number(data):
+    r, g, b = decode(data).getpixel((0, 0))
+    assert b == 7
+    return r + 256 * g
+
+
+def content(data_dir, name):
+    """{split: {number of the picture: its captions}}; each picture is there once."""
+    found = {}
+    with open(f"{data_dir}/{name}/meta.json") as f:
+        splits = json.load(f)["splits"]
+    for split in splits:
+        pairs = Pairs(str(data_dir), name, split)
+        numbers = [number(pairs.images[i]) for i in range(len(pairs.images))]
+        assert len(set(numbers)) == len(numbers)
+        found[split] = {n: [] for n in numbers}
+        for j, i in enumerate(pairs.text_to_image):
+            found[split][numbers[i]].append(pairs.captions[j])
+    return found
+
+
+def prepare(tmp_path, *words, name="it", source="source"):
+    prepare_pairs.main(prepare_pairs.get_args([f"--data={name}", f"--data_dir={tmp_path}/data",
+                                               f"--source={tmp_path}/{source}", "--threads=2", *words]))
+    return content(f"{tmp_path}/data", name)
+
+
+@pytest.mark.parametrize("form", PAIRS, ids=lambda form: form.__name__)
+def test_pairs_in_each_form(form, tmp_path, capsys):
+    words, expected = form(tmp_path / "source")
+    found = prepare(tmp_path, *words)
+    if None in expected: # by a hash, but never none for validation
+        assert found["val"]
+        found = {None: {n: captions for part in found.values() for n, captions in part.items()}}
+    assert found == expected
+    out = capsys.readouterr().out
+    assert "words/caption" in out and "split" in out # the statistics of the thesis' tables
+    with open(tmp_path / "data/it/meta.json") as f:
+        assert json.load(f)["failed"] == ({"not fetched (failed_to_download)": 1}
+                                          if form is img2dataset_parquet
+                                          else {})
+
+
+NAMES = ["a dog", "a cat"]
+
+
+def imagenet_parquet(folder):
+    for split, rows in (("train", [(0, 0), (1, 1), (2, 1)]), ("validation", [(3, 0), (4, 1)]),
+                        ("test", [(5, -1)])):
+        write_parquet(f"{folder}/data/{split}-00000-of-00001.parquet",
+                      [{"image": image(n, "x.JPEG"), "label": label} for n, label in rows], NAMES)
+
+
+def imagenet_wds(folder):
+    for split, rows in (("train", [(0, 0), (1, 1), (2, 1)]), ("validation", [(3, 0), (4, 1)])):
+        write(f"{folder}/imagenet1k-{split}-0000.tar", tar_bytes((f"{n:07}.{kind}", data) for n, label in rows
+                                                                for kind, data in (("cls", f"{label}"),
+                                                                                   ("jpg", picture(n)))))
+
+
+def val_alone(folder):
+    write(f"{folder}/test/0.tar", tar_bytes((f"s{n:07}.{kind}", data) for n in range(5) for kind, data in (
+        ("cls", f"{n % 2}\n"), ("jpg", picture(n)))))
+
+
+@pytest.mark.parametrize("form, data, expected", [
+    (imagenet_parquet, "imagenet", {"train": {0: 0, 1: 1, 2: 1}, "val": {3: 0, 4: 1}}),
+    (imagenet_parquet, "own", {"train": {0: 0, 1: 1, 2: 1}, "val": {3: 0, 4: 1}}),
+    (imagenet_wds, "own", {"train": {0: 0, 1: 1, 2: 1}, "val": {3: 0, 4: 1}}),
+    (val_alone, "own", {"test": {n: n % 2 for n in range(5)}})])
+def test_labelled_sets_in_each_form(form, data, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_imagenet, "NUM_CLASSES", 2)
+    form(tmp_path / "source")
+    prepare_imagenet.main(prepare_imagenet.get_args([
+        f"--data={data}", f"--data_dir={tmp_path}/data", f"--source={tmp_path}/source"]))
+    for split, labels in expected.items():
+        pairs = Pairs(f"{tmp_path}/data", data, split)
+        assert dict(zip(map(number, map(pairs.images.__getitem__, range(len(labels)))),
+                        pairs.labels.tolist())) == labels and len(pairs.images) == len(labels)
+        assert pairs.meta["classes"] == (NAMES if form is imagenet_parquet else ["0", "1"])
+    assert list(pairs.meta["splits"]) == list(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*PAIRS, imagenet_parquet, imagenet_wds], ids=lambda form: form.__name__)
+def test_trains_and_is_judged(form, tmp_path):
+    """Three steps on each form, then a table of it, by the command lines."""
+    def run(script, *words):
+        words = [*words, f"--data_dir={tmp_path}/data"]
+        done = subprocess.run([sys.executable, os.path.join(REPO, script), *words], capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    words, expected = form(tmp_path / "source") or ([], {})
+    labelled = form not in PAIRS
+    run("prepare_imagenet.py" if labelled else "prepare_pairs.py", "--data=it", f"--source={tmp_path}/source",
+        *words)
+    if set(expected) == {"test"}: # of which nothing is trained: judged by a model of another set
+        pixparse(tmp_path / "other")
+        run("prepare_pairs.py", "--data=other", f"--source={tmp_path}/other")
+    small = ["--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2", "--depth=1",
+             "--batch_size=2",
+             "--max_steps=3", "--device=cpu", f"--out_dir={tmp_path}/run"]
+    if labelled:
+        run("distill_image.py", "--data=it", "--teacher=ema", "--target_layers=1", *small)
+        run("evaluate.py", "knn", "--task=it", f"--ckpt={tmp_path}/run/ckpt.pt", "--device=cpu")
+    else:
+        name = "other" if set(expected) == {"test"} else "it"
+        run("distill_multimodal.py", "--preset=tiny", f"--data={name}", "--unit=image", "--kd_loss=none",
+            "--image_init=random",
+            "--text_init=random", "--text_depth=1", *small)
+        run("evaluate.py", "retrieval", "--data=it", f"--ckpt={tmp_path}/run/ckpt.pt", "--device=cpu",
+            f"--split={'test' if 'test' in expected else 'val'}")
+
+
+# -----------------------------------------------------------------------------
+# what is torn, killed, linked, hostile
+
+
+def numbered(folder, shards=6, each=20):
+    """Shards of so many pictures -> {number: its caption} of all."""
+    for s in range(shards):
+        members = []
+        for n in range(s * each, s * each + each):
+            members += [(f"{n:06}.jpg", picture(n)), (f"{n:06}.txt", f"caption {n}")]
+        write(f"{folder}/{s:05}.tar", tar_bytes(members))
+    return {n: [f"caption {n}"] for n in range(shards * each)}
+
+
+def whole(found):
+    parts = [n for part in found.values() for n in part]
+    assert len(set(parts)) == len(parts)
+    return {n: captions for part in found.values() for n, captions in part.items()}
+
+
+@pytest.mark.parametrize("size", [700, 10240 + 512, -1024 - 9 * 512, "html", 0])
+def test_a_torn_shard_is_named_and_mended(tmp_path, size, capsys):
+    """Cut in a header, in a picture, exactly between two members (which tarfile takes for the end), no tar:
+    all others are converted, the shard is named, and the whole one in its place gives what was missing."""
+    expected, path = numbered(tmp_path / "source", 3, 5), tmp_path / "source/00001.tar"
+    data = path.read_bytes()
+    end = next(m.offset_data + 512 for m in reversed(tarfile.open(path).getmembers())) # behind the last text
+    write(path, b"<html>no</html>" * 99 if size == "html" else data[:size] if size >= 0 else data[:end])
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1 of 3 shards are torn"):
+            prepare(tmp_path)
+        assert "torn: 00001.tar" in capsys.readouterr().out
+        assert not os.path.exists(tmp_path / "data/it/meta.json")
+    write(path, data)
+    assert whole(prepare(tmp_path)) == expected
+
+
+def test_several_tars_in_one_file_are_not_read_as_the_first(tmp_path):
+    numbered(tmp_path / "source", 2, 30)
+    a, b = (tmp_path / f"source/0000{s}.tar" for s in range(2))
+    write(a, a.read_bytes() + b.read_bytes())
+    with pytest.raises(SystemExit, match="torn"):
+        prepare(tmp_path)
+
+
+def test_links_on_the_disk_and_in_a_tar(tmp_path, capsys):
+    """The hub's cache links to blobs, which are read; each once; a cycle is named; in a tar links are not
+    read, and no name becomes a path."""
+    expected = numbered(tmp_path / "blobs", 2, 4)
+    link = tarfile.TarInfo("000099.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    out = io.BytesIO(tar_bytes([("../../../evil.jpg", picture(50)), ("../../../evil.txt", "fifty")]))
+    with tarfile.open(fileobj=out, mode="a") as tar:
+        tar.addfile(link)
+    write(tmp_path / "blobs/evil", out.getvalue())
+    snapshot = tmp_path / "source/snapshots/0a1b"
+    os.makedirs(snapshot / "data")
+    for name, blob in (("a", "00000.tar"), ("b", "00001.tar"), ("twice", "00000.tar"), ("c", "evil")):
+        os.symlink(tmp_path / "blobs" / blob, snapshot / f"data/{name}.tar")
+    os.symlink(tmp_path / "source", snapshot / "cycle")
+    assert whole(prepare(tmp_path)) == expected | {50: ["fifty"]}
+    out = capsys.readouterr().out
+    assert "twice.tar is a link" in out and "cycle is a link" in out
+    assert not [f for _, _, files in os.walk(tmp_path) for f in files if f.startswith("evil.")]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    """Before time is spent: a run of img2dataset without a network, urls, two forms side by side."""
+    write(f"{tmp_path}/dead/00000_stats.json", {"count": 10, "successes": 0})
+    write(f"{tmp_path}/dead/00000.tar", tar_bytes([]))
+    write_parquet(f"{tmp_path}/urls/0.parquet", [{"image_url": "http://x/1", "caption": "a"}])
+    numbered(f"{tmp_path}/both", 1)
+    write_parquet(f"{tmp_path}/both/x.parquet", [{"image": image(1), "caption": "a"}])
+    write(f"{tmp_path}/other/a.beton", b"x")
+    write(f"{tmp_path}/saved/data-00000-of-00001.arrow", b"x")
+    img2dataset_webdataset(tmp_path / "keys")
+    for source, said, words in (("dead", "none of 10 urls", []), ("urls", "img2dataset", []),
+                                ("both", "both", []),
+                                ("other", "no table and no shards.*FFCV", []),
+                                ("saved", "to_parquet", []),
+                                ("other/a.beton", "a.beton is no table", []),
+                                ("keys", "no_such", ["--caption_key=no_such"])):
+        with pytest.raises(SystemExit, match=said):
+            prepare(tmp_path, *words, source=source)
+
+
+def test_limit_is_raised_later(tmp_path):
+    expected = numbered(tmp_path / "source")
+    found = prepare(tmp_path, "--limit=15")
+    assert len(found["train"]) == 15
+    more = prepare(tmp_path, "--limit=40")
+    assert len(more["train"]) == 40 and found["train"].items() <= more["train"].items()
+    assert whole(prepare(tmp_path, "--limit=0")) == expected
+
+
+def test_the_hub_is_read_tar_by_tar(tmp_path, monkeypatch):
+    """Without --source: fetched, converted, deleted; what failed on the way is fetched again."""
+    _, expected = pixparse(tmp_path / "hub")
+    fetched, broken = [], ["cc3m-train-0001.tar"]
+
+    def download(url, path):
+        name = url.rpartition("/")[2]
+        if name in broken:
+            broken.clear()
+            raise SystemExit("no network")
+        fetched.append(name)
+        shutil.copy(tmp_path / "hub" / name, path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare_pairs, "download", download)
+    monkeypatch.setitem(prepare_pairs.HUB, "cc3m",
+                        (prepare_pairs.HUB["cc3m"][0], {"validation": 1, "train": 2}, 1))
+    words = ["--data=cc3m", f"--data_dir={tmp_path}/data", "--threads=2"]
+    with pytest.raises(SystemExit, match="no network"):
+        prepare_pairs.main(prepare_pairs.get_args(words))
+    prepare_pairs.main(prepare_pairs.get_args(words))
+    assert content(f"{tmp_path}/data", "cc3m") == expected and sorted(set(fetched)) == sorted(fetched)
+    assert not [f for _, _, files in os.walk(tmp_path / "cache") for f in files]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [numbered, bitmind])
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random(tmp_path, form, seed):
+    """SIGKILL at random moments: no duplicate, no gap, every caption under its picture."""
+    rng, expected = random.Random(seed), form(tmp_path / "source")
+    slow = ("import sys, time, prepare_pairs as p; p.COMMIT_SECONDS = 0.01; record = p.to_record\n"
+            "def to_record(*args):\n    time.sleep(0.02)\n    return record(*args)\n"
+            "p.to_record = to_record; p.main(p.get_args(sys.argv[1:]))")
+    command = [sys.executable, "-c", slow, "--data=it", f"--data_dir={tmp_path}/data",
+               f"--source={tmp_path}/source",
+               "--threads=2"]
+    begun = tmp_path / "data/it/begun.json"
+    for _ in range(4):
+        run = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, deadline = begun.read_bytes() if begun.exists() else b"", time.time() + 60
+        while run.poll() is None and time.time() < deadline and (not begun.exists() or begun.read_bytes()
+                                                                 == before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+    found = content(f"{tmp_path}/data", "it")
+    if form is bitmind:
+        assert {s: {n: sorted(c) for n, c in part.items()} for s, part in found.items()} == by_split(FIVE)
+    else:
+        assert whole(found) == expected
