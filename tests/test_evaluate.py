@@ -3,7 +3,6 @@ The metrics against numbers worked out by hand and a second, slow implementation
 the command line.
 
     pytest tests/test_evaluate.py
-    pytest tests/test_evaluate.py -m slow      # as many pictures and captions as COCO's test set has
 """
 import io
 import json
@@ -20,10 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
-from conftest import COLOURS, SHAPES, shape_png, slow
 from evaluate import chance_row, knn_accuracy, median_rank, median_rank_chunks, retrieval_metrics
 from model import Encoder, VisionLanguageModel, save_checkpoint
-from prepare_pairs import Pairs, RecordWriter
+from prepare_imagenet import Pairs
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "i2t_mean", "t2i_mean", "mean"]
 
@@ -107,21 +105,6 @@ def test_any_own_caption_counts():
     assert metrics["i2t_r1"] == 100 and metrics["t2i_r1"] == 50
 
 
-@pytest.mark.parametrize("N, M", [(1, 1), (7, 7), (40, 130), (300, 700)])
-def test_recall_agrees_with_brute_force(N, M):
-    images, owner = randn(N, 16), ragged_owners(N, M)
-    texts = images[owner] + 1.5 * randn(M, 16, seed=1)
-    a, b = images.numpy().astype(np.float64), texts.numpy().astype(np.float64)
-    scores = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T # (N, M)
-    expected = {}
-    for k in 1, 5, 10:
-        expected[f"i2t_r{k}"] = 100 * np.mean([i in owner[np.argsort(-scores[i])[:k]] for i in range(N)])
-        expected[f"t2i_r{k}"] = 100 * np.mean([owner[j] in np.argsort(-scores[:, j])[:k] for j in range(M)])
-    for given in owner, owner.astype(np.int32), torch.from_numpy(owner):
-        metrics = retrieval_metrics(images, texts, given)
-        assert {k: metrics[k] for k in expected} == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("N, M", [(12, 12), (60, 60), (60, 301)])
 def test_recall_is_clip_benchmarks(N, M):
     """Its recall is a share of a query's right answers; its retrieval score counts where that is not zero."""
@@ -191,9 +174,9 @@ def test_lengths_of_embeddings_do_not_matter():
     (randn(3, 4), randn(3, 4), [0.0, 1.0, 2.0], "3 integers"),
     (randn(3, 4), randn(3, 4), [0, 1, 3], "0 .. 3"),
     (randn(3, 4), randn(3, 4), [-1, 1, 2], "-1 .. 2"),
-    (randn(3, 4), randn(3, 4), [0, 2, 2], "image 1"),
-    (randn(3, 4) * math.nan, randn(3, 4), [0, 1, 2], "image_emb holds NaN"),
-    (randn(3, 4), randn(3, 4) * math.inf, [0, 1, 2], "text_emb holds NaN or inf"),
+    (randn(3, 4), randn(3, 4), [0, 2, 2], r"without caption: \[1\]"),
+    (randn(3, 4) * math.nan, randn(3, 4), [0, 1, 2], "image_emb must be .* without NaN"),
+    (randn(3, 4), randn(3, 4) * math.inf, [0, 1, 2], "text_emb must be .* without NaN"),
 ])
 def test_wrong_input_is_refused(images, texts, owner, message):
     with pytest.raises(ValueError, match=message):
@@ -212,15 +195,6 @@ def test_chance_row_by_hand():
     assert coco["i2t_r10"] == pytest.approx(0.1998, abs=1e-3) and coco["t2i_r10"] == pytest.approx(0.2)
 
 
-def test_chance_row_agrees_with_random_embeddings():
-    N, M = 30, 70
-    owner = ragged_owners(N, M)
-    draws = [retrieval_metrics(randn(N, 48, seed=s), randn(M, 48, seed=1000 + s), owner) for s in range(200)]
-    chance = chance_row(owner, N)
-    for k in KEYS: # 6,000 queries at least: three standard errors are below 2 points
-        assert np.mean([d[k] for d in draws]) == pytest.approx(chance[k], abs=2), k
-
-
 def test_median_rank_by_hand():
     # scores of texts (rows) with images 0, 1, 2; the true partners are on the diagonal
     #   .9 .5 .1     t2i ranks: 1, 2, 3 -> median 2
@@ -234,12 +208,6 @@ def test_median_rank_by_hand():
     assert median_rank(images[:2], texts[:2]) == (1.5, 1.5) # 1 and 2: the mean of the middle two
     with pytest.raises(ValueError, match="one-to-one"):
         median_rank(images, texts[:2])
-
-
-def test_median_rank_of_random_embeddings_is_half():
-    for way in median_rank(randn(2000, 32), randn(2000, 32, seed=1)):
-        assert way == pytest.approx(1000.5, abs=60)
-    assert median_rank(randn(50, 32), randn(50, 32)) == (1.0, 1.0) # the same vectors
 
 
 def test_median_rank_chunks_protocol():
@@ -279,23 +247,6 @@ def test_knn_by_hand():
                              k)
         assert given == share and type(given) is float, k
     assert knn_accuracy(bank.half(), labels, queries.half(), [7, 7, 9, 3], 1) == 25
-
-
-def test_knn_agrees_with_brute_force(monkeypatch):
-    bank, queries = randn(300, 16), randn(90, 16, seed=1)
-    bank_labels, labels = (np.random.default_rng(0).integers(0, 40, 300),
-                           np.random.default_rng(1).integers(0, 40, 90))
-    a, b = bank.double().numpy(), queries.double().numpy()
-    nearest = np.argsort(-(b / np.linalg.norm(b, axis=1)[:, None]) @
-                         (a / np.linalg.norm(a, axis=1)[:, None]).T)
-    calls, best_ranks = [], evaluate.best_ranks
-    # what is chunked is the same: at most seven queries at a time
-    monkeypatch.setattr(evaluate, "best_ranks",
-                        lambda *sides, chunk: (calls.append(chunk), best_ranks(*sides, chunk=7))[1])
-    for k in 1, 3, 10:
-        expected = 100 * np.mean([labels[i] in bank_labels[nearest[i, :k]] for i in range(90)])
-        assert knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(expected)
-    assert all(chunk * 300 <= 2 ** 25 for chunk in calls)
 
 
 def test_equal_cosines_get_chance():
@@ -385,13 +336,13 @@ def test_embedding_keeps_order_mode_and_random_numbers(num_workers):
 def test_retrieval_table():
     lines = evaluate.retrieval_table(
         {"mine": evaluate.summary([1, 2, 3], [4, 5, 6.0])},
-        {"FLAVA": evaluate.published_retrieval("coco", "test", 5000, 25010)["FLAVA"]}).splitlines()
+        {"CLIP": evaluate.summary([42.74, 76.76, None], [38.38, 67.47, None])}).splitlines()
     assert lines[1].split() == ["Model"] + ["R@1", "R@5", "R@10", "mean"] * 2 + ["mean"]
     assert lines[3].split() == ["mine", *"1.00 2.00 3.00 2.00 4.00 5.00 6.00 5.00 3.50".split()]
-    assert lines[4].split() == ["FLAVA,", "published", *"42.74 76.76 - - 38.38 67.47 - - -".split()]
+    assert lines[4].split() == ["CLIP,", "published", *"42.74 76.76 - - 38.38 67.47 - - -".split()]
     assert len({len(line) for line in lines}) == 1 # columns line up
     assert [re.search(group, lines[0]).end() for group in ("-> Text", "-> Image", "both")] == [
-        len("FLAVA, published") + 7 * n for n in (4, 8, 9)] # each group ends above its last column
+        len("CLIP, published") + 7 * n for n in (4, 8, 9)] # each group ends above its last column
 
 
 def test_published_rows():
@@ -399,14 +350,13 @@ def test_published_rows():
     flickr = evaluate.published_retrieval("flickr30k", "test", 1000, 5000)
     # the thesis' own averages of its best early model: 51.39 and 28.11, 23.46 and 14.71
     assert [coco["MM-D2V2 7"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([51.39, 28.11], abs=0.01)
-    assert [flickr["MM-D2V2 7 (!)"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([23.46, 14.71],
+    assert [flickr["MM-D2V2 7"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([23.46, 14.71],
                                                                                            abs=0.01)
-    assert len(coco) == len(flickr) == 17 and not any("(!)" in name for name in coco)
-    assert [name for name in flickr if "(!)" in name] == [*flickr][:5]
+    assert len(coco) == len(flickr) == 9
     for row in [*coco.values(), *flickr.values()]: # K grows, and so does recall
         for way in "i2t", "t2i":
-            values = [row[f"{way}_r{k}"] for k in (1, 5, 10) if row[f"{way}_r{k}"] is not None]
-            assert values == sorted(values) and len(values) >= 2
+            values = [row[f"{way}_r{k}"] for k in (1, 5, 10)]
+            assert values == sorted(values)
     assert coco["S-SMKE_CDL_MB"]["i2t_r1"] == 53.54 and flickr["S-SMKE_CDL_MB"]["t2i_r10"] == 87.46
 
 
@@ -420,16 +370,6 @@ def test_published_rows_are_of_the_whole_test_set(data, split, images, captions,
     assert bool(evaluate.published_retrieval(data, split, images, captions)) == printed
 
 
-@pytest.mark.parametrize("text", ["frog", "woman playing water polo", "counterclockwise arrows button",
-                                  slow("x" * 500), "a man rides " * 40, ""])
-def test_text_fits_its_box(text):
-    fitted, font = evaluate.fit_text(text, 92, 92, 17)
-    assert all(font.getlength(line) <= 92 for line in fitted.split("\n"))
-    assert len(fitted.split("\n")) * 1.25 * font.size <= 92
-    if len(text) < 50: # nothing of it is lost
-        assert fitted.replace("-\n", "").split() == text.split()
-
-
 @pytest.mark.parametrize("N, captions_each", [(2, 1), (30, 3)])
 def test_picture(tmp_path, N, captions_each):
     pairs = colour_pairs(N, captions_each)
@@ -439,17 +379,6 @@ def test_picture(tmp_path, N, captions_each):
     assert path.stat().st_size < 150_000 and os.listdir(path.parent) == ["grid.png"]
     with Image.open(path) as image:
         assert image.format == "PNG" and 600 < image.width < 1000
-
-
-def test_picture_of_photographs_stays_small(tmp_path):
-    pairs = colour_pairs(30, 1)
-    rng = np.random.default_rng(0)
-    for i in range(30): # noise is the worst that can come
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(file, "PNG")
-        pairs.images[i] = file.getvalue()
-    evaluate.draw_retrieval(pairs, randn(30, 8), randn(30, 8, seed=1), str(tmp_path / "grid.png"))
-    assert (tmp_path / "grid.png").stat().st_size < 150_000
 
 
 @pytest.mark.parametrize("size", [(400, 60), (60, 400), (3000, 4)])
@@ -515,8 +444,7 @@ def test_retrieval_command(tmp_path, monkeypatch, capsys, data, whole):
     pairs.captions.append(pairs.captions[7]) # a sixth of its image, as some have in COCO
     pairs.text_to_image = np.append(pairs.text_to_image, 1)
     if whole:
-        monkeypatch.setattr(evaluate, "TEST_IMAGES", {data: 12})
-        monkeypatch.setattr(evaluate, "TEST_CAPTIONS", {data: (61,)})
+        monkeypatch.setattr(evaluate, "TEST_SETS", {data: (12, 61)})
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: Colours().eval())
     monkeypatch.setattr(evaluate, "Pairs", lambda data_dir, name, split, needs_captions: pairs)
     argv = ["retrieval", "--ckpt=some/ckpt.pt", f"--data={data}", "--device=cpu", "--dtype=float32",
@@ -528,49 +456,10 @@ def test_retrieval_command(tmp_path, monkeypatch, capsys, data, whole):
     assert ("CLIP L/14-336, published" in said) == bool(result["published"]) == whole
     assert ("no published rows: they are of 5,000 test images" in said) == (not whole)
     assert ("wrong index" in said) == (whole and data == "flickr30k")
-    assert ("in-domain" in said) == ("\nSHRe, published" in said) == (whole and data == "coco")
+    assert ("COCO's training images" in said) == (whole and data == "coco")
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(result))
     assert result["metrics"]["mean"] == 100 and result["median_rank"]["i2t"] == 1
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.png"]
-
-
-@pytest.mark.slow
-def test_coco_at_full_size(tiny_data, tmp_path, monkeypatch, capsys):
-    """5,000 pictures and 25,010 captions, laid out as prepared, through a small model: every published row,
-    and CLIP_benchmark's count of the same embeddings."""
-    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
-    monkeypatch.chdir(tmp_path)
-    rng, owner = np.random.default_rng(0), np.append(np.repeat(np.arange(5000), 5), np.arange(10))
-    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    images, captions = (RecordWriter(f"data/coco/test_{what}") for what in ("images", "captions"))
-    for i in range(5000):
-        images.write(shape_png(*kinds[i % 24], rng))
-    for i in owner:
-        captions.write(" ".join([*kinds[i % 24], *rng.choice([*COLOURS, *SHAPES], 8)]).encode())
-    images.close()
-    captions.close()
-    np.save("data/coco/test_text_to_image.npy", owner)
-    with open("data/coco/meta.json", "w") as f:
-        json.dump({"splits": {"test": {"images": 5000, "captions": 25010}}}, f)
-    shape = dict(embed_dim=32, num_heads=2, depth=1)
-    torch.manual_seed(0)
-    model = VisionLanguageModel(dict(img_size=32, patch_size=8, **shape), dict(vocab_size=200, **shape))
-    with open(os.path.join(tiny_data, "toy", "tokenizer.json")) as f:
-        save_checkpoint("both.pt", model, tokenizer=f.read())
-    monkeypatch.setattr(evaluate, "retrieval_metrics", lambda *args, real=retrieval_metrics: (
-        embs.extend(args), real(*args))[1])
-    embs = []
-    result = evaluate.main(["retrieval", "--ckpt=both.pt", "--data=coco", "--device=cpu", "--dtype=float32"])
-    said = capsys.readouterr().out
-    assert "5,000 images, 25,010 captions (all there are; others take the first five, 25,000)" in said
-    assert said.count(", published ") == 17 + 4 and "in-domain" in said and "median rank among 1,000" in said
-    texts_of_images, images_of_texts = embs[0] @ embs[1].T, embs[1] @ embs[0].T
-    positive = torch.from_numpy(owner)[:, None] == torch.arange(5000) # (M, N)
-    for k in 1, 5, 10:
-        for way, scores, right in (("i2t", texts_of_images, positive.T), ("t2i", images_of_texts, positive)):
-            recall = batchify(recall_at_k, scores, right, 100, "cpu", k=k) > 0
-            # a hundredth for scores that are equal, which it ranks in another order
-            assert result["metrics"][f"{way}_r{k}"] == pytest.approx(evaluate.percent(recall), abs=0.01)
 
 
 def test_checkpoint_of_one_modality_is_refused(monkeypatch):

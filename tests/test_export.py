@@ -1,0 +1,185 @@
+"""
+evaluate.py export: a folder that gives the same embeddings bit for bit, wherever it lies, and both towers as
+programs of torch.export and as ONNX files.
+
+    pytest tests/test_export.py
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from model import (CHECKPOINT_FORMAT, Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint,
+                   write_json)
+from test_glue import tokenizer_text
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHAPE = dict(embed_dim=32, num_heads=2, depth=2)
+IMAGE, TEXT = dict(SHAPE, img_size=32, patch_size=8), dict(SHAPE, vocab_size=40, max_length=16)
+MODELS = { # name -> a model of random weights
+    "student": lambda: VisionLanguageModel(IMAGE, dict(TEXT, token_types=2), token_types=True, token_scale=1,
+                                           head_dim=8, words=True, align_levels=2, max_length=9),
+    "mlp": lambda: VisionLanguageModel(IMAGE, TEXT, shared_kind="mlp"),
+    "projection": lambda: VisionLanguageModel(IMAGE, dict(TEXT, attn_bias="alibi"), shared_kind="projection"),
+    "image": lambda: Encoder("image", pool="mean", positions="none", attn_bias="relative", layer_scale=0.1,
+                             key_bias=False, final_norm=True, **IMAGE),
+    "text": lambda: Encoder("text", pool="mean", norm_first=False, embed_norm=True, positions="learned",
+                            token_types=2, pooler=True, **TEXT)}
+TEXTS = ["a long film", "two", "good people and their story of the way"]
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    """ckpt(name) -> the path of a checkpoint as a loop leaves it."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("data/toy")
+    with open("data/toy/meta.json", "w") as f:
+        json.dump({"license": "CC BY 9", "credit": "drawn by the test"}, f)
+
+    def ckpt(name):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        has_text = isinstance(model, VisionLanguageModel) or model.config["modality"] == "text"
+        args = dict(data="toy", data_dir="data", teacher="beitv2", image_init="random", text_init="bert")
+        save_checkpoint(f"run/{name}.pt", model, tokenizer=tokenizer_text() if has_text else None, args=args,
+                        step=7, best={"mean": 12.5, "step": 5})
+        return f"run/{name}.pt"
+    return ckpt
+
+
+def embeddings(model):
+    """What a model gives for three random pictures and for TEXTS."""
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = {"image": lambda: (images,), "text": lambda: model.tokenizer.encode(TEXTS, model.max_length)}
+    return [getattr(model, f"encode_{m}")(*given[m]()) for m in evaluate.towers(model)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_embeddings_elsewhere(ckpt, tmp_path, name):
+    """Bit for bit, from a copy, checkpoint and export gone; once in another process."""
+    path = ckpt(name)
+    before = embeddings(load_checkpoint(path))
+    evaluate.main(["export", f"--ckpt={path}", "--to=new/export"])
+    shutil.copytree("new/export", "copy")
+    shutil.rmtree("new")
+    os.remove(path)
+    after = embeddings(load_checkpoint("copy"))
+    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.allclose(x.norm(dim=1), torch.ones(3)) for x in after)
+    if name != "student":
+        return
+    code = ("import sys, torch; sys.path += sys.argv[1:]; from model import load_checkpoint\n"
+            "from test_export import embeddings; torch.save(embeddings(load_checkpoint('copy')), 'after.pt')")
+    subprocess.run([sys.executable, "-c", code, REPO, os.path.join(REPO, "tests")], check=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, torch.load("after.pt")))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_towers_are_programs_with_any_batch(ckpt, name):
+    """Of torch.export, with padding: other batch sizes and lengths than it was traced with give what torch
+    gives, up to the longest."""
+    model = load_checkpoint(ckpt(name))
+    for modality in evaluate.towers(model):
+        program, inputs = evaluate.tower_program(model, modality)
+        given = [[x[torch.arange(n) % 3] for x in inputs] for n in (1, 2, 5)]
+        if modality == "text":
+            for T in 2, 15 if name == "projection" else model.max_length: # ALiBi: not its whole table
+                mask = torch.zeros(2, T, dtype=torch.bool)
+                mask[1, 1:] = True
+                given.append([torch.randint(40, (2, T)), mask])
+        for x in given:
+            expected = getattr(model, f"encode_{modality}")(*x)
+            assert torch.allclose(program.module()(*x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["student", "image", "text"])
+def test_onnx(ckpt, name, capsys):
+    """One file a tower, read by another runtime with other sizes; the difference is measured and said."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnx, onnxscript and onnxruntime are optional")
+    path = ckpt(name)
+    result = evaluate.main(["export", f"--ckpt={path}", "--to=export", "--onnx"])
+    model, said = load_checkpoint("export"), capsys.readouterr().out
+    assert [*result["onnx"]] == evaluate.towers(model)
+    for modality, difference in result["onnx"].items():
+        assert difference < 1e-5 and re.search(rf"{modality}.onnx .*{difference:.1e}", said)
+        session = onnxruntime.InferenceSession(f"export/{modality}.onnx")
+        for n in 1, 4:
+            given = {"image": (torch.randn(n, 3, 32, 32),), "text": (
+                torch.randint(40, (n, 5)), (torch.arange(5) >= 3).repeat(n, 1))}[modality]
+            found, = session.run(None, {x.name: t.numpy() for x, t in zip(session.get_inputs(), given)})
+            ours = getattr(model, f"encode_{modality}")(*given)
+            assert torch.allclose(torch.from_numpy(found), ours, atol=1e-5)
+
+
+def test_card(ckpt, capsys):
+    """Its lines of code run as they stand; it says what the student was made from, and its numbers."""
+    path = ckpt("student")
+    chance = evaluate.chance_row([0, 1, 2], 3)
+    with open("run/retrieval.json", "w") as f:
+        json.dump({"metrics": chance | {"i2t_r1": 76.54}, "chance": chance, "data": "toy", "split": "test",
+                   "images": 3}, f)
+    evaluate.main(["export", f"--ckpt={path}", "--to=mine"])
+    with open("mine/README.md") as f:
+        text = f.read()
+    for part in ("# mine", "Encoders of image and text", "bert, weights: Apache-2.0", "toy, data: CC BY 9",
+                 "76.54", "teacher: beitv2", "'mean': 12.5"):
+        assert part in text, part
+    Image.new("RGB", (50, 40), "red").save("picture.jpg")
+    exec(re.search(r"```python\n(.*)```", text, re.S)[1], {})
+    assert re.search(r"tensor\(\[\[.*\d", capsys.readouterr().out)
+
+
+def test_again_and_beside_other_files(ckpt):
+    """The same command again writes the same; a folder that holds something else is left alone."""
+    path, contents = ckpt("text"), []
+    for _ in range(2):
+        evaluate.main(["export", f"--ckpt={path}", "--to=export"])
+        contents.append({name: open(f"export/{name}", "rb").read() for name in os.listdir("export")})
+    assert contents[0] == contents[1]
+    evaluate.main(["export", "--ckpt=export", "--to=second"]) # an export of an export
+    assert open("second/model.safetensors", "rb").read() == contents[0]["model.safetensors"]
+    with open("export/thesis.tex", "w") as f:
+        f.write("years of work")
+    with pytest.raises(SystemExit, match="export holds thesis.tex"):
+        evaluate.main(["export", f"--ckpt={path}", "--to=export"])
+    assert len(os.listdir("export")) == len(contents[0]) + 1
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda: os.remove("export/config.json"), "no export, with a config.json, at export"),
+    (lambda: os.remove("export/model.safetensors"), "model.safetensors cannot be read"),
+    (lambda: os.remove("export/tokenizer.json"), "export cannot be read as a checkpoint"),
+    (lambda: os.truncate("export/model.safetensors", 5000), "model.safetensors cannot be read"),
+    (lambda: os.truncate("export/config.json", 50), "export cannot be read as a checkpoint"),
+    (lambda: open("export/config.json", "w").write('{"format": 9}'), "not a checkpoint of this repository"),
+    (lambda: write_json("export/config.json", {"format": CHECKPOINT_FORMAT, "kind": "os", "config": {}}),
+     "holds no model or tokenizer of this version")])
+def test_damaged_exports(ckpt, change, said):
+    evaluate.main(["export", f"--ckpt={ckpt('text')}", "--to=export"])
+    change()
+    with pytest.raises(SystemExit, match=said):
+        load_checkpoint("export")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--to=x"], "no checkpoint at out/tiny/ckpt.pt"), (["--ckpt=run/image.pt"], "--to=DIR"),
+    (["--ckpt=data", "--to=x"], "no export, with a config.json, at data")])
+def test_wrong_input(ckpt, words, said):
+    ckpt("image")
+    with pytest.raises(SystemExit, match=said):
+        evaluate.main(["export", *words])
+    assert not os.path.exists("x")
+
+
+def test_onnx_is_optional(ckpt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit, match="pip install onnx onnxscript onnxruntime"):
+        evaluate.main(["export", f"--ckpt={ckpt('image')}", "--to=export", "--onnx"])
+    assert not os.path.exists("export")

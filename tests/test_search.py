@@ -1,0 +1,198 @@
+"""
+evaluate.py search: what is embedded when, what is said where nothing can be found, and a page that fetches
+nothing.
+
+    pytest tests/test_search.py
+"""
+import html.parser
+import os
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from conftest import COLOURS
+from model import Encoder, VisionLanguageModel, bert_tokenizer, save_checkpoint
+from test_loops import flags
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COLOURS]
+SHAPE = dict(embed_dim=32, num_heads=2, depth=1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(query, .., **flags) -> what the subcommand returns, in a folder with pictures of one colour each;
+    run.embedded grows by each picture that is embedded."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("pics/more")
+    for name in COLOURS:
+        Image.new("RGB", (40, 30), name).save(f"pics/more/{name}.png")
+    torch.manual_seed(0)
+    image, text = dict(SHAPE, img_size=32, patch_size=8), dict(SHAPE, vocab_size=len(WORDS))
+    tokenizer = bert_tokenizer({word: i for i, word in enumerate(WORDS)})
+    save_checkpoint("run/ckpt.pt", VisionLanguageModel(image, text), tokenizer=tokenizer)
+    save_checkpoint("run/image.pt", Encoder("image", **image))
+    embedded, encode = [], VisionLanguageModel.encode_image
+    monkeypatch.setattr(VisionLanguageModel, "encode_image",
+                        lambda self, images: (embedded.extend(images), encode(self, images))[1])
+
+    def run(*queries, **changes):
+        knobs = dict(ckpt="run/ckpt.pt", images="pics", device="cpu", dtype="float32", batch_size=4) | changes
+        embedded.clear()
+        return evaluate.main(["search", *(queries or ["red"]), *flags(knobs)])
+    run.embedded = embedded
+    return run
+
+
+def test_scores_are_cosines(run, capsys):
+    """The best first, for each query, as the model itself gives them."""
+    result = run("red", "a blue thing", top=4)
+    model, said = evaluate.load_checkpoint("run/ckpt.pt"), capsys.readouterr().out
+    assert result["images"] == 6 and [*result["results"]] == ["red", "a blue thing"]
+    for query, found in result["results"].items():
+        text = model.encode_text(*model.tokenizer.encode([query], model.max_length))
+        scores = {}
+        for name in COLOURS:
+            with open(f"pics/more/{name}.png", "rb") as f:
+                image = evaluate.normalize(evaluate.eval_image(f.read(), 32)[None])
+            scores[os.path.join("more", f"{name}.png")] = (model.encode_image(image) @ text.T).item()
+        best = sorted(scores, key=scores.get, reverse=True)[:4]
+        assert [x["file"] for x in found] == best
+        assert [x["score"] for x in found] == pytest.approx([scores[name] for name in best], abs=1e-6)
+        assert all(f"{x['score']:.3f}  {x['file']}" in said for x in found)
+    all_of_them = run("red", top=50)["results"]["red"]
+    assert [x["file"] for x in all_of_them[:4]] == [x["file"] for x in result["results"]["red"]]
+    assert len(all_of_them) == 6
+
+
+def test_what_is_embedded_again(run, capsys):
+    """New and changed pictures only; removed ones are found no more; other weights and other transforms embed
+    all, as a damaged cache does."""
+    counts = r"(\d+) pictures, (\d+) new, (\d+) changed, (\d+) removed"
+    steps = [ # what happens before the search, what it says, how many pictures it embeds
+        (lambda: None, "6 6 0 0", 6), (lambda: None, "6 0 0 0", 0),
+        (lambda: Image.new("RGB", (9, 9), "pink").save("pics/pink.jpg"), "7 1 0 0", 1),
+        (lambda: Image.new("RGB", (8, 9), "white").save("pics/more/red.png"), "7 0 1 0", 1),
+        (lambda: os.utime("pics/pink.jpg", ns=(0, 5)), "7 0 1 0", 1),
+        (lambda: os.remove("pics/pink.jpg"), "6 0 0 1", 0), (lambda: None, "6 0 0 0", 0),
+        (lambda: os.utime("run/ckpt.pt", ns=(0, 5)), "6 6 0 0", 6)]
+    for change, words, count in steps:
+        change()
+        result = run()
+        said = re.search(counts, capsys.readouterr().out)
+        assert " ".join(said.groups()) == words and len(run.embedded) == count
+    assert result["results"] == run()["results"] and not run.embedded
+    run(squash=True)
+    assert len(run.embedded) == 6
+    cache, = [f"run/{name}" for name in os.listdir("run") if name.endswith(".search")]
+    os.truncate(cache, 500)
+    assert run()["results"] == result["results"] and len(run.embedded) == 6
+    os.rename("pics", "other") # a folder of another name has a cache of its own
+    assert run(images="other")["results"] == result["results"] and len(run.embedded) == 6
+
+
+def test_a_killed_search_keeps_what_it_has(run, monkeypatch):
+    embed, calls = evaluate.embed, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(evaluate, "embed", killed)
+        m.setattr(evaluate, "AT_ONCE", 2)
+        run()
+    run()
+    assert len(run.embedded) == 2
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.text = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_and_picture(run, tmp_path):
+    """Names and queries are text, whatever they spell; the pictures are in the file, and nothing else is
+    asked for."""
+    name, query = '<script>alert("x")<b> & more.png', '<b onclick="x">red</b> & blue'
+    os.rename("pics/more/red.png", f"pics/{name}")
+    run(query, "red", html="new/page.html", picture="new/sheet.png", top=6)
+    text = (tmp_path / "new/page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert name in page.text and query in page.text and not {"script", "b", "link", "a"} & page.tags
+    assert len(page.sources) == 12 and all(x.startswith("data:image/jpeg;base64,") for x in page.sources)
+    assert "default-src 'none'" in text and "http:" not in text and "https:" not in text
+    with Image.open("new/sheet.png") as image:
+        assert image.format == "PNG" and image.width > 600
+
+
+def test_unreadable_pictures_and_odd_names(run, capsys):
+    """They are named, left out, and not tried again until they change."""
+    with open("pics/torn.jpg", "wb") as f:
+        f.write(b"\xff\xd8\xff torn")
+    os.symlink("nowhere", "pics/link.png")
+    os.makedirs("pics/.thumbnails")
+    Image.new("RGB", (9, 9)).save("pics/.thumbnails/hidden.png")
+    Image.new("RGB", (3000, 4), "red").save("pics/long.png")
+    with open("pics/notes.txt", "w") as f:
+        f.write("no picture")
+    Image.new("RGB", (9, 9), "red").save(os.fsdecode(b"pics/caf\xe9.png"))
+    for count in 9, 0:
+        result = run(html="page.html", top=9)
+        assert result["unreadable"] == ["torn.jpg"] and "1 cannot be read as a picture: torn.jpg" \
+            in capsys.readouterr().out
+        assert len(result["results"]["red"]) == result["images"] == 8 and len(run.embedded) == count
+    assert "caf?.png" in [x["file"] for x in result["results"]["red"]]
+
+
+def test_an_export_and_a_folder_that_cannot_be_written(run, monkeypatch, capsys):
+    evaluate.main(["export", "--ckpt=run/ckpt.pt", "--to=student"])
+    first = run()["results"]
+    assert run(ckpt="student")["results"] == first and len(run.embedded) == 6
+    assert run(ckpt="student/")["results"] == first and not run.embedded
+    for name in os.listdir():
+        if name.endswith(".search"):
+            os.remove(name)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run(ckpt="student")["results"] == first
+    assert "cannot be written" in capsys.readouterr().out
+    assert not any(name.endswith(".search") for name in os.listdir())
+
+
+@pytest.mark.parametrize("queries, changes, said", [
+    ([], {}, "no query"), (["красное яблоко"], {}, "knows no part of it"), ([" "], {}, "knows no part of it"),
+    (["red"], dict(images="none"), "--images=none: give a folder"),
+    (["red"], dict(images="run"), "no pictures in run: no file there ends in .jpg"),
+    (["red"], dict(images="torn"), "none of the 2 files in torn can be read"),
+    (["red"], dict(ckpt="run/image.pt"), "does not embed both images and text"),
+    (["red"], dict(ckpt="none.pt"), "no checkpoint at none.pt")])
+def test_nothing_to_find(run, queries, changes, said):
+    os.mkdir("torn")
+    for name in "a.png", "b.JPG":
+        with open(f"torn/{name}", "wb") as f:
+            f.write(b"torn")
+    knobs = dict(ckpt="run/ckpt.pt", images="pics", html="page.html") | changes
+    with pytest.raises(SystemExit, match=said):
+        evaluate.main(["search", *queries, *flags(knobs)])
+    assert not os.path.exists("page.html")
+
+
+def test_words_that_are_not_known(run, capsys):
+    """A query of which some is known is asked, and the rest named; where a word's parts are known it is
+    known."""
+    run("red яблоко")
+    assert "the tokeniser does not know яблоко" in capsys.readouterr().out
+    run("red")
+    assert "does not know" not in capsys.readouterr().out
