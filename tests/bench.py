@@ -6,7 +6,7 @@ Benchmarks. They print rates and ratios measured in one run; nothing is asserted
     python tests/bench.py memory --track=.. [--batches=256,4096] [--micro=256] [--memory_fraction=0.3]
     python tests/bench.py loader [--rounds=5]               # three minutes on one core
     python tests/bench.py tokenise [--rounds=5] [--cores=0] # owt is the same; some ten minutes on two cores
-    python tests/bench.py download [--rounds=5] [--img2dataset=PROGRAM] [--threads=64] # some five minutes
+    python tests/bench.py shards [--rounds=5]               # two minutes
 
 step: the loop's own main(), with random weights in the published sizes and random batches that are made
 before, against the plain way: timm's blocks with scaled_dot_product_attention, every layer kept for the
@@ -27,18 +27,14 @@ tokenise: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so ma
 batch encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a
 second, alternating; and its peak memory for two sizes of text.
 
-download: prepare_pairs.py on a list of urls against img2dataset on the same list, from the same server on
-this machine, with the same number of threads in one process each, img2dataset's re-encoding, hashes and EXIF
-off; rows a second of the whole process, alternating. A quarter of the list is answered badly in 28 ways; what
-became of each row is checked. (pip install img2dataset, best into an environment of its own.)
+shards: prepare_pairs.py on webdataset tars against reading the same tars and decoding each picture alone, on
+one core; and its peak memory for two sizes of input.
 """
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import io
 import itertools
-import json
 import os
 import random
 import shutil
@@ -97,8 +93,8 @@ def write_source(path, documents):
 
 
 def flags(folder, name, tokenizer, cores):
-    return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}",
-            f"--tokenizer_path={folder}", "--train_chunks=20", f"--num_workers={cores}"]
+    return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}:{folder}",
+            "--train_chunks=20", f"--num_workers={cores}"]
 
 
 def clocks():
@@ -131,18 +127,27 @@ def compare(name, amount, sides, rounds, unit="MB"):
     sys.stdout.flush()
 
 
+def peak_of(command):
+    """Peak memory in MB of the largest process of a Python command."""
+    # started by a small process, since a child's peak begins with what its parent had
+    measure = "import os, subprocess, sys\n" \
+              "p = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=2)\n" \
+              "_, status, usage = os.wait4(p.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)"
+    done = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, check=True)
+    return int(done.stdout) / 1024
+
+
 def owt(args):
     cores = args.cores or len(os.sched_getaffinity(0))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]) # for both sides
     os.environ["RAYON_NUM_THREADS"] = str(cores) # of the tokenizers package
     import prepare_owt
-    from model import load_tokenizer
     print(f"{cores} cores")
     with tempfile.TemporaryDirectory() as folder:
         vocabularies(folder)
         for name, megabytes in (("bert", 24), ("gpt2", 96)):
             documents = write_source(f"{folder}/{name}/a", texts(megabytes))
-            engine = load_tokenizer(prepare_owt.TEACHERS[name], folder)
+            engine = prepare_owt.load_tokenizer(prepare_owt.TEACHERS[name], folder)
             engine = engine.bpe if name == "gpt2" else engine.tokenizer
             batches = [documents[i:i + 1000] for i in range(0, len(documents), 1000)]
 
@@ -162,92 +167,56 @@ def owt(args):
         for megabytes in (20, 80):
             write_source(f"{folder}/{megabytes}/a", texts(megabytes))
             command = [os.path.join(REPO, "prepare_owt.py"), *flags(folder, megabytes, "gpt2", cores)]
-            # started by a small process, since a child's peak begins with what its parent had
-            measure = "import os, subprocess, sys\n" \
-                      "p = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=2)\n" \
-                      "_, status, usage = os.wait4(p.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)"
-            done = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, check=True)
-            peak = int(done.stdout) / 1024
-            print(f"peak of the largest process, {megabytes} MB of text: {peak:.0f} MB", flush=True)
+            print(f"peak of the largest process, {megabytes} MB of text: {peak_of(command):.0f} MB",
+                  flush=True)
             shutil.rmtree(f"{folder}/data")
 
 
-# what is answered badly between the photographs; neither side is kept waiting for these
-BAD = ["none", "gone", "forbidden", "broken", "busy", "busy_for_long", "no_content", "empty", "loop",
-       "nowhere", "to_file", "to_ftp", "to_nonsense", "opted_out", "html", "svg", "pixel", "strip", "bomb",
-       "large", "half_jpg", "half_png", "noise", "not_gzip", "cut", "bad_chunks", "no_http", "hang_up"]
+def write_shards(folder, count, each=500):
+    """Tars as the hub's: so many of 500 pictures, 256 pixels on their shorter side, with captions and
+    .json."""
+    os.makedirs(folder)
+    jpegs = list(photographs(341, 256, 64))
+    for s in range(count):
+        with tarfile.open(f"{folder}/train-{s:05}.tar", "w") as tar:
+            for n in range(s * each, s * each + each):
+                for kind, data in (("jpg", jpegs[n % 64]), ("txt", b"a caption of picture %d" % n),
+                                   ("json", b'{"url": "http://example.org/%d", "status": "success"}' % n)):
+                    info = tarfile.TarInfo(f"{n:09}.{kind}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return count * each
 
 
-def check_rows(folder, rows):
-    """Every row of the list is a pair whose picture is that of its url, or has a cause of failure."""
-    from prepare_pairs import Pairs
-    from server import photograph
-    pairs = Pairs(folder, "cc12m", "train")
-    with open(f"{folder}/cc12m/used.tsv") as f:
-        used = [line.split("\t") for line in f.read().splitlines()[1:]]
-    for split, image, row, url in used:
-        name, n = url.split("/")[-2:]
-        assert name == "photo" and row == f"train-{rows.index_of[url]}", (row, url)
-        if split == "train":
-            assert pairs.images[int(image)] == photograph(int(n.partition("?")[0])), url
-            assert pairs.captions[int(image)] == f"caption of {url.split('?')[1]}", url
-    with open(f"{folder}/cc12m/meta.json") as f:
-        failed = json.load(f)["failed"]
-    assert len(used) == rows.good and sum(failed.values()) == rows.bad, (len(used), failed)
-    return failed
-
-
-def download(args):
-    program = shutil.which(args.img2dataset)
-    if not program:
-        sys.exit(f"no {args.img2dataset}. Run: pip install img2dataset, and give --img2dataset=its path")
+def shards(args):
+    import prepare_pairs
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]) # one core for both sides
     with tempfile.TemporaryDirectory() as folder:
-        server = subprocess.Popen([sys.executable, os.path.join(REPO, "tests", "server.py"), "0", "256"],
-                                  stdout=subprocess.PIPE, text=True)
-        try:
-            home = server.stdout.readline().strip()
-            rows = argparse.Namespace(good=0, bad=0, index_of={})
-            with open(f"{folder}/cc12m.tsv", "w") as f, open(f"{folder}/named.tsv", "w") as g:
-                g.write("url\tcaption\n")
-                for n in range(args.urls):
-                    bad = n % 4 == 3
-                    url = f"{home}/{BAD[n // 4 % len(BAD)] if bad else 'photo'}/{n % 256}?{n}"
-                    rows.index_of[url], rows.good, rows.bad = n, rows.good + (not bad), rows.bad + bad
-                    f.write(f"{url}\tcaption of {n}\n")
-                    g.write(f"{url}\tcaption of {n}\n")
-            ours = [sys.executable, os.path.join(REPO, "prepare_pairs.py"), "--data=cc12m",
-                    f"--source={folder}/cc12m.tsv", f"--data_dir={folder}/data", "--allow_private",
-                    "--timeout=5", f"--threads={args.threads}", "--tries=2"]
-            theirs = [program, f"--url_list={folder}/named.tsv", "--input_format=tsv", "--url_col=url",
-                      "--caption_col=caption", f"--output_folder={folder}/theirs",
-                      "--output_format=webdataset", "--processes_count=1", f"--thread_count={args.threads}",
-                      "--disable_all_reencoding=True", "--extract_exif=False", "--compute_hash=None",
-                      "--timeout=5", "--retries=1"]
-            rates = []
-            for _ in range(args.rounds):
-                seconds = []
-                for command in (ours, theirs):
-                    start = time.time()
-                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    seconds.append(time.time() - start)
-                failed = check_rows(f"{folder}/data", rows)
-                shutil.rmtree(f"{folder}/data")
-                with contextlib.closing(tarfile.open(f"{folder}/theirs/00000.tar")) as tar:
-                    jpegs = sum(name.endswith(".jpg") for name in tar.getnames())
-                shutil.rmtree(f"{folder}/theirs")
-                rates.append(args.urls / np.array(seconds))
-        finally:
-            server.kill()
-    rates = np.array(rates)
-    ratio = rates[:, 0] / rates[:, 1]
-    print(f"{args.urls:,} urls, {rows.bad:,} of them answered badly in {len(BAD)} ways, "
-          f"{args.threads} threads, {args.rounds} rounds; medians\n"
-          f"  prepare_pairs.py {np.median(rates[:, 0]):7.0f} urls a second\n"
-          f"  img2dataset      {np.median(rates[:, 1]):7.0f}\n"
-          f"  ratio {np.median(ratio):.2f} ({ratio.min():.2f} .. {ratio.max():.2f})\n"
-          f"  all {rows.good:,} photographs are there under their captions; the rest: "
-          + ", ".join(f"{cause} {count}" for cause, count in failed.items()) +
-          f"\n  img2dataset kept {jpegs:,} files in its first shard of 10,000 rows")
+        pictures = write_shards(f"{folder}/small", 20)
+
+        def ours(*words):
+            prepare_pairs.main(prepare_pairs.get_args(["--data=it", f"--source={folder}/small", "--threads=1",
+                                                       f"--data_dir={folder}/data", *words]))
+            shutil.rmtree(f"{folder}/data")
+
+        def theirs():
+            for name in sorted(os.listdir(f"{folder}/small")):
+                with tarfile.open(f"{folder}/small/{name}") as tar:
+                    for member in tar:
+                        data = tar.extractfile(member).read()
+                        if member.name.endswith(".jpg"):
+                            Image.open(io.BytesIO(data)).load()
+
+        compare("shards to records", pictures, {
+            "prepare_pairs.py": ours, "tarfile, and Pillow decoding each picture": theirs}, args.rounds,
+                "pictures")
+        write_shards(f"{folder}/large", 80)
+        for size in ("small", "large"):
+            command = [os.path.join(REPO, "prepare_pairs.py"), "--data=it", f"--source={folder}/{size}",
+                       f"--data_dir={folder}/data"]
+            count = pictures if size == "small" else 4 * pictures
+            print(f"peak memory, {count:,} pictures: {peak_of(command):.0f} MB")
+            shutil.rmtree(f"{folder}/data")
 
 
 # -----------------------------------------------------------------------------
@@ -268,10 +237,23 @@ class AnyText:
         return torch.randint(4, self.vocab_size, mask.shape).masked_fill(mask, 0), mask
 
 
+class NoiseTokens:
+    """Stands in for prepare_owt.Tokens."""
+
+    def __init__(self, n):
+        self.ids, self.meta, self.end_id = np.random.default_rng(0).integers(4, 30522, n), {"splits": n}, 3
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, where):
+        return self.ids[where]
+
+
 def write_noise(folder, n):
     """A prepared set: n captions of 6 to 24 words, n records of 8 pictures of noise; two for validation."""
     from model import write_json
-    from prepare_pairs import RecordWriter
+    from prepare_imagenet import RecordWriter
     rng, pictures = np.random.default_rng(0), []
     for _ in range(8):
         jpeg = io.BytesIO()
@@ -320,11 +302,12 @@ def step_flops(args, knobs, T):
     if args.track == "text":
         return block_flops(L, T) + 3 * block_flops(knobs.depth, T)
     embed = 2 * N * 768 * 768
-    teacher = embed + block_flops(L, N + 1)
+    teacher = 0 if getattr(knobs, "cache_targets", False) else embed + block_flops(L, N + 1)
     if args.track == "image":
         return teacher + (0 if knobs.share_embed else 2 * embed) + 3 * block_flops(
             knobs.depth, N + 1, mlp_ratio=knobs.mlp_ratio or 4.0)
     depth, text_depth = knobs.depth + knobs.shared_depth, knobs.text_depth + knobs.shared_depth
+    N -= int(N * knobs.mask_ratio) # patches that the student sees
     return teacher * (knobs.kd_loss != "none") + embed * (1 + (not knobs.freeze_embeddings)) + 3 * (
         block_flops(depth, N + 1) + block_flops(text_depth, T))
 
@@ -376,7 +359,7 @@ class PlainPair(torch.nn.Module):
 
 def plain_side(args, knobs, loop, device):
     """The plain way: batch, compiled -> nothing; one training step."""
-    from model import normalize
+    from prepare_imagenet import normalize
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if args.track == "multimodal":
@@ -437,8 +420,10 @@ def step(args):
     if args.memory_fraction and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(args.memory_fraction)
     write_noise(f"{noise.name}/noise", B)
-    sides = {"ours": None} if args.only else {"ours": None, "plain": False}
-    if use_compile(knobs.compile, device) and not args.only:
+    sides = {"ours": None}
+    if not args.only and not args.alone:
+        sides["plain"] = False
+    if use_compile(knobs.compile, device) and len(sides) > 1:
         sides["plain, compiled"] = True
     seconds, peaks, syncs = {side: [] for side in sides}, {}, 0
 
@@ -476,32 +461,30 @@ def step(args):
                 syncs = sum("synchronizing" in str(w.message) for w in said)
         raise Done
 
-    def encoder(which, modality, path=None, final_norm=False):
+    def encoder(which, modality, weights_dir=None, final_norm=False):
         size = {"img_size": args.img_size} if modality == "image" else {"vocab_size": AnyText.vocab_size}
         made = ready(Encoder(**{**CONFIGS[which], **size, "final_norm": final_norm}))
         made.tokenizer = AnyText()
         return made
-    loop.load_encoder = encoder
+    loop.load_encoder, load, T = encoder, torch.utils.data.DataLoader, 0
+    loop.load_text_encoder = lambda which, weights_dir: encoder(which, "text")
     if args.track == "text":
-        length, order, T = knobs.max_length - 2, loop.batch_order, knobs.max_length
-        loop.Tokens = lambda *a: np.random.default_rng(0).integers(4, 30522, 2 * B * length)
-        loop.batch_order = lambda *a: turns(order(*a), (None, torch.randint(4, 30522, (B, T)), None, None))
-    else:
-        load = torch.utils.data.DataLoader
+        loop.Tokens = lambda *a: NoiseTokens(2 * B * (knobs.max_length - 2))
 
-        def loader(dataset, *a, batch_sampler=None, **more):
-            nonlocal T
-            if batch_sampler is None:
-                return load(dataset, *a, **more)
-            pool = list(itertools.islice(load(dataset, batch_sampler=batch_sampler, **more), 2))
-            first = (pool[0], None, None, None)
-            if args.track == "image":
-                first = (pool[0][:, 0], None, None, None)
-            else:
-                *inputs, index = pool[0]
-                first, T = (*inputs, index), inputs[1].shape[1]
-            return turns(itertools.cycle(pool), first)
-        torch.utils.data.DataLoader, T = loader, 0
+    def loader(dataset, *a, batch_sampler=None, **more):
+        nonlocal T
+        if batch_sampler is None:
+            return load(dataset, *a, **more)
+        pool = list(itertools.islice(load(dataset, batch_sampler=batch_sampler, **more), 2))
+        if args.track == "image": # crops, noise, bad
+            first = (pool[0][0][:, 0], None, None, None)
+        elif args.track == "text": # ids, padding_mask
+            first = (None, pool[0][0], None, None)
+        else: # images, ids, padding_mask, index, noise, bad
+            first = pool[0][:4]
+        T = 0 if args.track == "image" else first[1].shape[1]
+        return turns(itertools.cycle(pool), first)
+    torch.utils.data.DataLoader = loader
     peak = (0.0, 0) if args.only else matmul_peak(device)
     try:
         loop.main(knobs)
@@ -562,7 +545,7 @@ def photographs(width, height, n):
 def loader(args):
     import torchvision.transforms as T
     from torchvision.datasets import ImageFolder
-    from prepare_pairs import RecordWriter, Records, to_record, train_image
+    from prepare_imagenet import RecordWriter, Records, to_record, train_image
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
     n, passes = 64, 8
@@ -602,22 +585,20 @@ def loader(args):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("which", choices=["step", "memory", "loader", "tokenise", "owt", "download"])
+    p.add_argument("which", choices=["step", "memory", "loader", "tokenise", "owt", "shards"])
     p.add_argument("--track", choices=["image", "text", "multimodal"], default="image")
     p.add_argument("--img_size", type=int, default=224)
     p.add_argument("--steps", type=int, default=10, help="of each side in a row")
-    p.add_argument("--only", action="store_true", help="step: our side alone")
+    p.add_argument("--only", action="store_true", help="step: our side's peak memory alone")
+    p.add_argument("--alone", action="store_true", help="step: without the plain ways")
     p.add_argument("--batches", default="256,1024,4096", help="memory: batch sizes")
     p.add_argument("--micro", type=int, default=256, help="memory: micro-batch size")
     p.add_argument("--memory_fraction", type=float, default=0.0, help="of the GPU's memory, at most")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--cores", type=int, default=0, help="0: all")
-    p.add_argument("--img2dataset", default="img2dataset", help="its program")
-    p.add_argument("--threads", type=int, default=64)
-    p.add_argument("--urls", type=int, default=20000)
     args, words = p.parse_known_args()
     if words and args.which not in ("step", "memory"):
         p.error(f"unknown: {' '.join(words)}")
     args.words = words # flags of the loop
     {"step": step, "memory": memory, "loader": loader, "tokenise": owt, "owt": owt,
-     "download": download}[args.which](args)
+     "shards": shards}[args.which](args)

@@ -18,7 +18,7 @@ import numpy as np
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
 from model import is_finished, run_script, save_atomic, write_json
-from prepare_pairs import Pairs, RecordWriter
+from prepare_imagenet import Pairs, RecordWriter
 
 TINY, IMAGE = "distill_multimodal.py --preset=tiny", "distill_image.py --preset=tiny"
 HALF = "distill_image.py --preset=tiny_half --teacher={teacher}"
