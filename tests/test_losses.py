@@ -29,41 +29,27 @@ def cross_entropy(scores, own):
 
 
 # -----------------------------------------------------------------------------
-# contrastive loss
+# distill_multimodal.py
 
 
-def test_contrastive_loss_by_hand():
-    # cosines: image 0 with the texts 1, 0; image 1 with the texts 0.6, 0.8. scale 10 -> logits
-    # [[10, 0], [6, 8]]
-    # image to text: log(1 + e^-10), log(1 + e^-2); text to image, down the columns:
+def test_contrastive_loss():
+    # by hand, cosines: image 0 with the texts 1, 0; image 1 with the texts 0.6, 0.8. scale 10 -> logits
+    # [[10, 0], [6, 8]]; image to text: log(1 + e^-10), log(1 + e^-2); text to image, down the columns:
     # log(1 + e^-4), log(1 + e^-8)
     image, text = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.eye(2)
-    expected = (math.log1p(math.exp(-10)) + math.log1p(math.exp(-2))) / 2
-    expected = (expected + (math.log1p(math.exp(-4)) + math.log1p(math.exp(-8))) / 2) / 2
+    expected = sum(math.log1p(math.exp(-x)) for x in (10, 2, 4, 8)) / 4
     assert contrastive_loss(image, text, 10.0).item() == pytest.approx(expected, abs=1e-6)
     assert contrastive_loss(image, text, torch.tensor(10.0)).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_contrastive_loss_equals_a_loop():
-    image, text, scale, B = unit(5, 8), unit(5, 8, seed=1), 7.0, 5
-    logits = [[scale * sum(image[i, k].item() * text[j, k].item() for k in range(8)) for j in range(B)]
-              for i in range(B)]
-    columns = [list(c) for c in zip(*logits)]
-    expected = sum(cross_entropy(logits[i], i) + cross_entropy(columns[i], i) for i in range(B)) / (2 * B)
-    assert contrastive_loss(image, text, scale).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_contrastive_loss_label_smoothing():
+    # with label smoothing
     image, text, own = unit(5, 8), unit(5, 8, seed=1), torch.arange(5)
     logits = 7 * image @ text.T
-    expected = sum(F.cross_entropy(x, own, label_smoothing=0.1) for x in (logits, logits.T)) / 2
-    assert contrastive_loss(image, text, 7.0, 0.1).item() == pytest.approx(expected.item(), abs=1e-6)
-    assert contrastive_loss(image, text, 7.0).item() != pytest.approx(expected.item(), abs=1e-3)
-
-
-def test_contrastive_loss_teaches_the_temperature():
+    for smoothing in (0.0, 0.1):
+        expected = sum(F.cross_entropy(x, own, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+        loss = contrastive_loss(image, text, 7.0, smoothing)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    # where all pairs match, sharper is better
     log_scale = torch.tensor(1.0, requires_grad=True)
-    contrastive_loss(unit(5, 8), unit(5, 8), log_scale.exp()).backward() # all pairs match: sharper is better
+    contrastive_loss(image, image, log_scale.exp()).backward()
     assert log_scale.grad < 0
 
 
@@ -78,43 +64,27 @@ def test_one_pair_gives_zero_and_half_precision_float32(loss):
     assert value.item() == pytest.approx(loss(image.float(), text.float()).item(), abs=1e-6)
 
 
-# -----------------------------------------------------------------------------
-# ranking loss
-
-
-def test_ranking_loss_by_hand():
+def test_ranking_loss():
+    """The plain sum, in one direction."""
     # cosines [[1, 0.5], [0.9, 0.8]], margin 0.2: 0.2 - 1 + 0.5 < 0, 0.2 - 0.8 + 0.9 = 0.3; the other
     # direction would add 0.2 - 1 + 0.9 = 0.1 and 0
     cosine = torch.tensor([[1.0, 0.5], [0.9, 0.8]])
     assert ranking_loss(cosine, torch.eye(2), 0.2).item() == pytest.approx(0.3, abs=1e-6)
-
-
-def test_ranking_loss_equals_a_loop():
     image, text, B = unit(6, 4), unit(6, 4, seed=1), 6
     cosine = (image @ text.T).tolist()
     expected = sum(max(0, 0.3 - cosine[i][i] + cosine[i][j]) for i in range(B) for j in range(B) if i != j)
-    assert expected > 1
-    assert ranking_loss(image, text, 0.3).item() == pytest.approx(expected, abs=1e-4) # the plain sum
-
-
-# -----------------------------------------------------------------------------
-# Kullback-Leibler divergence
-
-
-def test_kl_loss_by_hand():
-    # teacher (1/2, 1/2), student (3/4, 1/4): log(2/3) / 2 + log(2) / 2; the second pair is equal, and the
-    # mean is over both. At temperature 2 the logits log 3, 0 are those of (sqrt 3, 1) / (1 + sqrt 3)
-    student = torch.tensor([[math.log(3), 0.0], [1.0, 4.0]])
-    teacher = torch.tensor([[5.0, 5.0], [3.0, 6.0]])
-    assert kl_loss(student, teacher, 1.0).item() \
-        == pytest.approx((math.log(2 / 3) + math.log(2)) / 2 / 2, abs=1e-6)
-    p = math.sqrt(3) / (1 + math.sqrt(3))
-    assert kl_loss(student, teacher, 2.0).item() \
-        == pytest.approx((math.log(0.5 / p) + math.log(0.5 / (1 - p))) / 2 / 2, abs=1e-6)
+    assert ranking_loss(image, text, 0.3).item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_kl_loss_equals_torch(temperature):
+def test_kl_loss(temperature):
+    """KL(teacher || student), a mean over samples, without a factor T^2."""
+    # by hand: teacher (1/2, 1/2), student (p, 1 - p), p = 3^(1/T) / (1 + 3^(1/T)); the second pair is equal
+    p = 3 ** (1 / temperature) / (1 + 3 ** (1 / temperature))
+    student = torch.tensor([[math.log(3), 0.0], [1.0, 4.0]])
+    teacher = torch.tensor([[5.0, 5.0], [3.0, 6.0]])
+    expected = (math.log(0.5 / p) + math.log(0.5 / (1 - p))) / 2 / 2
+    assert kl_loss(student, teacher, temperature).item() == pytest.approx(expected, abs=1e-6)
     student, teacher = 5 * unit(6, 10), 5 * unit(6, 10, seed=1)
     p, q = (torch.distributions.Categorical(logits=x / temperature) for x in (teacher, student))
     expected = torch.distributions.kl_divergence(p, q).mean().item()
@@ -125,10 +95,6 @@ def test_kl_loss_equals_torch(temperature):
     assert half.dtype == torch.float32 and half.shape == ()
     assert half.item() == pytest.approx(expected, rel=0.05)
     assert kl_loss(1e4 * student, 1e4 * teacher, temperature).isfinite() # where a softmax would be 0 or 1
-
-
-# -----------------------------------------------------------------------------
-# contrastive distillation
 
 
 def kd_by_loop(out, target, group, queue, scale):
@@ -150,27 +116,12 @@ def kd_by_loop(out, target, group, queue, scale):
 
 @pytest.mark.parametrize("queued", [False, True])
 def test_contrastive_kd_loss_equals_a_loop(queued):
+    """The same image is never a negative, neither in the batch nor in the queue."""
     out, target = 3 * unit(5, 8), 2 * unit(5, 8, seed=1) # any norm
     group = torch.tensor([4, 7, 4, 9, 2])
     queue = (unit(6, 8, seed=2), torch.tensor([7, 1, 4, 3, 4, 0])) if queued else None
     assert contrastive_kd_loss(out, target, group, queue, 10.0).item() == pytest.approx(
         kd_by_loop(out, target, group, queue, 10.0), abs=1e-5)
-
-
-def test_same_group_is_never_a_negative():
-    out, target, other = unit(2, 8), unit(2, 8, seed=1), unit(1, 8, seed=3)
-
-    def loss(group, queue_group=None):
-        queue = None if queue_group is None else (other, torch.tensor([queue_group]))
-        return contrastive_kd_loss(out, target, torch.tensor(group), queue, 10.0).item()
-
-    assert loss([5, 5]) == loss([5, 5], 5) == 0 # nothing but one's own target is left
-    assert loss([5, 8]) > 0 and loss([5, 5], 8) > 0
-    assert loss([5, 8]) < loss([5, 8], 8) < loss([5, 8], 9) # a queue entry of 8 is a negative for 5 only
-
-
-# -----------------------------------------------------------------------------
-# their sum
 
 
 def settings(**kwargs):
@@ -179,52 +130,36 @@ def settings(**kwargs):
                               **kwargs})
 
 
-@pytest.mark.parametrize("kd_loss,align_loss",
-                         [("mse", "none"), ("l1", "ranking"), ("contrastive", "contrastive"),
-                          ("none", "contrastive"), ("kl", "ranking")])
-def test_loss_terms(kd_loss, align_loss):
-    image_cls, text_cls, image_out, text_out, target = (3 * unit(4, 6, seed=i) for i in range(5))
-    group = torch.tensor([0, 1, 1, 2])
-    queue = (unit(3, 6, seed=6), torch.tensor([1, 5, 6]))
+@pytest.mark.parametrize("kd_loss,align_loss,levels", [
+    ("mse", "none", 1), ("l1", "ranking", 1), ("contrastive", "contrastive", 1), ("none", "contrastive", 2),
+    ("kl", "ranking", 2)])
+def test_loss_terms(kd_loss, align_loss, levels):
+    """Two levels of alignment: the embedding with the first temperature, the inner layer with the second; the
+    mean is weighted."""
+    pairs = [[3 * unit(4, width, seed=2 * i + k) for k in range(2)] for i, width in enumerate((6, 6, 24))]
+    (image_cls, text_cls), (image_out, text_out), inner = pairs
+    group, target = torch.tensor([0, 1, 1, 2]), 3 * unit(4, 6, seed=6)
+    queue = (unit(3, 6, seed=7), torch.tensor([1, 5, 6]))
     kd = {"mse": lambda out: ((out - target) ** 2).sum() / 24,
           "l1": lambda out: (out - target).abs().sum() / 24,
           "kl": lambda out: kl_loss(out, target, 2.0),
           "contrastive": lambda out: contrastive_kd_loss(out, target, group, queue, 14.3)}.get(kd_loss)
-    image, text = F.normalize(image_cls, dim=-1), F.normalize(text_cls, dim=-1)
-    align = {"ranking": lambda: ranking_loss(image, text, 0.4), "contrastive":
-             lambda: contrastive_loss(image, text, math.exp(1.5), 0.1)}.get(align_loss)
-    expected = {**({"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}),
-                **({"align": align()} if align else {})}
+    align = {"ranking": lambda i, t, scale: ranking_loss(i, t, 0.4), "contrastive":
+             lambda i, t, scale: contrastive_loss(i, t, math.exp(scale), 0.1)}.get(align_loss)
+    expected = {"kd_image": kd(image_out), "kd_text": kd(text_out)} if kd else {}
+    if align:
+        each = [align(*(F.normalize(x, dim=-1) for x in pair), scale)
+                for pair, scale in ((pairs[0], 1.5), (inner, 2.5))][:levels]
+        expected["align"] = sum(each) / levels
     args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4,
                     label_smoothing=0.1, temperature=2.0)
-    student = SimpleNamespace(log_scale=torch.tensor(1.5), words=None)
-    total, terms = loss_terms((image_cls, text_cls, image_out, text_out), target, group, queue, None, student,
-                              args)
-    assert list(terms) == list(expected)
-    for name in terms:
-        assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-5)
-    assert total.item() == pytest.approx(sum((3 if k == "align" else 2) * v.item()
-                                             for k, v in expected.items()), abs=1e-4)
-    assert total.dtype == torch.float32
-
-
-@pytest.mark.parametrize("align_loss", ["contrastive", "ranking"])
-def test_two_levels_are_averaged(align_loss):
-    """The embedding with the first temperature, the inner layer with the second; the mean is weighted."""
-    image, text, image_inner, text_inner = (3 * unit(4, width, seed=i)
-                                            for i, width in enumerate((6, 6, 24, 24)))
-    student = SimpleNamespace(log_scale=torch.tensor([1.5, 2.5]), words=None)
-    args = settings(kd_loss="none", align_loss=align_loss, align_weight=3.0)
-    total, terms = loss_terms((image, text, image, text, image_inner, text_inner), None, None, None, None,
-                              student, args)
-    losses = []
-    for a, b, scale in ((image, text, 1.5), (image_inner, text_inner, 2.5)):
-        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-        losses.append(ranking_loss(a, b, 0.2) if align_loss == "ranking" else
-                      contrastive_loss(a, b, math.exp(scale)))
-    assert losses[0].item() != pytest.approx(losses[1].item(), rel=0.01)
-    assert terms["align"].item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
-    assert total.item() == pytest.approx(3 * terms["align"].item(), rel=1e-6)
+    student = SimpleNamespace(log_scale=torch.tensor([1.5, 2.5] if levels == 2 else 1.5), words=None)
+    outputs = [image_cls, text_cls, image_out, text_out, *inner][:2 + 2 * levels]
+    total, terms = loss_terms(outputs, target, group, queue, None, student, args)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, abs=1e-5)
+    weighted = sum((3 if k == "align" else 2) * v.item() for k, v in expected.items())
+    assert total.item() == pytest.approx(weighted, abs=1e-4) and total.dtype == torch.float32
 
 
 def test_word_loss_by_hand():
@@ -261,25 +196,13 @@ def images(seed=0):
 NO_AUTOCAST = contextlib.nullcontext()
 
 
-def test_feature_loss():
-    teacher, student = encoder(depth=3), encoder(1)
-    args = SimpleNamespace(target="all", instance_norm=True, criterion="mse", share_embed=False)
-    assert feature_loss(copy.deepcopy(teacher), teacher, images(), args, NO_AUTOCAST).item() == 0
-    loss = feature_loss(student, teacher, images(), args, NO_AUTOCAST)
-    difference = (feature_target(student(images(), return_layers=True)) -
-                  feature_target(teacher(images(), return_layers=True)))
-    assert loss.item() == pytest.approx((difference ** 2).sum().item() / (3 * 17 * 24), rel=1e-5)
-    loss.backward()
-    assert all(p.grad is None for p in teacher.parameters()) \
-        and all(p.grad is not None for p in student.parameters())
-
-
 @pytest.mark.parametrize("target, instance_norm, criterion", [
-    ("cls", True, "mse"), ("last", True, "mse"), ("all", False, "mse"), ("all", True, "l1"),
-    ("last", False, "l1")])
-def test_what_the_feature_loss_can_be(target, instance_norm, criterion):
+    ("all", True, "mse"), ("cls", True, "mse"), ("last", True, "mse"), ("all", False, "mse"),
+    ("all", True, "l1"), ("last", False, "l1")])
+def test_feature_loss(target, instance_norm, criterion):
     teacher, student = encoder(depth=3), encoder(1)
     args = SimpleNamespace(target=target, instance_norm=instance_norm, criterion=criterion, share_embed=False)
+    assert feature_loss(copy.deepcopy(teacher), teacher, images(), args, NO_AUTOCAST).item() == 0
     sides = []
     for net in (student, teacher):
         layers = net(images(), return_layers=True)
@@ -288,10 +211,13 @@ def test_what_the_feature_loss_can_be(target, instance_norm, criterion):
             layers = [F.instance_norm(x.transpose(1, 2)).transpose(1, 2) for x in layers]
         x = F.layer_norm(sum(layers) / len(layers), (24,))
         sides.append(x[:, 0] if target == "cls" else x)
-    expected = ((sides[0] - sides[1]).abs().mean() if criterion == "l1" else
-                (sides[0] - sides[1]).square().mean())
-    assert feature_loss(student, teacher, images(), args, NO_AUTOCAST).item() \
-        == pytest.approx(expected.item(), rel=1e-4)
+    difference = sides[0] - sides[1]
+    expected = difference.abs().mean() if criterion == "l1" else difference.square().mean()
+    loss = feature_loss(student, teacher, images(), args, NO_AUTOCAST)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
 
 
 def image_heads(**modules):
@@ -299,51 +225,28 @@ def image_heads(**modules):
     return torch.nn.ModuleDict(modules)
 
 
-def test_masked_loss_sees_hidden_patches_and_cls_only():
+@pytest.mark.parametrize("target_layers", [1, 2])
+def test_masked_loss(target_layers):
+    """Over the hidden patches alone, and a tenth of the CLS token's; what is hidden the student does not
+    see."""
     student, teacher = encoder(), encoder(1)
     patch_mask = hidden_patches(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.6)
     heads = image_heads(predict=torch.nn.Linear(24, 24))
     heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, 24)))
-
-    class Moved(torch.nn.Module):
-        """The prediction plus a constant where `where` (B, T) is True."""
-
-        def __init__(self, where):
-            super().__init__()
-            self.where = where
-
-        def forward(self, x):
-            return heads.predict(x) + 5.0 * self.where[..., None]
-
-    def loss(where, target_layers=2):
-        moved = torch.nn.ModuleDict({"predict": Moved(where)})
-        moved.mask_token = heads.mask_token
-        return masked_loss(student, moved, teacher, images(), patch_mask, target_layers, NO_AUTOCAST).item()
-
-    nowhere, cls = torch.zeros(3, 17), F.one_hot(torch.tensor([0, 0, 0]), 17)
-    seen, hidden = F.pad(~patch_mask, (1, 0)), F.pad(patch_mask, (1, 0))
-    assert loss(seen) == loss(nowhere)
-    assert loss(hidden) != loss(nowhere) and loss(cls) != loss(nowhere)
-    assert loss(nowhere, 1) != loss(nowhere)
-    # by hand: the target of the whole image, the last `target_layers` layers
-    target = feature_target(teacher(images(), return_layers=True)[-1:])
+    target = feature_target(teacher(images(), return_layers=True)[-target_layers:]) # of the whole image
     out = heads.predict(student(images(), patch_mask=patch_mask, mask_token=heads.mask_token))
-    by_hand = torch.stack([((out - target)[i, 1 + n] ** 2).mean()
-                           for i, n in patch_mask.nonzero().tolist()]).mean()
+    errors = ((out - target)[:, 1:] ** 2).mean(-1) # (3, N)
+    hidden = [errors[i, k] for i, k in patch_mask.nonzero().tolist()]
     whole = F.layer_norm(target[:, 1:].mean(1), (24,))
-    assert loss(nowhere, 1) \
-        == pytest.approx((by_hand + 0.1 * ((out[:, 0] - whole) ** 2).mean()).item(), rel=1e-5)
-
-
-@torch.no_grad()
-def test_masked_patches_are_hidden_from_the_student():
-    student, patch_mask = encoder(), torch.zeros(3, 16, dtype=torch.bool)
-    patch_mask[:, 5] = True # row 1, column 1
-    a, b = images(), images()
-    b[:, :, 8:16, 8:16] = 0
-    token = torch.randn(1, 1, 24)
-    assert torch.equal(*(student(x, patch_mask=patch_mask, mask_token=token) for x in (a, b)))
-    assert not torch.equal(student(a), student(b))
+    expected = sum(hidden) / len(hidden) + 0.1 * ((out[:, 0] - whole) ** 2).mean()
+    loss = masked_loss(student, heads, teacher, images(), patch_mask, target_layers, NO_AUTOCAST)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    painted = images()
+    row, column = divmod(int(patch_mask[0].nonzero()[0]), 4)
+    painted[0, :, 8 * row:8 * row + 8, 8 * column:8 * column + 8] = 0
+    assert torch.equal(student(painted, patch_mask=patch_mask, mask_token=heads.mask_token), student(
+        images(), patch_mask=patch_mask, mask_token=heads.mask_token))
+    assert not torch.equal(student(painted), student(images()))
 
 
 def test_hidden_and_visible_patches():
