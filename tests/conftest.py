@@ -57,6 +57,8 @@ def start(function, *args, said=os.devnull, ignored=(), **environment):
 
 def begin(function, args, said, ignored, environment):
     os.setsid()
+    # else a loader's workers come from a server of their own, which a killed loop leaves behind, and them
+    multiprocessing.set_start_method("fork", force=True)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
