@@ -1337,10 +1337,11 @@ class Run:
                     if isinstance(part, nn.Module): # popped, so that memory does not hold them twice
                         load_weights(part, self.kept.pop(name), f"{self.path} does not fit this model")
                     elif self.step < self.max_steps: # a finished run need not have them
-                        load = load_optimizer if name == "optimizer" else type(part).load_state_dict
                         state = self.kept.pop(name)
-                        if state: # a GradScaler that was off has none
-                            load(part, state)
+                        if name == "optimizer":
+                            load_optimizer(part, state)
+                        elif state: # a GradScaler that was off has none
+                            part.load_state_dict(state)
             is_finished = "finished, " if self.step == self.max_steps else ""
             print(f"{self.path} is there: {is_finished}step {self.step} of {self.max_steps}")
         self.last_line, self.since = self.step, time.time()

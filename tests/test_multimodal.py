@@ -258,7 +258,8 @@ def test_joined_sets(toy):
     teacher, plain = Mean(), torch.autocast("cpu", enabled=False)
     for joined in (parts, parts[::-1]):
         images = torch.utils.data.ConcatDataset(joined)
-        bank = distill_multimodal.cached_targets(teacher, 5, images, args, torch.device("cpu"), plain, 16)
+        bank = distill_multimodal.cached_targets(teacher, 5, images, args, torch.device("cpu"), torch.float32,
+                                                 plain, 16)
         for i in (0, 30, 59):
             picture = EvalImages(images, 32).stack([i])
             assert torch.allclose(bank[i].float(), teacher(normalize(picture))[0], atol=1e-2)
