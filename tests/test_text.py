@@ -227,7 +227,7 @@ def write_full(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset, name, millions", [
-    ("bert", "bert", (66.36, 108.89)), ("data2vec2", "data2vec2_text", (81.53, 124.05))])
+    ("bert", "bert", 66.36), ("data2vec2", "data2vec2_text", 81.53)])
 def test_default_presets_from_published_files(preset, name, millions, tmp_path, capsys, monkeypatch):
     """768 wide, 256 tokens, files found in --weights_dir; two steps, one of them after a stop."""
     folder, data = tmp_path / "weights" / name, distill_text.PRESETS[preset].get("data", "owt_bert")
@@ -248,8 +248,7 @@ def test_default_presets_from_published_files(preset, name, millions, tmp_path, 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         stop_at(m, distill_text, 1)
         distill_text.main(distill_text.get_args(flags(few)))
-    said = capsys.readouterr().out
-    assert f"student {millions[0]}M" in said and f"teacher {millions[1]}M" in said
+    assert f"student {millions}M" in capsys.readouterr().out
     distill_text.main(distill_text.get_args(flags(few)))
     assert [r["step"] for r in records(tmp_path / "run")] == [0, 1, 2, 2]
     weights = read_checkpoint(tmp_path / "run" / "ckpt.pt")["model"]
