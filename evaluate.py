@@ -18,9 +18,8 @@ Shapes: N images, M captions, D embed_dim, C classes, Q queries, G gallery items
 import base64
 import contextlib
 import functools
-import glob
-import hashlib
 import html
+import importlib
 import inspect
 import io
 import json
@@ -29,7 +28,6 @@ import os
 import re
 import sys
 import textwrap
-import time
 import warnings
 from collections import Counter, namedtuple
 
@@ -41,10 +39,11 @@ from tqdm import tqdm
 
 from model import (PRETRAINED, GPT2Tokenizer, Parser, Run, batch_order, cache_folder, fail, hash_of,
                    ignore_signals, init_weights, load_checkpoint, load_encoder, nearest, number,
-                   optimizer_step, peak_memory, pick_device, pick_dtype, read_checkpoint, run_flags,
+                   optimizer_step, pick_device, pick_dtype, read_checkpoint, run_flags,
                    save_atomic, save_checkpoint, set_up, use_compile, write_json)
+from prepare_imagenet import (Bad, Pairs, decode, eval_image, normalize, or_bad, read_file, shown,
+                              train_image, walk)
 from prepare_owt import load_text_encoder
-from prepare_imagenet import Bad, Pairs, decode, eval_image, normalize, or_bad, train_image
 
 # -----------------------------------------------------------------------------
 # image-text retrieval: metrics
@@ -54,22 +53,19 @@ def checked(image_emb, text_emb, text_to_image):
     """Embeddings as float32 unit vectors on the CPU, text_to_image as an int64 tensor. ValueError if the
     three do not belong together, or if an embedding is NaN or infinite."""
     images, texts = (torch.as_tensor(emb).detach().cpu() for emb in (image_emb, text_emb))
-    owner = np.asarray(text_to_image.cpu() if torch.is_tensor(text_to_image) else text_to_image)
+    owner = torch.as_tensor(text_to_image).cpu()
     for name, emb in ("image_emb", images), ("text_emb", texts):
         if emb.ndim != 2 or 0 in emb.shape or not emb.isfinite().all():
             raise ValueError(f"{name} must be (n, D), n, D > 0, without NaN and infinite values; it is "
                              f"{tuple(emb.shape)}")
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"image_emb has {images.shape[1]} dimensions, text_emb {texts.shape[1]}")
-    if owner.shape != (len(texts),) or owner.dtype.kind not in "iu":
-        raise ValueError(f"text_to_image must be {len(texts)} integers, but is {owner.shape} {owner.dtype}")
-    lonely = np.setdiff1d(np.arange(len(images)), owner)
-    if owner.min() < 0 or owner.max() >= len(images) or len(lonely):
-        raise ValueError(f"text_to_image holds {owner.min()} .. {owner.max()} for {len(images)} images, "
-                         f"{len(lonely)} of them without caption: {lonely[:3]}")
+    N, M = len(images), len(texts)
+    if owner.shape != (M,) or owner.is_floating_point() or {*owner.tolist()} != {*range(N)}:
+        raise ValueError(f"text_to_image must be {M} integers, each of 0 .. {N - 1} at least once")
     # in float64 no norm overflows or vanishes, whatever the scale; a zero vector stays zero
     images, texts = (F.normalize(emb.double(), dim=1, eps=1e-300).float() for emb in (images, texts))
-    return images, texts, torch.from_numpy(owner.astype(np.int64))
+    return images, texts, owner.long()
 
 
 def gallery_order(size):
@@ -162,7 +158,191 @@ def chance_row(text_to_image, num_images):
 
 
 # -----------------------------------------------------------------------------
-# image-text retrieval: the table
+# from models to embeddings
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in eval mode, and afterwards every part of it in the mode it had: a loop's frozen parts stay
+    frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collate=None):
+    """Every item once, in order, by encode: a batch of items, as collate makes it -> (B, D). Returns (n, D)
+    float32 on the CPU. The model, already on device, runs in eval mode under autocast to dtype and gets its
+    old mode back."""
+    loader = torch.utils.data.DataLoader(
+        items, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
+        generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
+    batches = tqdm(loader, "embedding", leave=False, disable=len(loader) < 20 or not sys.stderr.isatty())
+    try:
+        with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return torch.cat([encode(batch).float().cpu() for batch in batches])
+    except RuntimeError as e:
+        if not num_workers or "DataLoader worker" not in str(e):
+            raise
+    # the workers died, of a signal to the whole group: what called this ends in good order, without them
+    return embed(model, encode, items, batch_size, device, dtype, 0, collate)
+
+
+say_once = functools.cache(print) # loops evaluate again and again
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Pictures as evaluation sees them, (3, H, W) uint8, each with -1; one that cannot be read is grey, and
+    comes with its number."""
+
+    def __init__(self, images, size, squash=False):
+        self.images, self.size, self.squash, self.num_grey = images, size, squash, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            return eval_image(self.images[i], self.size, self.squash), -1
+        except Bad:
+            return torch.full((3, self.size, self.size), 128, dtype=torch.uint8), int(i)
+
+    def images_of(self, batch):
+        """A batch of such pairs -> images (B, 3, H, W) uint8. Names the grey ones; ends the program when they
+        are more than ten and one in a hundred."""
+        images, bad = batch
+        for i in bad[bad >= 0].tolist():
+            self.num_grey += 1
+            say_once(f"{getattr(self.images, 'path', 'data')}: picture {i} of {len(self)} cannot be read: "
+                     f"grey in its place")
+        if self.num_grey > 10 + len(self) / 100:
+            fail(f"{self.num_grey} of {len(self)} pictures cannot be read: prepare the set again")
+        return images
+
+    def stack(self, which):
+        """Those pictures, in this order, (n, 3, H, W) uint8."""
+        return self.images_of(torch.utils.data.default_collate([self[i] for i in which]))
+
+
+def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
+    """As embed; encode: pictures (B, 3, H, W) float32, normalised -> (B, D)."""
+    images = EvalImages(images, size, squash)
+    return embed(model, lambda batch: encode(normalize(images.images_of(batch).to(device))), images,
+                 batch_size, device, dtype, num_workers)
+
+
+def embed_texts(model, texts, batch_size, device, dtype):
+    """As embed, by the model's encode_text."""
+    def encode(batch):
+        ids, padding_mask = model.tokenizer.encode(batch, model.max_length) # (B, T) each
+        return model.encode_text(ids.to(device), padding_mask.to(device))
+
+    return embed(model, encode, texts, batch_size, device, dtype, collate=list)
+
+
+class Unaligned(torch.nn.Module):
+    """Two encoders that never met, as one model: the baseline that says what alignment is worth."""
+
+    def __init__(self, image, text):
+        super().__init__()
+        widths = image.config["embed_dim"], text.config["embed_dim"]
+        if widths[0] != widths[1]:
+            fail(f"the image encoder is {widths[0]} wide, the text encoder {widths[1]}: "
+                 f"their embeddings cannot be compared")
+        self.image, self.text, self.tokenizer = image, text, text.tokenizer
+        self.encode_image, self.encode_text = image.encode, text.encode
+        self.img_size, self.max_length = image.img_size, text.max_length
+
+
+def evaluate_retrieval(model, pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
+                       squash=False, num_workers=0):
+    """Each image and caption once, then retrieval_metrics -> (metrics, image_emb (N, D), text_emb (M, D))."""
+    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, batch_size, device,
+                             dtype, squash, num_workers)
+    text_emb = embed_texts(model, pairs.captions, batch_size, device, dtype)
+    return retrieval_metrics(image_emb, text_emb, pairs.text_to_image), image_emb, text_emb
+
+
+def optional(module, packages):
+    """A module that few need and requirements.txt does not bring, or how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        fail(f"{e.name} is not installed: pip install {packages}")
+
+
+def towers(model):
+    """Which of "image" and "text" a model embeds."""
+    return [modality for modality in ("image", "text") if hasattr(model, f"encode_{modality}")]
+
+
+def student(args):
+    """The model in args.ckpt, which embeds both images and text."""
+    model = load_checkpoint(args.ckpt)
+    if towers(model) != ["image", "text"] or not hasattr(model, "tokenizer"):
+        fail(f"{args.ckpt} does not embed both images and text, and {args.command} needs a checkpoint that "
+             "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
+    return model
+
+
+def two_towers(args, device):
+    """The model with encode_image and encode_text that the flags name, on device, and its name."""
+    if (args.image_encoder is None) != (args.text_encoder is None):
+        fail("--image_encoder and --text_encoder go together")
+    if args.image_encoder is None:
+        return student(args).to(device), args.ckpt
+    if "ckpt" in args.given:
+        fail("--ckpt is a model with both encoders: give it or --image_encoder and --text_encoder")
+    model = Unaligned(load_encoder(args.image_encoder, "image", args.weights_dir),
+                      load_text_encoder(args.text_encoder, args.weights_dir))
+    return model.to(device), f"{args.image_encoder} + {args.text_encoder}"
+
+
+def one_encoder(args, modality):
+    """The frozen Encoder that --ckpt or, by its name, --encoder or --text_encoder gives. Of a multimodal
+    checkpoint it is that tower alone, without what both share, as the thesis finetuned them."""
+    which = args.encoder if modality == "image" else args.text_encoder
+    if which and "ckpt" in args.given:
+        fail(f"--ckpt={args.ckpt} and {which} are each an encoder: give one of them")
+    if which:
+        load = load_text_encoder if modality == "text" else functools.partial(load_encoder, modality="image")
+        return load(which, weights_dir=args.weights_dir)
+    model = load_checkpoint(args.ckpt)
+    encoder = getattr(model, f"{modality}_encoder", model)
+    if encoder.config["modality"] != modality:
+        fail(f"{args.ckpt} is an encoder for {encoder.config['modality']}, and {args.command} needs one for "
+             f"{modality}: a checkpoint of distill_{modality}.py or distill_multimodal.py")
+    if hasattr(model, "tokenizer"):
+        encoder.tokenizer = model.tokenizer
+    return encoder
+
+
+def labelled_splits(task, data_dir, asks, names=("train", "val", "test")):
+    """A set's splits of these names: train, if it is asked for, and val, test or both. All have labels, and
+    train has every label. asks: what needs them, for the messages."""
+    folder = os.path.join(data_dir, task)
+    there = [s for s in names if s == "train" or os.path.exists(os.path.join(folder, f"{s}_images.idx"))]
+    splits = {s: Pairs(data_dir, task, s) for s in there or names[-1:]}
+    if [*splits] == ["train"]:
+        fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
+    for s, pairs in splits.items():
+        if pairs.labels is None:
+            fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it "
+                 f"with a set that has them, digits: python prepare_imagenet.py --data=digits")
+        unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist() if "train" in splits else []
+        if unknown:
+            fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has "
+                 f"({len(unknown)} such labels): their images can only be wrong")
+    return splits
+
+
+# -----------------------------------------------------------------------------
+# image-text retrieval: the table and the picture
 
 # Karpathy's test sets: images, captions (all there are, or the first five each; COCO has 10 more)
 TEST_SETS = {"coco": (5000, 25_010, 25_000), "flickr30k": (1000, 5_000)}
@@ -214,123 +394,11 @@ def retrieval_table(rows, published={}):
                  f"{'Image -> Text':>28}{'Text -> Image':>28}{'both':>7}")
 
 
-# -----------------------------------------------------------------------------
-# from models to embeddings
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """The model in eval mode, and afterwards every part of it in the mode it had: a loop's frozen parts stay
-    frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@torch.no_grad()
-def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collate=None):
-    """Every item once, in order, by encode: a batch of items, as collate makes it -> (B, D). Returns (n, D)
-    float32 on the CPU. The model, already on device, runs in eval mode under autocast to dtype and gets its
-    old mode back."""
-    loader = torch.utils.data.DataLoader(
-        items, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
-        generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
-    batches = tqdm(loader, "embedding", leave=False, disable=len(loader) < 20 or not sys.stderr.isatty())
-    try:
-        with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return torch.cat([encode(batch).float().cpu() for batch in batches])
-    except RuntimeError as e:
-        if not num_workers or "DataLoader worker" not in str(e):
-            raise
-    # the workers died, of a signal to the whole group: what called this ends in good order, without them
-    return embed(model, encode, items, batch_size, device, dtype, 0, collate)
-
-
-class EvalImages(torch.utils.data.Dataset):
-    """Pictures as evaluation sees them, (3, H, W) uint8, each with -1; one that cannot be read is grey, and
-    comes with its number."""
-
-    def __init__(self, images, size, squash=False):
-        self.images, self.size, self.squash = images, size, squash
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        try:
-            return eval_image(self.images[i], self.size, self.squash), -1
-        except Bad:
-            return torch.full((3, self.size, self.size), 128, dtype=torch.uint8), int(i)
-
-    def images_of(self, batch):
-        """A batch of such pairs -> images (B, 3, H, W) uint8. Names the grey ones."""
-        images, bad = batch
-        for i in bad[bad >= 0].tolist():
-            say_once(f"{getattr(self.images, 'path', 'data')}: picture {i} of {len(self)} cannot be read: "
-                     f"grey in its place")
-        return images
-
-    def stack(self, which):
-        """Those pictures, in this order, (n, 3, H, W) uint8."""
-        return self.images_of(torch.utils.data.default_collate([self[i] for i in which]))
-
-
-@functools.cache
-def say_once(text):
-    print(text, file=sys.stderr)
-
-
-def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
-    """As embed; encode: pictures (B, 3, H, W) float32, normalised -> (B, D)."""
-    images = EvalImages(images, size, squash)
-    return embed(model, lambda batch: encode(normalize(images.images_of(batch).to(device))), images,
-                 batch_size, device, dtype, num_workers)
-
-
-def embed_texts(model, texts, batch_size, device, dtype):
-    """As embed, by the model's encode_text."""
-    def encode(batch):
-        ids, padding_mask = model.tokenizer.encode(batch, model.max_length) # (B, T) each
-        return model.encode_text(ids.to(device), padding_mask.to(device))
-
-    return embed(model, encode, texts, batch_size, device, dtype, collate=list)
-
-
-class Unaligned(torch.nn.Module):
-    """Two encoders that never met, as one model: the baseline that says what alignment is worth."""
-
-    def __init__(self, image, text):
-        super().__init__()
-        widths = image.config["embed_dim"], text.config["embed_dim"]
-        if widths[0] != widths[1]:
-            fail(f"the image encoder is {widths[0]} wide, the text encoder {widths[1]}: "
-                 f"their embeddings cannot be compared")
-        self.image, self.text, self.tokenizer = image, text, text.tokenizer
-        self.encode_image, self.encode_text = image.encode, text.encode
-        self.img_size, self.max_length = image.img_size, text.max_length
-
-
-def evaluate_retrieval(model, pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
-                       squash=False, num_workers=0):
-    """Each image and caption once, then retrieval_metrics -> (metrics, image_emb (N, D), text_emb (M, D))."""
-    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, batch_size, device,
-                             dtype, squash, num_workers)
-    text_emb = embed_texts(model, pairs.captions, batch_size, device, dtype)
-    return retrieval_metrics(image_emb, text_emb, pairs.text_to_image), image_emb, text_emb
-
-
-# -----------------------------------------------------------------------------
-# what was found, as a picture
-
-INK, GREY, LINE, PALE, GREEN, MINT = "#1f2328", "#6e7781", "#e3e6ea", "#f6f7f9", "#1a8f3c", "#e9f7ee"
+INK, GREY, LINE, PALE, GREEN = "#1f2328", "#6e7781", "#e3e6ea", "#f6f7f9", "#1a8f3c"
 CELL = 96 # pixels of a result; to the next 14 more, to the next row 28
 
 
-def small_picture(data, side=256):
+def small_picture(data, side):
     """Encoded picture -> PIL image, its longer side that long; grey if it cannot be read."""
     try:
         with or_bad():
@@ -340,103 +408,114 @@ def small_picture(data, side=256):
     return image.resize([max(1, round(n * side / max(image.size))) for n in image.size], Image.LANCZOS)
 
 
-def draw_sheet(path, title, sections, notes):
-    """A PNG of at most 150 KB. sections: (heading, rows); rows: (query, results, a word for the right edge);
-    results: at most five (item, whether it is right). Queries and items are texts, or pictures as bytes."""
+def draw_sheet(path, sections, notes):
+    """A PNG. sections: (heading, rows); rows: (query, results, a word for the right edge); results: at most
+    five (item, whether it is right). Queries and items are texts, or pictures as bytes."""
     height = 72 + sum(56 + (CELL + 28) * len(rows) for _, rows in sections) + 26 * len(notes)
     canvas = Image.new("RGB", (844, height), "white")
     draw = ImageDraw.Draw(canvas)
 
-    def write(text, x, y, size, width=796, height=34, fill=INK, centre=False):
+    def write(text, x, y, size, width=796, max_lines=1, fill=INK, anchor="lm"):
         text = text.translate({0x2013: "-", 0x2014: "-", 0x2019: "'"}) # Pillow's own font lacks them
-        for size in (size, 14, 11): # smaller before a word is broken or the end cut
-            font, room = ImageFont.load_default(size), int(height / 1.25 / size) # in lines
-            for n in range(120, 3, -1): # characters a line: the most that fit
-                lines = textwrap.wrap(text, n, max_lines=room, placeholder="...", break_on_hyphens=False)
-                if all(font.getlength(line) <= width for line in lines):
-                    break
-            if " ".join(lines) == " ".join(text.split()):
+        font = ImageFont.load_default(size)
+        for columns in range(120, 3, -1): # characters a line: the most that fit
+            lines = textwrap.wrap(text, columns, max_lines=max_lines, placeholder="...")
+            if all(font.getlength(line) <= width for line in lines):
                 break
-        anchor, align = ("mm", "center") if centre else ("lm", "left")
+        align = "center" if anchor == "mm" else "left"
         draw.multiline_text((x, y), "\n".join(lines), fill, font, anchor, align=align)
 
     def show(item, x, y, is_right=False):
-        box = (x - 4, y - 4, x + CELL + 3, y + CELL + 3)
+        frame = (GREEN, 3) if is_right else (LINE, 1)
+        draw.rounded_rectangle((x - 4, y - 4, x + CELL + 3, y + CELL + 3), 8, PALE, *frame)
         if isinstance(item, str):
-            draw.rounded_rectangle(box, 8, MINT if is_right else PALE)
-            write(item, x + CELL / 2, y + CELL / 2, 16, CELL - 6, CELL, centre=True)
+            write(item, x + CELL / 2, y + CELL / 2, 14, CELL - 6, 5, anchor="mm")
         else:
             image = small_picture(item, CELL)
             canvas.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
-        draw.rounded_rectangle(box, 8, None, GREEN if is_right else LINE, 3 if is_right else 1)
 
-    write(title, 24, 34, 26)
+    write("What the model finds", 24, 34, 26)
     y = 62
     for heading, rows in sections:
-        draw.rectangle((0, y, 844, y + 42), PALE)
         write(heading, 24, y + 21, 20)
         y += 56
         for query, results, word in rows:
             if isinstance(query, str):
-                write(query, 24, y + CELL / 2, 19, 152, CELL)
+                write(query, 24, y + CELL / 2, 17, 152, 4)
             else:
                 show(query, 28, y)
             for k, (item, is_right) in enumerate(results):
                 show(item, 196 + k * (CELL + 14), y, is_right)
-            fill = GREEN if any(is_right for _, is_right in results) else GREY
-            write(word, 783, y + CELL / 2, 22, 74, fill=fill, centre=True)
+            write(word, 783, y + CELL / 2, 22, fill=GREY, anchor="mm")
             y += CELL + 28
     for i, note in enumerate(notes):
         write(note, 24, y + 12 + 26 * i, 16, fill=GREY)
-    for colours in 256, 128, 64, 32, 16: # drawings need few, photographs get as many as fit
-        file = io.BytesIO()
-        canvas.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-        if file.tell() <= 150_000:
-            break
-    save_atomic(path, lambda f: f.write(file.getvalue()))
+    small = canvas.quantize(64, dither=Image.Dither.NONE)
+    save_atomic(path, lambda f: small.save(f, "PNG", optimize=True))
 
 
 def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
     """Captions with the five pictures found for each, pictures with the five captions found, the right ones
     in green, and the rank of the best right one."""
     images, texts, owner = checked(image_emb, text_emb, pairs.text_to_image)
-    sections = []
-    # the first rows images ask with their first caption, the next rows with themselves
     drawn = gallery_order(len(images)).repeat(2 * rows)[:2 * rows]
-    caption = torch.stack([(owner == i).nonzero()[0, 0] for i in drawn[:rows]])
-    for heading, asked, own, (query_emb, queries), (gallery_emb, gallery, gallery_owner) in (
-            ("Captions to pictures", caption, drawn[:rows], (texts, pairs.captions),
-             (images, pairs.images, torch.arange(len(images)))),
-            ("Pictures to captions", drawn[rows:], drawn[rows:], (images, pairs.images),
-             (texts, pairs.captions, owner))):
-        order = gallery_order(len(gallery)) # ties as in best_ranks
-        scores = query_emb[asked] @ gallery_emb[order].T # (rows, G)
-        found = order[scores.argsort(dim=1, descending=True, stable=True)] # (rows, G)
-        correct = gallery_owner[found] == own[:, None] # (rows, G)
-        section = []
-        for r in range(rows):
-            best = [(gallery[j], bool(hit)) for j, hit in zip(found[r, :5], correct[r])]
-            section.append((queries[asked[r]], best, f"{correct[r].int().argmax() + 1:,}")) # the first hit
+    captions = [(owner == i).nonzero()[0, 0] for i in drawn[:rows]] # the first of each picture
+    of_images, of_texts = (images, pairs.images, torch.arange(len(images))), (texts, pairs.captions, owner)
+    sections = []
+    for heading, asked, (query_emb, queries, query_owner), (gallery_emb, gallery, gallery_owner) in (
+            ("Captions to pictures", captions, of_texts, of_images),
+            ("Pictures to captions", drawn[rows:], of_images, of_texts)):
+        order, section = gallery_order(len(gallery)), [] # ties as in best_ranks
+        for q in asked:
+            found = order[(gallery_emb[order] @ query_emb[q]).argsort(descending=True, stable=True)] # (G,)
+            right = gallery_owner[found] == query_owner[q] # (G,)
+            best = [(gallery[j], bool(hit)) for j, hit in zip(found[:5], right)]
+            section.append((queries[q], best, f"{right.int().argmax() + 1:,}")) # the first that is right
         sections.append((f"{heading}: the best five of {len(gallery):,}", section))
     credit, licence = (str(pairs.meta.get(key, "")) for key in ("credit", "license"))
-    draw_sheet(path, "What the model finds", sections, [
+    draw_sheet(path, sections, [
         "Green: the right answer; at the right its rank. Queries drawn with seed 0, not picked by hand.",
         credit if licence in credit else f"{credit} {licence}"])
+
+
+TRANSFORMS = ["images resized by the short side, centre crop", "images squashed to a square"] # args.squash
+
+
+def retrieval(args, device, dtype):
+    """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner. For the
+    whole test sets of coco and flickr30k published rows are printed."""
+    model, name = two_towers(args, device)
+    pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
+    N, M = len(pairs.images), len(pairs.captions)
+    print(f"{args.data} {args.split}: {N:,} images, {M:,} captions, {TRANSFORMS[args.squash]}")
+    metrics, image_emb, text_emb = evaluate_retrieval(
+        model, pairs, args.batch_size, device, dtype, args.squash, args.num_workers)
+    chance, published = chance_row(pairs.text_to_image, N), published_retrieval(args.data, args.split, N, M)
+    print(retrieval_table({name: metrics, "chance": chance}, published))
+    if published:
+        print(NOTES[args.data])
+    (i2t, t2i), size = median_rank_chunks(image_emb, text_emb, pairs.text_to_image), min(N, 1000)
+    print(f"median rank among {size:,}: image -> text {i2t:g}, text -> image {t2i:g} (1 = best, chance "
+          f"{(size + 1) / 2:g})")
+    if args.picture:
+        draw_retrieval(pairs, image_emb, text_emb, args.picture)
+    return {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
+            "captions": M, "metrics": metrics, "chance": chance, "published": published,
+            "median_rank": {"i2t": i2t, "t2i": t2i, "among": size, "chance": (size + 1) / 2}}
 
 
 # -----------------------------------------------------------------------------
 # image features and their nearest neighbours
 
 
-def pool_tokens(tokens, pool):
-    """An encoder's output (B, T, D) -> (B, D) float32: its CLS token, or, as the thesis does, the mean of all
-    others."""
-    return tokens[:, 0].float() if pool == "cls" else tokens[:, 1:].float().mean(1)
+def pool_patches(tokens):
+    """An encoder's output (B, T, D) -> (B, D) float32: the mean of the patch tokens, as in the thesis."""
+    return tokens[:, 1:].float().mean(1)
 
 
-def image_features(encoder, pairs, batch_size, device, dtype, pool="mean", num_workers=0):
+def image_features(encoder, pairs, batch_size, device, dtype, num_workers=0):
     """Every image of a split once, in order -> (N, D). As embed."""
-    return embed_images(encoder, lambda images: pool_tokens(encoder(images), pool), pairs.images,
+    return embed_images(encoder, lambda images: pool_patches(encoder(images)), pairs.images,
                         encoder.config["img_size"], batch_size, device, dtype, num_workers=num_workers)
 
 
@@ -465,16 +544,31 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k):
 
 
 def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"),
-                 dtype=torch.float32, pool="mean", num_workers=0):
+                 dtype=torch.float32, num_workers=0):
     """Two labelled splits -> top1 and top3, queries searched in the bank, and reverse_top1 and reverse_top3,
     the bank's images searched among the queries; in percent."""
-    features_of = lambda pairs: image_features(encoder, pairs, batch_size, device, dtype, pool, num_workers)
+    features_of = lambda pairs: image_features(encoder, pairs, batch_size, device, dtype, num_workers)
     sides = [(features_of(pairs).to(device), pairs.labels) for pairs in (bank_pairs, query_pairs)]
     result = {}
     for way, (bank, queries) in (("", sides), ("reverse_", sides[::-1])):
         ranks = knn_ranks(*bank, *queries)
         result |= {f"{way}top{k}": percent(ranks <= min(k, len(bank[0]))) for k in (1, 3)}
     return result
+
+
+def knn(args, device, dtype):
+    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3
+    nearest, held-out images searched in the training images and the other way round."""
+    encoder = one_encoder(args, "image").to(device)
+    splits = labelled_splits(args.task, args.data_dir, args.command)
+    train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
+    print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}")
+    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, dtype, args.num_workers)
+    top, ckpt = [*metrics.values()], args.encoder or args.ckpt
+    print(table([ckpt, "top-1", "top-3"], {f"train -> {name}": top[:2], f"{name} -> train": top[2:]}))
+    return {"ckpt": ckpt, "task": args.task, "split": name,
+            "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
+
 
 
 # -----------------------------------------------------------------------------
@@ -503,15 +597,10 @@ def class_names(task, classes, path):
             fail(f"--classes={path} holds {len(names):,} names, but {task} has {len(classes):,} classes")
         return [names[int(name)] for name in classes] if classes and are_numbers else names, path
     if are_wordnet and len(classes) == 1000 and list(classes) == sorted(classes): # ImageNet's, as our labels
-        with contextlib.suppress(ImportError):
-            from open_clip import IMAGENET_CLASSNAMES # here, not above: optional
-            return IMAGENET_CLASSNAMES, "CLIP"
-        from torchvision.models import ResNet50_Weights # here, not above: it takes a second
-        return ResNet50_Weights.DEFAULT.meta["categories"], "torchvision"
+        return optional("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES, "CLIP"
     if are_wordnet or are_numbers and len(classes) == 1000:
-        kind = "only numbers, as of ImageNet's folders" if classes else "none at all"
-        fail(f"data set {task} has no names of classes, {kind}: give them with --classes=FILE, one a line, "
-             f"in the order of the labels")
+        fail(f"the classes of data set {task} have no names, at most numbers as of ImageNet's folders: give "
+             f"them with --classes=FILE, one a line, in the order of the labels")
     return [name.replace("_", " ") for name in classes], "meta.json"
 
 
@@ -539,6 +628,103 @@ def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
     emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
                      for i in range(0, len(prompts), batch_size)]) # (C * prompts, D)
     return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1) # (C, D)
+
+
+def zeroshot(args, device, dtype):
+    """Zero-shot classification as CLIP does it: a picture's class is the one whose prompts, embedded and
+    averaged, are closest to it. Measured on the split test, or val where there is none; for ImageNet's whole
+    val and CLIP's 80 prompts (pip install open_clip_torch) published rows are printed."""
+    split, pairs = labelled_splits(args.task, args.data_dir, args.command, ("val", "test")).popitem()
+    names, named_by = class_names(args.task, pairs.meta.get("classes"), args.classes)
+    templates, made_by = prompt_templates()
+    N, C = len(pairs.images), len(names)
+    if pairs.labels.min() < 0 or pairs.labels.max() >= C:
+        fail(f"data set {args.task} has the label {pairs.labels.max()}, but {named_by} names {C} classes")
+    model, name = two_towers(args, device)
+    words = f"named by {named_by}, {len(templates)} prompts for each: {made_by}"
+    print(f"{args.task} {split}: {N:,} images of {C:,} classes, {words}; {TRANSFORMS[args.squash]}")
+    encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
+    weights = zero_shot_weights(encode_text, names, templates, len(names) * len(templates)) # batched there
+    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
+                             dtype, args.squash, args.num_workers) # (N, D)
+    ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
+    metrics = {f"top{k}": percent(ranks <= k) for k in (1, 3, 5)}
+    is_whole = (args.task, split, N, len(templates), named_by) == ("imagenet", "val", 50_000, 80, "CLIP")
+    published = PUBLISHED_ZERO_SHOT if is_whole else {}
+    print(table([args.task, "top-1", "top-3", "top-5"],
+                {name: metrics.values(), "chance": [100 * min(k / C, 1) for k in (1, 3, 5)]},
+                {title: (top1, None, None) for title, top1 in published.items()}))
+    if published:
+        print("(!) the teacher learned from ImageNet's labels: not zero-shot")
+    return {"ckpt": name, "task": args.task, "split": split, "squash": args.squash, "images": N, "classes": C,
+            "prompts": len(templates), "source": words, "metrics": metrics, "published": published}
+
+
+# -----------------------------------------------------------------------------
+# training for some epochs, of which the best is kept: image finetuning and GLUE
+
+WARMUP_SHARE = 0.1 # of the steps, in which the learning rate rises; then it falls to 0
+
+
+def lr_share(step, warmup_steps, max_steps, linear=False):
+    """Learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return 1 - done if linear else (1 + math.cos(math.pi * done)) / 2
+
+
+def train_epochs(run, read, model, head, optimizer, batches, loss_of, measure, **kept):
+    """Trains a new or an interrupted run -> the best epoch's measures and, as "epoch", its number.
+    OUT_DIR/best.pt holds its weights, ckpt.pt what a killed run goes on from.
+
+    read, kept           hashes of what is read besides flags; what else goes into checkpoints
+    optimizer            every group has its "peak_lr"
+    batches(step)        iterator over the batches from that step on, the same number in each epoch; the last
+                         of a batch: numbers of what cannot be read, and -1
+    loss_of(batch, step) a float32 scalar
+    measure()            dict of percents, after each epoch; the first decides"""
+    args, per_epoch = run.args, run.max_steps // run.args.epochs
+    warmup_steps = round(WARMUP_SHARE * run.max_steps)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings["autocast"] == "torch.float16")
+    parts = {"head": head, "optimizer": optimizer, "scaler": scaler}
+    best = run.restore(read, model=model, **parts).get("best", {})
+    step, peak = run.step, max(group["peak_lr"] for group in optimizer.param_groups)
+    print(f"{run.path} is finished" if step == run.max_steps else
+          f"{args.epochs} epochs of {per_epoch} steps, {warmup_steps} of warm-up")
+    if use_compile(args.compile, run.device): # in place: the weights keep their names
+        model.compile()
+    for *batch, bad in run.batches(batches(step)):
+        share = lr_share(step, warmup_steps, run.max_steps, args.command == "glue")
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+        unreadable, loss = run.name_unreadable(step, bad), loss_of(batch, step)
+        scaler.scale(loss).backward()
+        norm = optimizer_step(optimizer, scaler, 0.0)
+        step += 1
+
+        run.add(loss=loss, norm=norm, unreadable=unreadable)
+        if step % args.log_interval == 0 or step == run.max_steps:
+            means, pace = run.means(step, "examples")
+            words = f"loss {means['loss']:.4f}  norm {means['norm']:.2f}  lr {share * peak:.2e}  {pace}"
+            run.log(step, f"step {step:>6}/{run.max_steps}  {words}", lr=share * peak, **means)
+        if step % per_epoch == 0:
+            with run.paused(step):
+                result = measure()
+            first, epoch = next(iter(result)), step // per_epoch
+            if not best or result[first] > best[first]:
+                best = {**result, "epoch": epoch}
+                save_checkpoint(os.path.join(args.out_dir, "best.pt"), model, head=head.state_dict(),
+                                best=best, settings=run.settings, step=step, **kept)
+            values = ", ".join(f"{k} {v:.2f}" for k, v in result.items())
+            run.log(step, f"epoch {epoch}/{args.epochs}: {values} (best {first} {best[first]:.2f} in epoch "
+                    f"{best['epoch']})", epoch=epoch, best=f"val_{first}",
+                    **{f"val_{k}": v for k, v in result.items()})
+        if step % per_epoch == 0 or step % args.save_interval == 0:
+            run.save(step, model, best=best, **parts, **kept)
+    run.save(step, model, best=best, **parts, **kept)
+    run.end(step)
+    return best
 
 
 # -----------------------------------------------------------------------------
@@ -628,74 +814,87 @@ def parameter_groups(encoder, head, args):
     return [groups[key] for key in sorted(groups)]
 
 
-# -----------------------------------------------------------------------------
-# training for some epochs, of which the best is kept: image finetuning and GLUE
+def finetune(args, device, dtype):
+    """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm ->
+    Linear), or trains the classifier alone, and measures how many held-out images it names right."""
+    # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end
+    if args.linear_probe and "layer_decay" in args.given:
+        fail("--layer_decay: a linear probe trains the head alone, at --lr")
+    splits = labelled_splits(args.task, args.data_dir, args.command)
+    train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
+    classes = np.unique(train.labels)
+    targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
+    N, C, B = len(train.images), len(classes), args.batch_size
+    if B > N:
+        fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
 
+    # -- encoder, head, optimizer
+    encoder = one_encoder(args, "image")
+    autocast = set_up(args)[-1]
+    read = {"the encoder": hash_of(encoder), "the data set": hash_of(train.images.offsets, train.labels)}
+    run = Run(args, __file__, ["task", "ckpt", "encoder", "linear_probe"], device, dtype,
+              args.epochs * (N // B))
+    head = torch.nn.Sequential(torch.nn.LayerNorm(encoder.config["embed_dim"], eps=1e-6),
+                               torch.nn.Linear(encoder.config["embed_dim"], C))
+    torch.nn.init.trunc_normal_(head[1].weight, std=0.02)
+    torch.nn.init.zeros_(head[1].bias)
+    encoder, head = encoder.to(device), head.to(device)
+    if not args.linear_probe:
+        encoder.train().requires_grad_(True)
+    groups = parameter_groups(encoder, head, args)
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.999), 1e-8, fused=device.type in ("cuda", "cpu"))
+    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
+          f"learning rates {', '.join(f'{lr:.1e}' for lr in sorted({group['peak_lr'] for group in groups}))}")
 
-WARMUP_SHARE = 0.1 # of the steps, in which the learning rate rises; then it falls to 0
+    features_of = lambda pairs: image_features(encoder, pairs, B, device, dtype, args.num_workers)
+    if args.linear_probe: # these never change
+        features_of = functools.cache(features_of)
+    is_cached = args.linear_probe and args.augment == "none" # nothing random stands before the head
 
+    @torch.no_grad()
+    def measure(split):
+        """Percent of the split's images whose class is the first, and among the first five."""
+        logits = head(features_of(splits[split]).to(device)) # (N, C)
+        right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
+        return {"top1": percent(right[:, 0]), "top5": percent(right.any(1))}
 
-def lr_share(step, warmup_steps, max_steps, linear=False):
-    """Learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts from 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return 1 - done if linear else (1 + math.cos(math.pi * done)) / 2
+    def batches(step):
+        """From this step on: images (B, 3, H, W) or features (B, D), and classes (B,)."""
+        order = batch_order(N, B, args.seed, step)
+        if is_cached:
+            features = features_of(train)
+            order = (torch.tensor(batch)[:, 2] for batch in order)
+            return ((features[i], targets["train"][i], torch.tensor([-1])) for i in order)
+        images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
+        return torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
+                                           worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
 
+    def loss_of(batch, step):
+        x, target = batch[0].to(device, non_blocking=True), F.one_hot(batch[1], C).float().to(device) # (B, C)
+        if args.augment == "default":
+            x, target = mix(x, target, np.random.default_rng((args.seed, step, 0, 1)))
+        with autocast:
+            pooled = x if is_cached else pool_patches(encoder(x)) # (B, D) float32
+        # a mean over the batch; the thesis' code divides by C as well
+        return F.cross_entropy(head(pooled), target, label_smoothing=args.smoothing)
 
-def train_epochs(args, run, read, model, head, optimizer, per_epoch, batches, losses, measure, unit, linear,
-                 **kept):
-    """Trains for args.epochs -> the best epoch's measures and, as "epoch", its number. OUT_DIR/best.pt
-    holds its weights, ckpt.pt what a killed run goes on from.
-
-    optimizer            every group has its "peak_lr"
-    batches(step)        iterator over the batches from that step on, per_epoch an epoch, made of `unit`; the
-                         last of a batch: numbers of what cannot be read, and -1
-    losses(batch, step)  yields float32 scalars, one a micro-batch, that add up to the step's loss
-    measure()            dict of percents, after each epoch; the first decides
-    linear               the learning rate falls along a line, not a cosine
-    read, kept           hashes of what is read besides flags; what else goes into checkpoints"""
-    warmup_steps = round(WARMUP_SHARE * run.max_steps)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings["autocast"] == "torch.float16")
-    before = run.restore(read, model=model, head=head, optimizer=optimizer, scaler=scaler)
-    step, best = run.step, before.get("best", {})
-    peak = max(group["peak_lr"] for group in optimizer.param_groups)
-    print(f"{args.epochs} epochs of {per_epoch} steps, {warmup_steps} of warm-up")
-    if use_compile(args.compile, run.device): # in place: the weights keep their names
-        model.compile()
-    for *batch, bad in run.batches(batches(step)):
-        share = lr_share(step, warmup_steps, run.max_steps, linear)
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
-        unreadable, total = run.name_unreadable(step, bad), 0.0
-        for loss in losses(batch, step):
-            scaler.scale(loss).backward()
-            total = total + loss.detach()
-        norm = optimizer_step(optimizer, scaler, args.grad_clip)
-        step += 1
-
-        run.add(loss=total, norm=norm, unreadable=unreadable)
-        if step % args.log_interval == 0 or step == run.max_steps:
-            means, pace = run.means(step, unit)
-            words = f"loss {means['loss']:.4f}  norm {means['norm']:.2f}  lr {share * peak:.2e}  {pace}"
-            run.log(step, f"step {step:>6}/{run.max_steps}  {words}", lr=share * peak, **means)
-        if step % per_epoch == 0:
-            with run.paused(step):
-                result = measure()
-            first, epoch = next(iter(result)), step // per_epoch
-            if not best or result[first] > best[first]:
-                best = {**result, "epoch": epoch}
-                save_checkpoint(os.path.join(args.out_dir, "best.pt"), model, head=head.state_dict(),
-                                best=best, settings=run.settings, step=step, **kept)
-            values = ", ".join(f"{k} {v:.2f}" for k, v in result.items())
-            run.log(step, f"epoch {epoch}/{args.epochs}: {values} (best {first} {best[first]:.2f} in epoch "
-                    f"{best['epoch']})", epoch=epoch, best=f"val_{first}",
-                    **{f"val_{k}": v for k, v in result.items()})
-        if step % per_epoch == 0 or step % args.save_interval == 0:
-            run.save(step, model, head=head, optimizer=optimizer, scaler=scaler, best=best, **kept)
-    run.save(step, model, head=head, optimizer=optimizer, scaler=scaler, best=best, **kept)
-    run.end(step)
-    return best
+    best = train_epochs(run, read, encoder, head, optimizer, batches, loss_of, lambda: measure(val),
+                        classes=classes.tolist())
+    metrics = {k: best[k] for k in ("top1", "top5")}
+    if test != val:
+        kept = read_checkpoint(os.path.join(args.out_dir, "best.pt"))
+        encoder.load_state_dict(kept["model"])
+        head.load_state_dict(kept["head"])
+        metrics = measure(test)
+    name, published = args.encoder or args.ckpt, PUBLISHED_VISION.get(args.task, {})
+    row = (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None)
+    print(table([args.task, "Finetune", "Linear Probe"], {name: row}, published))
+    print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of "
+          f"{args.epochs}, the best on {val}; wrote {os.path.join(args.out_dir, 'best.pt')}")
+    return {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe,
+            "augment": args.augment, "images": len(splits[test].images), "classes": C, "epochs": args.epochs,
+            "epoch": best["epoch"], "chosen_on": val, "seed": args.seed, "metrics": metrics,
+            "published": published}
 
 
 # -----------------------------------------------------------------------------
@@ -762,24 +961,18 @@ def glue_score(task, predictions, labels, metric=None):
 
 def glue_rows(path):
     """Yields the rows of a file as cells of text; first the names of its columns, but for raw CoLA."""
-    if not path.endswith(".parquet"):
+    if path.endswith(".parquet"):
+        table = optional("pyarrow.parquet", "pyarrow").read_table(path)
+        yield table.column_names
+        yield from zip(*([str(x) for x in column.to_pylist()] for column in table.columns))
+    else:
         with open(path, encoding="utf-8-sig", newline="\n") as f: # no quotes; only a newline ends a row
             yield from (line.rstrip("\r\n").split("\t") for line in f)
-        return
-    try:
-        import pyarrow.parquet # here, not above: optional
-    except ImportError:
-        fail(f"{path} takes pyarrow to read: pip install pyarrow")
-    table = pyarrow.parquet.read_table(path)
-    if any(column.null_count for column in table.columns):
-        fail(f"{path}: a text or label is null")
-    yield table.column_names
-    yield from zip(*([str(x) for x in column.to_pylist()] for column in table.columns))
 
 
-def read_glue(task, glue_dir, limit=0):
-    """The first `limit` examples (0: all) of each split, train first: split -> (tuples of one or two texts,
-    labels (n,) int64, of stsb float32). What is missing or malformed ends the program with file and line."""
+def read_glue(task, glue_dir):
+    """The examples of each split, train first: split -> (tuples of one or two texts, labels (n,) int64, of
+    stsb float32). What is missing or malformed ends the program with file and line."""
     title, columns, classes = GLUE[task][:3]
     splits = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
     raw = [os.path.join(glue_dir, title, f"{split}.tsv") for split in splits]
@@ -791,7 +984,7 @@ def read_glue(task, glue_dir, limit=0):
         fail(f"GLUE's {task}: no {', '.join(missing)}. Unpack the archives of gluebenchmark.com there, or "
              f"fetch all as parquet (pip install huggingface_hub pyarrow): "
              f"hf download nyu-mll/glue --repo-type=dataset --local-dir={glue_dir}")
-    headless = task == "cola" and not is_hub
+    is_headless = task == "cola" and not is_hub
     if is_hub:
         columns = [*HUB_TEXTS.get(task, columns[:-1]), "label"]
         classes = classes and [str(i) for i in range(len(classes))]
@@ -799,10 +992,10 @@ def read_glue(task, glue_dir, limit=0):
     for split, path in zip(splits, hub if is_hub else raw):
         texts, labels, torn, n, rows = [], [], [], 0, glue_rows(path)
         try:
-            names = ["source", "label", "star", "sentence"] if headless else next(rows, [])
+            names = ["source", "label", "star", "sentence"] if is_headless else next(rows, [])
             if not set(columns) <= set(names):
                 fail(f"{path}: columns {', '.join(names)}, not with {', '.join(columns)}")
-            for n, row in enumerate(rows, 1 if headless else 2):
+            for n, row in enumerate(rows, 1 if is_headless else 2):
                 if len(row) < len(names) and task == "qqp": # by a newline within a question
                     torn.append(n)
                     continue
@@ -816,11 +1009,10 @@ def read_glue(task, glue_dir, limit=0):
                 labels.append(classes.index(label) if classes else float(label))
         except (ValueError, OSError) as e: # no UTF-8, no parquet
             fail(f"{path} is damaged after line {n}: {e}")
-        print(f"{path}: {len(texts):,} examples, {len(torn)} torn lines left out")
         if not texts or len(torn) > 0.001 * n:
             fail(f"{path} holds {len(texts)} examples and {len(torn)} lines with too few columns {torn[:3]}")
-        labels = np.array(labels[:limit or None], np.int64 if classes else np.float32)
-        examples[split] = texts[:limit or None], labels
+        print(f"{path}: {len(texts):,} examples, {len(torn)} torn lines left out")
+        examples[split] = texts, np.array(labels, np.int64 if classes else np.float32)
     return examples
 
 
@@ -842,10 +1034,10 @@ def encode_examples(tokenizer, texts, max_length):
     return ids, torch.arange(ids.shape[1]) >= torch.tensor([len(row[0]) for row in rows])[:, None], segments
 
 
-def finetune_task(task, args, run, read, splits, encoder, device, dtype):
-    """Trains a text encoder and a new head on one task, into args.out_dir; result as of train_epochs."""
-    (texts, labels), B = splits["train"], args.batch_size
-    classes, config, D = GLUE[task].classes, encoder.config, encoder.config["embed_dim"]
+def finetune_task(run, read, splits, encoder, autocast):
+    """Trains a text encoder and a new head on one task -> what train_epochs returns."""
+    args, device, (texts, labels) = run.args, run.device, splits["train"]
+    classes, config, D = GLUE[args.task].classes, encoder.config, encoder.config["embed_dim"]
     torch.manual_seed(args.seed)
     head = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(), torch.nn.Dropout(DROPOUT),
                                torch.nn.Linear(D, len(classes or "1")))
@@ -854,43 +1046,43 @@ def finetune_task(task, args, run, read, splits, encoder, device, dtype):
         head[0].load_state_dict({"weight": encoder.pooler_weight, "bias": encoder.pooler_bias})
     encoder.train().requires_grad_(True).to(device)
     head.to(device)
-    trained = [*encoder.parameters(), *head.parameters()]
-    groups = [{"params": trained, "peak_lr": args.lr, "weight_decay": args.weight_decay}]
+    groups = [{"params": [*encoder.parameters(), *head.parameters()], "peak_lr": args.lr,
+               "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
-    print(f"\n{task}: {sum(p.numel() for p in trained) / 1e6:.2f}M parameters, {B} examples a step, peak lr "
-          f"{args.lr:g}, {'pretrained' if config['pooler'] else 'new'} pooler")
+    print(f"\n{args.task}: {args.batch_size} examples a step, peak lr {args.lr:g}, "
+          f"{'pretrained' if config['pooler'] else 'new'} pooler")
 
-    encode = lambda texts: encode_examples(encoder.tokenizer, texts, args.max_length)
-
-    def logits(encoded):
+    def logits_of(texts):
+        encoded = encode_examples(encoder.tokenizer, texts, args.max_length)
         ids, mask, segments = (x.to(device, non_blocking=True) for x in encoded)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             x = encoder(ids, mask, token_type_ids=segments if config["token_types"] > 1 else None) # (B, T, D)
         return head(x[:, 0].float()) # (B, C)
-
-    def losses(batch, step):
-        torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
-        out, target = logits(batch[0]), batch[1].to(device)
-        yield F.cross_entropy(out, target) if classes else F.mse_loss(out[:, 0], target)
 
     @torch.no_grad()
     def measure():
         result = {}
         with evaluating(encoder), evaluating(head):
-            for split, (texts, labels) in [*splits.items()][1:]: # mnli: matched and mismatched
-                out = torch.cat([logits(encode(texts[i:i + B])).cpu() for i in range(0, len(texts), B)])
+            for split, (held_out, truth) in [*splits.items()][1:]: # mnli: matched and mismatched
+                out = torch.cat([logits_of(held_out[i:i + args.batch_size]).cpu()
+                                 for i in range(0, len(held_out), args.batch_size)])
                 found = out.argmax(1) if classes else out[:, 0]
-                result |= {split.partition("_")[2] or metric: glue_score(task, found, labels, metric)
-                           for metric in GLUE[task].metrics}
+                result |= {split.partition("_")[2] or metric: glue_score(args.task, found, truth, metric)
+                           for metric in GLUE[args.task].metrics}
         return result
 
     def batches(step):
-        for batch in batch_order(len(texts), B, args.seed, step):
+        for batch in batch_order(len(texts), args.batch_size, args.seed, step):
             index = [i for _, _, i in batch]
-            yield encode([texts[i] for i in index]), torch.from_numpy(labels[index]), torch.tensor([-1])
+            yield [texts[i] for i in index], torch.from_numpy(labels[index]), torch.tensor([-1])
 
-    return train_epochs(args, run, read, encoder, head, optimizer, len(texts) // B, batches, losses, measure,
-                        "examples", linear=True, tokenizer=encoder.tokenizer.text)
+    def loss_of(batch, step):
+        torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
+        out, target = logits_of(batch[0]), batch[1].to(device)
+        return F.cross_entropy(out, target) if classes else F.mse_loss(out[:, 0], target)
+
+    return train_epochs(run, read, encoder, head, optimizer, batches, loss_of, measure,
+                        tokenizer=encoder.tokenizer.text)
 
 
 def glue_row(scores):
@@ -901,14 +1093,68 @@ def glue_row(scores):
     return [nine[0], scores.get("mismatched"), *nine[1:], *means]
 
 
+def glue(args, device, dtype):
+    """Finetunes a text encoder (of a multimodal checkpoint without what images share) on GLUE's tasks, each
+    from the same weights (CLS token -> pooler, tanh, dropout -> linear), and prints the dev scores. The same
+    command again skips finished tasks and continues an unfinished one."""
+    # -- all that can be wrong, with any task, before the first is trained
+    autocast = set_up(args)[-1]
+    tasks = [*GLUE] if args.task == "all" else [args.task]
+    splits = {task: read_glue(task, args.glue_dir) for task in tasks}
+    encoder, name = one_encoder(args, "text"), args.text_encoder or args.ckpt
+    if not hasattr(encoder, "tokenizer"):
+        fail(f"{name} has no tokenizer: give a checkpoint of distill_text.py or distill_multimodal.py")
+    if args.max_length > (positions := encoder.config["max_length"]):
+        fail(f"--max_length={args.max_length}, but {name} has {positions} positions: give at most that")
+    start = {k: v.clone() for k, v in encoder.state_dict().items()}
+    read = {"the encoder": hash_of(encoder), "tokenizer": hash_of(encoder.tokenizer.text)}
+    runs, reads = {}, {}
+    for task in tasks:
+        flags, N = type(args)(**vars(args)), len(splits[task]["train"][0])
+        flags.task, flags.out_dir = task, os.path.join(args.out_dir, task)
+        flags.glue_dir = flags.ckpt = flags.text_encoder = "" # what is read from there is hashed
+        for k in ("batch_size", "epochs", "lr"):
+            setattr(flags, k, getattr(GLUE[task] if getattr(args, k) is None else args, k))
+        if flags.batch_size > N:
+            fail(f"{task}: --batch_size={flags.batch_size}, but there are {N} training examples: too few")
+        runs[task] = Run(flags, __file__, [], device, dtype, flags.epochs * (N // flags.batch_size))
+        examples = repr([(texts, labels.tolist()) for texts, labels in splits[task].values()])
+        reads[task] = read | {f"the examples of {task}": hash_of(examples)}
+        if runs[task].kept:
+            runs[task].compare(reads[task])
+
+    # -- each in turn
+    results = {}
+    for task, run in runs.items():
+        encoder.load_state_dict(start)
+        results[task] = finetune_task(run, reads[task], splits[task], encoder, autocast)
+        best = os.path.join(run.args.out_dir, "best.pt")
+        if os.path.exists(best): # it takes the place of the last epoch: nothing is left to go on from
+            whole = {**read_checkpoint(run.path), **read_checkpoint(best), "step": run.max_steps}
+            for part in ("optimizer", "scaler"):
+                whole.pop(part, None)
+            save_atomic(run.path, lambda f: torch.save(whole, f))
+            os.remove(best)
+
+    scores = {task: next(iter(metrics.values())) for task, metrics in results.items()}
+    row = glue_row(scores | {"mismatched": results.get("mnli", {}).get("mismatched")})
+    published = {name: dict(zip(GLUE, values)) for name, values in PUBLISHED_GLUE.items()}
+    mnli, *titles = [task.title for task in GLUE.values()]
+    print(table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], {name: row},
+                {name: glue_row(values) for name, values in published.items()}, 8))
+    print(GLUE_NOTE)
+    return {"ckpt": name, "split": "dev", "chosen_on": "dev", "seed": args.seed, "tasks": results,
+            "score": row[-2], "score_with_wnli": row[-1], "published": published}
+
+
 # -----------------------------------------------------------------------------
 # a student to take home: a folder of safetensors with a card, and ONNX
 
 EXPORTED = ["config.json", "model.safetensors", "tokenizer.json", "README.md", "image.onnx", "text.onnx"]
 CARD = """# {title}
 
-{kind}, {millions:.2f}M parameters. Pictures: short side to {size} px, bicubic, centre crop, ImageNet's
-mean and deviation; texts: at most {max_length} tokens. Embeddings have length 1. It was made with:
+Encoders of {towers}, {millions:.2f}M parameters. Pictures: short side to {size} px, bicubic, centre crop,
+ImageNet's mean and deviation; texts: at most {max_length} tokens. Embeddings have length 1. Made with:
 
 {facts}
 
@@ -929,11 +1175,6 @@ USE = { # modality -> lines of the card
              "print(model.encode_image(images)) # (1, D)",
     "text": 'ids, padding_mask = model.tokenizer.encode(["a red apple"], model.max_length)\n'
             "print(model.encode_text(ids, padding_mask)) # (1, D)"}
-
-
-def towers(model):
-    """Which of "image" and "text" a model embeds."""
-    return [modality for modality in ("image", "text") if hasattr(model, f"encode_{modality}")]
 
 
 def tower_program(model, modality):
@@ -961,18 +1202,15 @@ def make_onnx(model, modality):
     """One tower as the bytes of an ONNX file: images (B, 3, H, W) float32, ImageNet-normalised, or ids (B, T)
     int64 and padding_mask (B, T) bool -> embeddings (B, D). Also returns the largest difference from torch,
     on random input of another batch size than the one it was traced with."""
-    try:
-        import onnxruntime # here, not above: optional; torch.onnx imports the two others
-        import onnxscript # noqa: F401
-    except ImportError as e:
-        fail(f"--onnx takes {e.name}, which is not installed: pip install onnx onnxscript onnxruntime")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        runtime = optional(package, "onnx onnxscript onnxruntime")
     program, inputs = tower_program(model, modality)
     with warnings.catch_warnings(): # of torch.onnx about itself
         warnings.simplefilter("ignore")
         onnx = torch.onnx.export(program, inputs, dynamo=True, verbose=False, output_names=["features"],
                                  input_names=["images"] if modality == "image" else ["ids", "padding_mask"])
     data = onnx.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
     inputs = [x[[0, 1, 2, 1, 0]] for x in inputs]
     found, = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
     return data, (getattr(model, f"encode_{modality}")(*inputs) - torch.from_numpy(found)).abs().max().item()
@@ -987,39 +1225,61 @@ def read_json(*path):
 
 def card(args, checkpoint, model):
     """The README of an export: what it is, data, teacher, the run's numbers, licences, how to use it."""
-    settings = checkpoint.get("settings") or checkpoint.get("args") or {}
-    sources = ["image_init", "text_init"]
-    if settings.get("kd_loss") != "none":
-        sources.append("teacher")
+    settings = checkpoint.get("settings", {})
+    sources = ["image_init", "text_init"] + (["teacher"] if settings.get("kd_loss") != "none" else [])
     facts = {k: settings.get(k) for k in ("preset", "data", *sources, "batch_size", "lr", "seed")}
-    facts |= {k: checkpoint.get(k) for k in ("step", "best", "code")}
-    licences = []
-    for name in dict.fromkeys(str(facts[k]).partition(":")[0] for k in sources):
-        if name in PRETRAINED:
-            licences.append(f"- {name}, weights: {PRETRAINED[name]['licence']}")
-        elif name.endswith(".pt"):
-            licences.append(f"- {name}, weights: those of what it was made from")
-    for name in str(facts["data"] or "").split(","):
+    facts |= {k: checkpoint.get(k) for k in ("step", "best", "commit")}
+    names = {str(facts[k]).partition(":")[0] for k in sources} # NAME or NAME:PATH
+    licences = [f"- {k}, weights: {v['licence']}" for k, v in PRETRAINED.items() if k in names]
+    licences += [f"- {k}, weights: as of what it was made from" for k in sorted(names) if k.endswith(".pt")]
+    for name in filter(None, (facts["data"] or "").split(",")):
         meta = read_json(settings.get("data_dir", "data"), name, "meta.json")
         licences.append(f"- {name}, data: {meta.get('license', 'not noted')}. {meta.get('credit', '')}")
-    result = read_json(os.path.dirname(args.ckpt), "retrieval.json") # a loop's last act
-    numbers = ""
-    if "metrics" in result and "chance" in result:
+    result, numbers = read_json(os.path.dirname(args.ckpt), "retrieval.json"), "" # a loop's last act
+    if "chance" in result:
         rows = retrieval_table({"this model": result["metrics"], "chance": result["chance"]})
         numbers = f"On {result['data']} {result['split']}, {result['images']} images:\n\n```\n{rows}\n```\n\n"
-    kind = f"Encoders of {' and '.join(towers(model))}"
     return CARD.format(
-        title=os.path.basename(os.path.abspath(args.to)), kind=kind, size=model.img_size, numbers=numbers,
-        max_length=model.max_length, millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        title=os.path.basename(os.path.abspath(args.to)), towers=" and ".join(towers(model)),
+        size=model.img_size, max_length=model.max_length, numbers=numbers, licences="\n".join(licences),
+        millions=sum(p.numel() for p in model.parameters()) / 1e6,
         facts="\n".join(f"- {k}: {v}" for k, v in facts.items() if v is not None),
-        licences="\n".join(licences), lines="\n".join(USE[modality] for modality in towers(model)))
+        lines="\n".join(USE[modality] for modality in towers(model)))
+
+
+def export(args, device, dtype):
+    """Writes a student, or an encoder of one track, as a folder to keep and to pass on: config.json,
+    model.safetensors, the tokenizer's file and a README."""
+    if args.to is None:
+        fail("--to=DIR: the folder to write")
+    from safetensors.torch import save # here, not above: nothing else needs it
+    model, checkpoint = load_checkpoint(args.ckpt), read_checkpoint(args.ckpt)
+    there = {*os.listdir(args.to)} if os.path.isdir(args.to) else set()
+    if there - {*EXPORTED}:
+        fail(f"{args.to} holds {min(there - {*EXPORTED})}, which no export wrote: give another --to")
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    files = {"model.safetensors": save(weights, {"format": "pt"}),
+             "README.md": card(args, checkpoint, model).encode()}
+    if hasattr(model, "tokenizer"):
+        files["tokenizer.json"] = model.tokenizer.text.encode()
+    differences = {}
+    for modality in towers(model) if args.onnx else []:
+        files[f"{modality}.onnx"], differences[modality] = make_onnx(model, modality)
+        print(f"{modality}.onnx differs from torch by at most {differences[modality]:.1e}, on random input")
+    for name in sorted(there, key=EXPORTED.index): # config.json first, which comes last: it makes an export
+        os.remove(os.path.join(args.to, name))
+    for name, data in files.items():
+        save_atomic(os.path.join(args.to, name), lambda f: f.write(data))
+    config = {k: checkpoint[k] for k in ("format", "kind", "config")}
+    write_json(os.path.join(args.to, "config.json"), config | {"tokenizer": "tokenizer.json" in files})
+    print(f"wrote {args.to}: {', '.join(sorted(os.listdir(args.to)))}; read it with --ckpt={args.to}")
+    return {"ckpt": args.ckpt, "to": args.to, "onnx": differences}
 
 
 # -----------------------------------------------------------------------------
 # a search over one's own pictures
 
 PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-AT_ONCE = 5000 # pictures that are embedded before a killed search keeps them
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the model finds</title>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><style>
@@ -1036,37 +1296,29 @@ class Files(list):
     """Paths of pictures, which reads as their bytes; none for a file that cannot be opened."""
 
     def __getitem__(self, i):
-        try:
-            with open(super().__getitem__(i), "rb") as f:
-                return f.read()
-        except OSError:
-            return b""
+        return read_file(super().__getitem__(i))
 
 
 def embed_folder(model, args, device, dtype):
-    """Name -> embedding (D,), NaN where a file cannot be read, of all pictures in the folder args.images, not
-    the hidden ones. Those that neither their size nor their time says are new come from a file beside the
-    checkpoint."""
-    path_of = lambda name: os.path.join(args.images, name)
-    stamps = {}
-    for name in sorted(glob.glob("**", root_dir=args.images, recursive=True)):
-        if name.lower().endswith(PICTURES) and os.path.isfile(path_of(name)):
-            stamps[name] = [os.stat(path_of(name)).st_size, os.stat(path_of(name)).st_mtime_ns]
+    """Path -> embedding (D,), NaN where it cannot be read, of all pictures in the folder args.images. Those
+    that neither their size nor their time says are new come from a file beside the checkpoint."""
+    stamp = lambda path: [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    stamps = {path: stamp(path) for path in walk(args.images, PICTURES) if os.path.isfile(path)}
     if not stamps:
         fail(f"no pictures in {args.images}: no file there ends in {', '.join(PICTURES)}")
-    weights = os.stat(os.path.join(args.ckpt, "model.safetensors") if os.path.isdir(args.ckpt) else args.ckpt)
-    made_by = [weights.st_size, weights.st_mtime_ns, args.squash, str(dtype)]
-    folder_hash = hashlib.sha256(os.fsencode(os.path.abspath(args.images))).hexdigest()[:8]
-    path = f"{os.path.normpath(args.ckpt)}.{folder_hash}.search"
-    old = {}
+    weights = os.path.join(args.ckpt, "model.safetensors") if os.path.isdir(args.ckpt) else args.ckpt
+    made_by = [stamp(weights), args.squash, str(dtype)]
+    folder_hash = hash_of(os.fsencode(os.path.abspath(args.images)))[:8]
+    cache_path = f"{os.path.normpath(args.ckpt)}.{folder_hash}.search"
+    old_stamps, known = {}, {}
     with contextlib.suppress(Exception): # it is not there, or damaged: all pictures are new
-        cache = torch.load(path, weights_only=True)
+        cache = torch.load(cache_path, weights_only=True)
         if cache["made_by"] == made_by:
-            old = dict(zip(cache["stamps"], zip(cache["stamps"].values(), cache["emb"])))
-    known = {name: old[name][1] for name, stamp in stamps.items() if name in old and old[name][0] == stamp}
-    todo = [name for name in stamps if name not in known]
-    changed = sum(name in old for name in todo)
-    removed = len(old.keys() - stamps.keys())
+            old_stamps = cache["stamps"]
+            known = {path: x for path, x in zip(old_stamps, cache["emb"])
+                     if stamps.get(path) == old_stamps[path]}
+    todo = [path for path in stamps if path not in known]
+    changed, removed = len(old_stamps.keys() & todo), len(old_stamps.keys() - stamps)
     print(f"{args.images}: {len(stamps):,} pictures, {len(todo) - changed:,} new, {changed:,} changed, "
           f"{removed:,} removed")
 
@@ -1074,22 +1326,17 @@ def embed_folder(model, args, device, dtype):
         images, bad = (x.to(device) for x in batch)
         return model.encode_image(normalize(images)).masked_fill(bad[:, None] >= 0, math.nan)
 
-    def save():
-        emb = torch.stack([*known.values()]) if known else torch.zeros(0, 1)
-        cache = {"made_by": made_by, "stamps": {name: stamps[name] for name in known}, "emb": emb}
-        if os.access(os.path.dirname(path) or ".", os.W_OK):
-            save_atomic(path, lambda f: torch.save(cache, f))
-        else:
-            print(f"{path} cannot be written: the next search embeds them again")
-
-    if removed:
-        save()
-    for i in range(0, len(todo), AT_ONCE):
-        part = todo[i:i + AT_ONCE]
-        pictures = EvalImages(Files(map(path_of, part)), model.img_size, args.squash)
-        known |= zip(part, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
-        save()
-    return {name: known[name] for name in stamps}
+    if todo:
+        pictures = EvalImages(Files(todo), model.img_size, args.squash)
+        known |= zip(todo, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
+    emb = {path: known[path] for path in stamps}
+    if todo or removed:
+        cache = {"made_by": made_by, "stamps": stamps, "emb": torch.stack([*emb.values()])}
+        try:
+            save_atomic(cache_path, lambda f: torch.save(cache, f))
+        except OSError as e:
+            print(f"{cache_path} cannot be written, so the next search embeds them again: {e.strerror}")
+    return emb
 
 
 def unknown_words(tokenizer, query):
@@ -1101,393 +1348,19 @@ def unknown_words(tokenizer, query):
     return [word for word, ids in zip(query.split(), ids_of_words) if set(ids[1:-1]) <= {unk}]
 
 
-# -----------------------------------------------------------------------------
-# curves of runs
-
-
-def read_log(run):
-    """A run's folder or log.jsonl -> its records, their numbers only; the settings of its last start; the key
-    by which it chooses its best, which its validations name."""
-    path = os.path.join(run, "log.jsonl") if os.path.isdir(run) else run
-    if not os.path.isfile(path):
-        fail(f"no log at {path}: --runs are folders of runs, as --out_dir named them, with commas between")
-    records, settings, best, torn = [], {}, None, 0
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            try:
-                record = json.loads(line)
-                settings = record.get("settings", settings)
-                best = record.get("best", best)
-            except (ValueError, AttributeError):
-                torn += 1
-                continue
-            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and abs(v) < math.inf}
-            records.append(numbers)
-    if torn:
-        print(f"{path}: {torn} lines are torn and left out (the last one may just be written)")
-    keys = [key for record in records for key in record if key.startswith("val_")]
-    best = next((key for key in (best, "val_mean", "val_loss", *keys) if key in keys), None)
-    return records, settings, best
-
-
-def draw_curves(arms, path, xlabel, ylabel):
-    """A PNG. arms: label -> runs, each a list of (x, y): a line for each run and, where an arm has several, a
-    thick one for their mean, all of one colour."""
-    try:
-        from matplotlib.figure import Figure # here, not above: optional
-    except ImportError:
-        fail("--picture takes matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
-    ax = figure.subplots()
-    for n, (label, runs) in enumerate(arms.items()):
-        lines = [np.array(points, dtype=float).T for points in runs] # (2, points) each
-        x = min((x for x, _ in lines), key=lambda x: x[-1]) # as far as the shortest goes
-        for line in lines:
-            ax.plot(*line, color=f"C{n}", linewidth=0.8, alpha=0.6)
-        mean = np.mean([np.interp(x, *line) for line in lines], axis=0)
-        ax.plot(x, mean, ".-", color=f"C{n}", linewidth=2.5,
-                label=f"{label}, {len(runs)} seeds" if len(runs) > 1 else label)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    save_atomic(path, lambda f: f.write(file.getvalue()))
-
-
-# -----------------------------------------------------------------------------
-# models and sets that flags name
-
-
-def student(args):
-    """The model in args.ckpt, which embeds both images and text."""
-    model = load_checkpoint(args.ckpt)
-    if towers(model) != ["image", "text"] or not hasattr(model, "tokenizer"):
-        fail(f"{args.ckpt} does not embed both images and text, and {args.command} needs a checkpoint that "
-             "distill_multimodal.py wrote: python distill_multimodal.py --preset=tiny")
-    return model
-
-
-def two_towers(args, device):
-    """The model with encode_image and encode_text that the flags name, on device, and its name."""
-    if (args.image_encoder is None) != (args.text_encoder is None):
-        fail("--image_encoder and --text_encoder go together")
-    if args.image_encoder is None:
-        return student(args).to(device), args.ckpt
-    if "ckpt" in args.given:
-        fail("--ckpt is a model with both encoders: give it or --image_encoder and --text_encoder")
-    model = Unaligned(load_encoder(args.image_encoder, "image", args.weights_dir),
-                      load_text_encoder(args.text_encoder, args.weights_dir))
-    return model.to(device), f"{args.image_encoder} + {args.text_encoder}"
-
-
-def one_encoder(args, modality):
-    """The frozen Encoder that --ckpt or, by its name, --encoder or --text_encoder gives. Of a multimodal
-    checkpoint it is that tower alone, without what both share, as the thesis finetuned them."""
-    which = args.encoder if modality == "image" else args.text_encoder
-    if which:
-        if "ckpt" in args.given:
-            fail(f"--ckpt={args.ckpt} and {which} are each an encoder: give one of them")
-        if modality == "text":
-            return load_text_encoder(which, args.weights_dir)
-        return load_encoder(which, modality, args.weights_dir)
-    model = load_checkpoint(args.ckpt)
-    encoder = getattr(model, f"{modality}_encoder", model)
-    if encoder.config["modality"] != modality:
-        fail(f"{args.ckpt} is an encoder for {encoder.config['modality']}, and {args.command} needs one for "
-             f"{modality}: a checkpoint of distill_{modality}.py or distill_multimodal.py")
-    if hasattr(model, "tokenizer"):
-        encoder.tokenizer = model.tokenizer
-    return encoder
-
-
-def labelled_splits(task, data_dir, asks, names=("train", "val", "test")):
-    """A set's splits of these names: val, test or both, and train. All have labels, and train has every
-    label. asks: what needs them, for the messages."""
-    folder = os.path.join(data_dir, task)
-    first = names[0] if "train" in names else next(
-        (s for s in names if os.path.exists(os.path.join(folder, f"{s}_images.idx"))), "test")
-    there = Pairs(data_dir, task, first).meta["splits"]
-    splits = {s: Pairs(data_dir, task, s) for s in names if s in there}
-    if not {"val", "test"} & set(splits):
-        fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
-    for s, pairs in splits.items():
-        if pairs.labels is None:
-            fail(f"data set {task} has no labels in its split {s}, and {asks} compares labels. To see it "
-                 f"with a set that has them, digits: python prepare_imagenet.py --data=digits")
-        unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist() if "train" in splits else []
-        if unknown:
-            fail(f"data set {task}: no training image has the label {unknown[0]}, which {s} has "
-                 f"({len(unknown)} such labels): their images can only be wrong")
-    return splits
-
-
-# -----------------------------------------------------------------------------
-# subcommands
-
-TRANSFORMS = ["images resized by the short side, centre crop", "images squashed to a square"] # args.squash
-
-
-def retrieval(args, device, dtype):
-    """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner. For the
-    whole test sets of coco and flickr30k published rows are printed."""
-    model, name = two_towers(args, device)
-    pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
-    N, M = len(pairs.images), len(pairs.captions)
-    five = int(np.minimum(np.bincount(pairs.text_to_image), 5).sum())
-    others = f"; others take the first five, {five:,}" if five < M else ""
-    print(f"{args.data} {args.split}: {N:,} images, {M:,} captions (all there are{others}), "
-          f"{TRANSFORMS[args.squash]}")
-    metrics, image_emb, text_emb = evaluate_retrieval(
-        model, pairs, args.batch_size, device, dtype, args.squash, args.num_workers)
-    chance, published = chance_row(pairs.text_to_image, N), published_retrieval(args.data, args.split, N, M)
-    print(retrieval_table({name: metrics, "chance": chance}, published))
-    if published:
-        print(NOTES[args.data])
-    elif args.data in TEST_SETS:
-        print(f"no published rows: they are of {TEST_SETS[args.data][0]:,} test images, five captions each")
-    (i2t, t2i), size = median_rank_chunks(image_emb, text_emb, pairs.text_to_image), min(N, 1000)
-    print(f"median rank among {size:,}: image -> text {i2t:g}, text -> image {t2i:g} (1 = best, chance "
-          f"{(size + 1) / 2:g})")
-    if args.picture:
-        draw_retrieval(pairs, image_emb, text_emb, args.picture)
-        print(f"wrote {args.picture}")
-    return {"ckpt": name, "data": args.data, "split": args.split, "squash": args.squash, "images": N,
-            "captions": M, "metrics": metrics, "chance": chance, "published": published,
-            "median_rank": {"i2t": i2t, "t2i": t2i, "among": size, "chance": (size + 1) / 2}}
-
-
-def zeroshot(args, device, dtype):
-    """Zero-shot classification as CLIP does it: a picture's class is the one whose prompts, embedded and
-    averaged, are closest to it. Measured on the split test, or val where there is none; for ImageNet's whole
-    val and CLIP's 80 prompts (pip install open_clip_torch) published rows are printed."""
-    split, pairs = labelled_splits(args.task, args.data_dir, args.command, ("val", "test")).popitem()
-    names, named_by = class_names(args.task, pairs.meta.get("classes"), args.classes)
-    templates, made_by = prompt_templates()
-    N, C = len(pairs.images), len(names)
-    unknown = np.setdiff1d(pairs.labels, np.arange(C))
-    if len(unknown):
-        fail(f"data set {args.task} has the label {unknown[0]}, but {named_by} names {C} classes")
-    model, name = two_towers(args, device)
-    words = f"named by {named_by}, {len(templates)} prompts for each: {made_by}"
-    print(f"{args.task} {split}: {N:,} images of {C:,} classes, {words}; {TRANSFORMS[args.squash]}")
-    encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
-    weights = zero_shot_weights(encode_text, names, templates, len(names) * len(templates)) # batched there
-    image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
-                             dtype, args.squash, args.num_workers) # (N, D)
-    ranks = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
-    metrics = {f"top{k}": percent(ranks <= k) for k in (1, 3, 5)}
-    whole = (args.task, split, N, len(templates), named_by) == ("imagenet", "val", 50_000, 80, "CLIP")
-    published = PUBLISHED_ZERO_SHOT if whole else {}
-    print(table([args.task, "top-1", "top-3", "top-5"],
-                {name: metrics.values(), "chance": [100 * min(k / C, 1) for k in (1, 3, 5)]},
-                {title: (top1, None, None) for title, top1 in published.items()}))
-    if published:
-        print("(!) the teacher learned from ImageNet's labels: not zero-shot")
-    return {"ckpt": name, "task": args.task, "split": split, "squash": args.squash, "images": N, "classes": C,
-            "prompts": len(templates), "source": words, "metrics": metrics, "published": published}
-
-
-def knn(args, device, dtype):
-    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3
-    nearest, held-out images searched in the training images and the other way round."""
-    encoder = one_encoder(args, "image").to(device)
-    splits = labelled_splits(args.task, args.data_dir, args.command)
-    train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
-    print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}; feature: "
-          f"{'CLS token' if args.pool == 'cls' else 'mean of the patch tokens'}")
-    metrics = evaluate_knn(encoder, train, held_out, args.batch_size, device, dtype, args.pool,
-                           args.num_workers)
-    top, ckpt = [*metrics.values()], args.encoder or args.ckpt
-    print(table([ckpt, "top-1", "top-3"], {f"train -> {name}": top[:2], f"{name} -> train": top[2:]}))
-    return {"ckpt": ckpt, "task": args.task, "split": name, "pool": args.pool,
-            "train_images": len(train.images), "images": len(held_out.images), "metrics": metrics}
-
-
-def finetune(args, device, dtype):
-    """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm ->
-    Linear), or trains the classifier alone, and measures how many held-out images it names right."""
-    # -- set up
-    if args.linear_probe and "layer_decay" in args.given:
-        fail("--layer_decay: a linear probe trains the head alone, at --lr")
-    B, micro = args.batch_size, args.micro_batch_size or args.batch_size
-    if B % micro:
-        fail(f"--micro_batch_size={micro} does not divide --batch_size={B}")
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end
-    splits = labelled_splits(args.task, args.data_dir, args.command)
-    train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
-    classes = np.unique(train.labels)
-    targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
-    N, C = len(train.images), len(classes)
-    if B > N:
-        fail(f"--batch_size={B}, but there are {N} training images. Use at most that many.")
-
-    # -- encoder, head, optimizer
-    encoder = one_encoder(args, "image")
-    set_up(args)
-    read = {"the encoder": hash_of(encoder), "the data set": hash_of(train.images.offsets, train.labels)}
-    run = Run(args, __file__, ["task", "ckpt", "encoder", "linear_probe"], device, dtype,
-              args.epochs * (N // B))
-    head = torch.nn.Sequential(torch.nn.LayerNorm(encoder.config["embed_dim"], eps=1e-6),
-                               torch.nn.Linear(encoder.config["embed_dim"], C))
-    torch.nn.init.trunc_normal_(head[1].weight, std=0.02)
-    torch.nn.init.zeros_(head[1].bias)
-    encoder, head = encoder.to(device), head.to(device)
-    if not args.linear_probe:
-        encoder.train().requires_grad_(True)
-    groups = parameter_groups(encoder, head, args)
-    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.999), 1e-8, fused=device.type in ("cuda", "cpu"))
-    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
-          f"{B} = {B // micro} x {micro} images per step")
-    for layer in sorted({group["layer"] for group in groups}): # as seeds' table 3
-        own = [group for group in groups if group["layer"] == layer]
-        what = "embeddings" if layer == 0 else "head" if layer > encoder.config["depth"] else f"block {layer}"
-        print(f"layer {layer:>2}  learning rate {own[0]['peak_lr']:.1e}  {what}, "
-              f"{sum(p.numel() for group in own for p in group['params']) / 1e6:.2f}M parameters")
-
-    features_of = lambda pairs: image_features(encoder, pairs, micro, device, dtype, "mean", args.num_workers)
-    if args.linear_probe: # these never change
-        features_of = functools.cache(features_of)
-    cached = args.linear_probe and args.augment == "none" # nothing random stands before the head
-
-    @torch.no_grad()
-    def measure(split):
-        """Percent of the split's images whose class is the first, and among the first five."""
-        logits = head(features_of(splits[split]).to(device)) # (N, C)
-        right = logits.topk(min(5, C)).indices.cpu() == targets[split][:, None]
-        return {"top1": percent(right[:, 0]), "top5": percent(right.any(1))}
-
-    def batches(step):
-        """From this step on: images (B, 3, H, W) or features (B, D), and classes (B,)."""
-        order = batch_order(N, B, args.seed, step)
-        if cached:
-            features = features_of(train)
-            order = (torch.tensor(batch)[:, 2] for batch in order)
-            return ((features[i], targets["train"][i], torch.tensor([-1])) for i in order)
-        images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
-        return torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
-                                           worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-
-    def losses(batch, step):
-        x, target = batch[0].to(device, non_blocking=True), F.one_hot(batch[1], C).float().to(device) # (B, C)
-        if args.augment == "default": # the whole batch: micro-batches change nothing
-            x, target = mix(x, target, np.random.default_rng((args.seed, step, 0, 1)))
-        for start in range(0, B, micro):
-            c = slice(start, start + micro)
-            with autocast:
-                pooled = x[c] if cached else pool_tokens(encoder(x[c]), "mean") # (micro, D) float32
-            loss = F.cross_entropy(head(pooled), target[c], label_smoothing=args.smoothing)
-            yield loss * (micro / B) # a mean over the batch; the thesis' code divides by C as well
-
-    start = time.time()
-    best = train_epochs(args, run, read, encoder, head, optimizer, N // B, batches, losses,
-                        lambda: measure(val), "images", linear=False, classes=classes.tolist())
-    metrics = {k: best[k] for k in ("top1", "top5")}
-    if test != val:
-        kept = read_checkpoint(os.path.join(args.out_dir, "best.pt"))
-        encoder.load_state_dict(kept["model"])
-        head.load_state_dict(kept["head"])
-        metrics = measure(test)
-    name, published = args.encoder or args.ckpt, PUBLISHED_VISION.get(args.task, {})
-    row = (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None)
-    print(table([args.task, "Finetune", "Linear Probe"], {name: row}, published))
-    print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of "
-          f"{args.epochs}, the best on {val}; {(time.time() - start) / 60:.1f} min, peak memory "
-          f"{peak_memory(device):.2f} GB; wrote {os.path.join(args.out_dir, 'best.pt')}")
-    return {"ckpt": name, "task": args.task, "split": test, "linear_probe": args.linear_probe,
-            "augment": args.augment, "images": len(splits[test].images), "classes": C, "epochs": args.epochs,
-            "epoch": best["epoch"], "chosen_on": val, "seed": args.seed, "metrics": metrics,
-            "published": published}
-
-
-def glue(args, device, dtype):
-    """Finetunes a text encoder (of a multimodal checkpoint without what images share) on GLUE's tasks, each
-    from the same weights (CLS token -> pooler, tanh, dropout -> linear), and prints the dev scores. The same
-    command again skips finished tasks and continues an unfinished one."""
-    # -- all that can be wrong, with any task, before the first is trained
-    set_up(args)
-    tasks = [*GLUE] if args.task == "all" else [args.task]
-    splits = {task: read_glue(task, args.glue_dir, args.limit) for task in tasks}
-    encoder, name = one_encoder(args, "text"), args.text_encoder or args.ckpt
-    if not hasattr(encoder, "tokenizer"):
-        fail(f"{name} has no tokenizer: give a checkpoint of distill_text.py or distill_multimodal.py")
-    if args.max_length > (positions := encoder.config["max_length"]):
-        fail(f"--max_length={args.max_length}, but {name} has {positions} positions: give at most that")
-    start = {k: v.clone() for k, v in encoder.state_dict().items()}
-    read = {"the encoder": hash_of(encoder), "tokenizer": hash_of(encoder.tokenizer.text)}
-    runs, reads = {}, {}
-    for task in tasks:
-        own = {k: getattr(GLUE[task] if getattr(args, k) is None else args, k)
-               for k in ("batch_size", "epochs", "lr")}
-        own |= {"out_dir": os.path.join(args.out_dir, task), "task": task}
-        # what is read from there is hashed
-        own |= {"glue_dir": "", "ckpt": "", "text_encoder": ""}
-        flags, N = type(args)(**{**vars(args), **own}), len(splits[task]["train"][0])
-        if flags.batch_size > N:
-            fail(f"{task}: --batch_size={flags.batch_size}, but there are {N} training examples: too few")
-        runs[task] = Run(flags, __file__, [], device, dtype, flags.epochs * (N // flags.batch_size))
-        examples = repr([(texts, y.tolist()) for texts, y in splits[task].values()])
-        reads[task] = read | {f"the examples of {task}": hash_of(examples)}
-        if runs[task].kept:
-            runs[task].compare(reads[task])
-
-    # -- each in turn
-    results = {}
-    for task, run in runs.items():
-        encoder.load_state_dict(start)
-        results[task] = finetune_task(task, run.args, run, reads[task], splits[task], encoder, device, dtype)
-        best = os.path.join(run.args.out_dir, "best.pt")
-        if os.path.exists(best): # it takes the place of the last epoch: nothing is left to go on from
-            whole = {**read_checkpoint(run.path), **read_checkpoint(best), "step": run.max_steps}
-            for part in ("optimizer", "scaler"):
-                whole.pop(part, None)
-            save_atomic(run.path, lambda f: torch.save(whole, f))
-            os.remove(best)
-        found = ", ".join(f"{k} {v:.2f}" for k, v in results[task].items() if k != "epoch")
-        print(f"{task}: {found} on dev in epoch {results[task]['epoch']} of {run.args.epochs}: "
-              f"{run.args.out_dir}")
-
-    scores = {task: next(iter(metrics.values())) for task, metrics in results.items()}
-    row = glue_row(scores | {"mismatched": results.get("mnli", {}).get("mismatched")})
-    published = {name: dict(zip(GLUE, values)) for name, values in PUBLISHED_GLUE.items()}
-    mnli, *titles = [task.title for task in GLUE.values()]
-    print(table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], {name: row},
-                {name: glue_row(values) for name, values in published.items()}, 8))
-    print(GLUE_NOTE)
-    return {"ckpt": name, "split": "dev", "chosen_on": "dev", "seed": args.seed, "limit": args.limit,
-            "tasks": results, "score": row[-2], "score_with_wnli": row[-1], "published": published}
-
-
-def export(args, device, dtype):
-    """Writes a student, or an encoder of one track, as a folder to keep and to pass on: config.json,
-    model.safetensors, the tokenizer's file and a README."""
-    if args.to is None:
-        fail("--to=DIR: the folder to write")
-    model, checkpoint = load_checkpoint(args.ckpt), read_checkpoint(args.ckpt)
-    if strangers := sorted(set(os.listdir(args.to) if os.path.isdir(args.to) else []) - set(EXPORTED)):
-        fail(f"{args.to} holds {strangers[0]}, which no export wrote: give another --to")
-    files, differences = {}, {}
-    for modality in towers(model) if args.onnx else []:
-        files[f"{modality}.onnx"], differences[modality] = make_onnx(model, modality)
-        print(f"{modality}.onnx differs from torch by at most {differences[modality]:.1e}, on random input")
-    from safetensors.torch import save # here, not above: nothing else needs it
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    files |= {"model.safetensors": save(weights, {"format": "pt"}),
-              "README.md": card(args, checkpoint, model).encode()}
-    if hasattr(model, "tokenizer"):
-        files["tokenizer.json"] = model.tokenizer.text.encode()
-    for name in EXPORTED: # config.json comes back last: without it a folder is no export
-        if os.path.exists(path := os.path.join(args.to, name)):
-            os.remove(path)
-    for name, data in files.items():
-        save_atomic(os.path.join(args.to, name), lambda f: f.write(data))
-    write_json(os.path.join(args.to, "config.json"), {
-        **{k: checkpoint[k] for k in ("format", "kind", "config")}, "tokenizer": hasattr(model, "tokenizer")})
-    print(f"wrote {args.to}: {', '.join(sorted(os.listdir(args.to)))}; read it with --ckpt={args.to}")
-    return {"ckpt": args.ckpt, "to": args.to, "onnx": differences}
+def write_page(path, results):
+    """An HTML page with small copies of the pictures in it. results: query -> [(score, path), ..]."""
+    page = [PAGE]
+    for query, found in results.items():
+        page.append(f"<h2>{html.escape(query)}</h2><div>")
+        for score, name in found:
+            file = io.BytesIO()
+            small_picture(read_file(name), 256).save(file, "JPEG", quality=85)
+            source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+            page.append(f'<figure><img alt="" src="{source}"><figcaption>{score:.3f} '
+                        f"{html.escape(shown(name))}</figcaption></figure>")
+        page.append("</div>")
+    save_atomic(path, lambda f: f.write("\n".join(page).encode("utf-8", "replace")))
 
 
 def search(args, device, dtype):
@@ -1505,45 +1378,76 @@ def search(args, device, dtype):
                  f"script of the captions that the student has read.")
         if unknown:
             print(f"{query!r}: the tokeniser does not know {', '.join(unknown)}")
-    found = embed_folder(model, args, device, dtype)
-    shown = {name: name.encode("utf-8", "replace").decode() for name in found} # file names may be any bytes
-    names = [name for name, emb in found.items() if emb.isfinite().all()]
-    unreadable = [shown[name] for name in found if name not in set(names)]
+    emb = embed_folder(model, args, device, dtype)
+    paths = [path for path in emb if emb[path].isfinite().all()]
+    unreadable = [shown(path) for path in emb if not emb[path].isfinite().all()]
     if unreadable:
         print(f"{len(unreadable):,} cannot be read as a picture: {', '.join(unreadable[:5])}")
-    if not names:
-        fail(f"none of the {len(found):,} files in {args.images} can be read as a picture")
+    if not paths:
+        fail(f"none of the {len(emb):,} files in {args.images} can be read as a picture")
     text_emb = embed_texts(model, args.queries, args.batch_size, device, dtype)
-    scores = text_emb @ torch.stack([found[name] for name in names]).T # (Q, N)
-    best = scores.topk(min(args.top, len(names)), dim=1)
-    files = Files(os.path.join(args.images, name) for name in names)
-    results, rows, page = {}, [], [f"<p>{len(names):,} pictures, by {html.escape(args.ckpt)}</p>"]
+    scores = text_emb @ torch.stack([emb[path] for path in paths]).T # (Q, N)
+    best, results = scores.topk(min(args.top, len(paths)), dim=1), {}
     for query, values, places in zip(args.queries, best.values.tolist(), best.indices.tolist()):
-        print(f"\n{query}")
-        results[query], row = [], []
-        page.append(f"<h2>{html.escape(query)}</h2><div>")
-        for value, i in zip(values, places):
-            print(f"  {value:6.3f}  {shown[names[i]]}")
-            results[query].append({"file": shown[names[i]], "score": value})
-            if args.picture or args.html:
-                row.append((files[i], False))
-            if args.html:
-                file = io.BytesIO()
-                small_picture(row[-1][0]).save(file, "JPEG", quality=85)
-                page.append('<figure><img alt="" src="data:image/jpeg;base64,'
-                            f'{base64.b64encode(file.getvalue()).decode()}"><figcaption>{value:.3f} '
-                            f"{html.escape(shown[names[i]])}</figcaption></figure>")
-        page.append("</div>")
-        rows.append((query, row[:5], f"{values[0]:.2f}"))
+        results[query] = [(value, paths[i]) for value, i in zip(values, places)]
+        print(f"\n{query}", *(f"{value:8.3f}  {shown(path)}" for value, path in results[query]), sep="\n")
     if args.picture:
-        draw_sheet(args.picture, "What the model finds", [(f"The best of {len(names):,} pictures", rows)],
+        rows = [(query, [(read_file(path), False) for _, path in found[:5]], f"{found[0][0]:.2f}")
+                for query, found in results.items()]
+        draw_sheet(args.picture, [(f"The best of {len(paths):,} pictures", rows)],
                    ["At the right the cosine of the first."])
-        print(f"wrote {args.picture}")
     if args.html:
-        data = (PAGE + "\n".join(page)).encode("utf-8", "replace")
-        save_atomic(args.html, lambda f: f.write(data))
-        print(f"wrote {args.html}")
-    return {"ckpt": args.ckpt, "images": len(names), "unreadable": unreadable, "results": results}
+        write_page(args.html, results)
+    named = {query: [{"file": shown(path), "score": value} for value, path in found]
+             for query, found in results.items()}
+    return {"ckpt": args.ckpt, "images": len(paths), "unreadable": unreadable, "results": named}
+
+
+# -----------------------------------------------------------------------------
+# curves of runs
+
+
+def read_log(run):
+    """A run's folder or log.jsonl -> its records, their numbers only; the settings of its last start; the key
+    by which it chooses its best, which its validations name."""
+    path = os.path.join(run, "log.jsonl") if os.path.isdir(run) else run
+    if not os.path.isfile(path):
+        fail(f"no log at {path}: --runs are folders of runs, as --out_dir named them, with commas between")
+    records, settings, best, torn = [], {}, None, 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+                settings, best = record.get("settings", settings), record.get("best", best)
+                records.append({k: v for k, v in record.items()
+                                if isinstance(v, (int, float)) and abs(v) < math.inf})
+            except (ValueError, AttributeError):
+                torn += 1
+    if torn:
+        print(f"{path}: {torn} lines are torn and left out (the last one may just be written)")
+    keys = {key for record in records for key in record if key.startswith("val_")}
+    best = next((key for key in (best, "val_mean", "val_loss", *sorted(keys)) if key in keys), None)
+    return records, settings, best
+
+
+def draw_curves(arms, path, xlabel, ylabel):
+    """A PNG. arms: label -> runs, each a list of (x, y): a line for each run and, where an arm has several, a
+    thick one for their mean, all of one colour."""
+    figure_class = optional("matplotlib.figure", "matplotlib").Figure
+    ax = figure_class(figsize=(7, 4.6), dpi=110, layout="constrained").subplots()
+    for n, (label, runs) in enumerate(arms.items()):
+        lines = [np.array(points, dtype=float).T for points in runs] # (2, points) each
+        x = min((x for x, _ in lines), key=lambda x: x[-1]) # as far as the shortest goes
+        for line in lines:
+            ax.plot(*line, color=f"C{n}", linewidth=0.8, alpha=0.6)
+        mean = np.mean([np.interp(x, *line) for line in lines], axis=0)
+        ax.plot(x, mean, ".-", color=f"C{n}", linewidth=2.5,
+                label=f"{label}, {len(runs)} seeds" if len(runs) > 1 else label)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    save_atomic(path, lambda f: ax.figure.savefig(f, format="png"))
 
 
 def curves(args, device, dtype):
@@ -1561,20 +1465,16 @@ def curves(args, device, dtype):
             there = sorted(set().union(*records) - {"step"})
             print(f"{run}: no {key} over {args.over}; it has {', '.join(there) or 'no numbers yet'}")
             continue
-        (first_x, first), (last_x, final) = points[0], points[-1]
         x, y = (min if "loss" in key else max)(points, key=lambda point: point[1])
-        print(f"{run}: {key} {y:.4g} at best ({args.over} {x:g}), from {first:.4g} ({first_x:g}) to "
-              f"{final:.4g} ({last_x:g})")
+        print(f"{run}: {key} {y:.4g} at best ({args.over} {x:g}), from {points[0][1]:.4g} to "
+              f"{points[-1][1]:.4g} ({args.over} {points[-1][0]:g})")
         arm = re.sub(rf"[-_.]?(seed)?{settings.get('seed', '')}$", "", run) or run
         arms.setdefault(arm, []).append(points)
         result[run] = {"points": points, "best": y}
     if not arms:
         fail(f"no run has {key} over {args.over}: see above what there is, and give --key")
     if args.picture:
-        together = len({os.path.dirname(arm) for arm in arms}) == 1
-        arms = {os.path.basename(arm) if together else arm: runs for arm, runs in arms.items()}
         draw_curves(arms, args.picture, {"step": "steps", "minutes": "minutes of training"}[args.over], key)
-        print(f"wrote {args.picture}")
     return {"key": key, "over": args.over, "runs": result}
 
 
@@ -1591,13 +1491,11 @@ KNOBS = { # what a flag means, and what Parser.knob takes besides; "glue task": 
     "glue task": dict(help="one of the nine tasks, or all in turn", choices=["all", *GLUE]),
     "glue_dir": "folder of the tasks' folders, as of the archives (CoLA/train.tsv) or of the hub (cola/..)",
     "max_length": dict(help="tokens of a text or pair, special ones included; longer ones are cut", least=8),
-    "limit": "examples of each split, for a trial; 0: all",
     "ckpt": "checkpoint of a distill script, or folder of an export, with the encoders that are needed",
     "image_encoder": "instead of CKPT: one that never met TEXT_ENCODER, as wide; named as ENCODER of knn",
     "text_encoder": "instead of CKPT: data2vec2_text, bert or minilm, NAME:PATH or a checkpoint of your own",
     "encoder": "instead of CKPT: data2vec2_image or beitv2, NAME:PATH or a checkpoint of distill_image.py",
     "weights_dir": "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and downloaded to there",
-    "pool": dict(help="an image's feature: its patch tokens' mean or its CLS", choices=["mean", "cls"]),
     "squash": "squash images to a square, as the thesis does, and do not crop",
     "linear_probe": "train the head alone; with --augment=none features are extracted once, in minutes",
     "augment": dict(help="none: training images as in evaluation; default: random crop, flip, RandAugment, "
@@ -1607,14 +1505,12 @@ KNOBS = { # what a flag means, and what Parser.knob takes besides; "glue task": 
     "batch_size": dict(help="images or texts at a time: memory and speed", least=1),
     "finetune batch_size": dict(help="images per optimiser step", least=1),
     "glue batch_size": dict(help="examples per optimiser step", type=number(int, 1, math.inf)),
-    "micro_batch_size": "images per forward pass, 0: all; gradients are accumulated over the batch",
     "lr": dict(help="peak learning rate, used as it is: not scaled by the batch size",
                type=number(float, 0, math.inf)),
     "layer_decay": dict(help="the head learns at LR, each layer below at this share of the one above (eq. "
                              "40); 0: 0.75 for cifar10 and cifar100, else 0.81", most=1),
     "weight_decay": "AdamW, on matrices; not on biases, norms, positions, tokens",
     "glue weight_decay": "AdamW, on everything",
-    "grad_clip": "largest norm of the gradient, 0: no clipping",
     "to": "folder to write; an older export there is replaced",
     "onnx": "add image.onnx and text.onnx, of any batch size (pip install onnx onnxscript onnxruntime)",
     "top": dict(help="pictures to show for a query", least=1),
@@ -1628,24 +1524,22 @@ KNOBS = { # what a flag means, and what Parser.knob takes besides; "glue task": 
     "dtype": dict(help="of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
                   choices=["auto", "float32", "bfloat16", "float16"]),
     "json": "write the numbers to this file too"}
-RUN = dict(weights_dir=None, num_workers=0, device="auto", dtype="auto", json=None)
-TOWERS = dict(ckpt="out/tiny/ckpt.pt", image_encoder=None, text_encoder=None, squash=False,
-              batch_size=256, **RUN)
+RUN = dict(batch_size=256, num_workers=0, device="auto", dtype="auto", json=None)
+TOWERS = dict(ckpt="out/tiny/ckpt.pt", image_encoder=None, text_encoder=None, weights_dir=cache_folder(),
+              squash=False, **RUN)
 IMAGES = dict(task="cifar10", data_dir="data", ckpt="out/data2vec2/ckpt.pt", encoder=None)
-COMMANDS = { # name -> the defaults of its flags, its work
-    "retrieval": (dict(data="openmoji", split="test", data_dir="data", picture=None, **TOWERS), retrieval),
-    "zeroshot": (dict(task="imagenet", data_dir="data", classes=None, **TOWERS), zeroshot),
-    "knn": (dict(**IMAGES, pool="mean", batch_size=256, **RUN), knn),
-    "finetune": (dict(**IMAGES, linear_probe=False, augment="default", smoothing=0.1, epochs=15,
-                      batch_size=256, micro_batch_size=0, lr=1e-3, layer_decay=0.0, weight_decay=0.01,
-                      grad_clip=0.0, json=None), finetune),
-    "glue": (dict(task="all", glue_dir="data/glue", ckpt="out/bert/ckpt.pt", text_encoder=None,
-                  max_length=256, limit=0, epochs=None, batch_size=None, lr=None, weight_decay=0.1,
-                  grad_clip=0.0, json=None), glue),
-    "export": (dict(ckpt="out/tiny/ckpt.pt", to=None, onnx=False, json=None), export),
-    "search": (dict(ckpt="out/tiny/ckpt.pt", images=None, top=5, picture=None, html=None, squash=False,
-                    batch_size=256, num_workers=0, device="auto", dtype="auto", json=None), search),
-    "curves": (dict(runs="out/tiny", key=None, over="step", picture=None, json=None), curves)}
+COMMANDS = { # name -> its work, the defaults of its flags
+    "retrieval": (retrieval, dict(data="openmoji", split="test", data_dir="data", picture=None, **TOWERS)),
+    "zeroshot": (zeroshot, dict(task="imagenet", data_dir="data", classes=None, **TOWERS)),
+    "knn": (knn, dict(**IMAGES, weights_dir=cache_folder(), **RUN)),
+    "finetune": (finetune, dict(**IMAGES, linear_probe=False, augment="default", smoothing=0.1, epochs=15,
+                                batch_size=256, lr=1e-3, layer_decay=0.0, weight_decay=0.01, json=None)),
+    "glue": (glue, dict(task="all", glue_dir="data/glue", ckpt="out/bert/ckpt.pt", text_encoder=None,
+                        max_length=256, epochs=None, batch_size=None, lr=None, weight_decay=0.1, json=None)),
+    "export": (export, dict(ckpt="out/tiny/ckpt.pt", to=None, onnx=False, json=None)),
+    "search": (search, dict(ckpt="out/tiny/ckpt.pt", images=None, top=5, picture=None, html=None,
+                            squash=False, **RUN)),
+    "curves": (curves, dict(runs="out/tiny", key=None, over="step", picture=None, json=None))}
 
 
 def get_args(argv):
@@ -1659,7 +1553,7 @@ def get_args(argv):
         print(f"evaluate.py: error: {said}\nusage: python evaluate.py SUBCOMMAND [--key=value ..], "
               f"SUBCOMMAND one of: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    defaults, work = COMMANDS[command]
+    work, defaults = COMMANDS[command]
     parser = Parser(inspect.getdoc(work)) # without the indentation
     parser.prog = f"evaluate.py {command}"
     if command == "glue":
@@ -1669,8 +1563,7 @@ def get_args(argv):
         parser.add_argument("queries", nargs="*", help='texts in quotes: "a red apple" "a cat"')
     for key, default in defaults.items():
         words = KNOBS.get(f"{command} {key}", KNOBS.get(key))
-        parser.knob(key, cache_folder() if key == "weights_dir" else default,
-                    **({"help": words} if isinstance(words, str) else words))
+        parser.knob(key, default, **({"help": words} if isinstance(words, str) else words))
     if command in ("finetune", "glue"): # GLUE's batches have many lengths, and each is compiled anew
         run_flags(parser, f"out/{command}", compiled="false" if command == "glue" else "auto")
     args = parser.parse(argv[1:])
@@ -1682,7 +1575,10 @@ def main(argv=None):
     args = get_args(sys.argv[1:] if argv is None else argv)
     device = pick_device(args.device if "device" in args else "cpu") # some compute nothing
     dtype = pick_dtype(args.dtype if "dtype" in args else "float32", device)
-    result = COMMANDS[args.command][1](args, device, dtype)
+    result = COMMANDS[args.command][0](args, device, dtype)
+    for key in ("picture", "html"):
+        if getattr(args, key, None):
+            print(f"wrote {getattr(args, key)}")
     if args.json:
         write_json(args.json, result)
         print(f"wrote {args.json}")

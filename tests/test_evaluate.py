@@ -8,8 +8,6 @@ import io
 import json
 import math
 import os
-import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
 from evaluate import chance_row, knn_accuracy, median_rank, median_rank_chunks, retrieval_metrics
-from model import Encoder, VisionLanguageModel, save_checkpoint
+from model import Encoder, save_checkpoint
 from prepare_imagenet import Pairs
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "i2t_mean", "t2i_mean", "mean"]
@@ -98,13 +95,6 @@ def test_recall_by_hand():
     assert list(metrics.values()) == pytest.approx(expected)
 
 
-def test_any_own_caption_counts():
-    # image 0's first caption is the worst possible, its second is perfect; image 1 the other way round
-    images, texts = torch.eye(2), torch.tensor([[-1., 0], [1, 0], [0, 1], [0, -1]])
-    metrics = retrieval_metrics(images, texts, torch.tensor([0, 0, 1, 1]))
-    assert metrics["i2t_r1"] == 100 and metrics["t2i_r1"] == 50
-
-
 @pytest.mark.parametrize("N, M", [(12, 12), (60, 60), (60, 301)])
 def test_recall_is_clip_benchmarks(N, M):
     """Its recall is a share of a query's right answers; its retrieval score counts where that is not zero."""
@@ -132,12 +122,6 @@ def test_one_to_one_pairs_are_open_clips(N):
     assert median_rank(images, texts) == tuple(theirs[f"{name}_median_rank"] for name in ways.values())
 
 
-def test_chunks_of_queries_change_nothing():
-    images, texts, owner = evaluate.checked(randn(50, 8), randn(120, 8, seed=1), ragged_owners(50, 120))
-    whole, parts = (evaluate.best_ranks(texts, owner, images, torch.arange(50), chunk=c) for c in (1000, 7))
-    assert torch.equal(whole, parts)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_ties_give_chance(scale):
     # all embeddings equal, as of a collapsed model, or zero: every query gets the same ten items, and those
@@ -149,16 +133,6 @@ def test_ties_give_chance(scale):
     assert 0 < metrics["i2t_r1"] <= 100 / N and 100 / N < metrics["i2t_r10"] <= 1000 / N
 
 
-def test_ties_are_not_broken_in_the_order_of_the_files():
-    # two groups of equal images: each caption ties with the 50 images of its group. Half the ranks are beyond
-    # 25; file order would favour the first of each group, "nothing scores higher" would give rank 1 to all.
-    group = torch.eye(2).repeat_interleave(50, 0)
-    ranks = evaluate.best_ranks(group, torch.arange(100), group, torch.arange(100))
-    for half in ranks[:50], ranks[50:]:
-        assert sorted(half.tolist()) == list(range(1, 51)) and half.tolist() != list(range(1, 51))
-    assert median_rank(group, group) == (25.5, 25.5)
-
-
 def test_lengths_of_embeddings_do_not_matter():
     images, texts, owner = randn(40, 16), randn(90, 16, seed=1), ragged_owners(40, 90)
     image_scale, text_scale = torch.logspace(-25, 25, 40)[:, None], torch.logspace(25, -25, 90)[:, None]
@@ -168,13 +142,10 @@ def test_lengths_of_embeddings_do_not_matter():
 
 @pytest.mark.parametrize("images, texts, owner, message", [
     (randn(3, 4), randn(3, 5), [0, 1, 2], "dimensions"),
-    (randn(3, 4), randn(3), [0, 1, 2], "text_emb must be"),
     (randn(0, 4), randn(3, 4), [0, 0, 0], "image_emb must be"),
     (randn(3, 4), randn(4, 4), [0, 1, 2], "4 integers"),
-    (randn(3, 4), randn(3, 4), [0.0, 1.0, 2.0], "3 integers"),
-    (randn(3, 4), randn(3, 4), [0, 1, 3], "0 .. 3"),
-    (randn(3, 4), randn(3, 4), [-1, 1, 2], "-1 .. 2"),
-    (randn(3, 4), randn(3, 4), [0, 2, 2], r"without caption: \[1\]"),
+    (randn(3, 4), randn(3, 4), [0, 1, 3], "each of 0 .. 2"),
+    (randn(3, 4), randn(3, 4), [0, 2, 2], "each of 0 .. 2"),
     (randn(3, 4) * math.nan, randn(3, 4), [0, 1, 2], "image_emb must be .* without NaN"),
     (randn(3, 4), randn(3, 4) * math.inf, [0, 1, 2], "text_emb must be .* without NaN"),
 ])
@@ -246,7 +217,9 @@ def test_knn_by_hand():
         given = knn_accuracy(lengths * bank, np.array(labels), queries / lengths, torch.tensor([7, 7, 9, 3]),
                              k)
         assert given == share and type(given) is float, k
-    assert knn_accuracy(bank.half(), labels, queries.half(), [7, 7, 9, 3], 1) == 25
+    for wrong in (bank[:3], bank[0], bank * math.nan):
+        with pytest.raises(ValueError, match="must be"):
+            knn_accuracy(wrong, labels, queries, [7, 7, 9, 3], 1)
 
 
 def test_equal_cosines_get_chance():
@@ -261,54 +234,25 @@ def test_equal_cosines_get_chance():
     assert 99 < knn_accuracy(same, two, same, two, 1000) <= 100
 
 
-@pytest.mark.parametrize("bank, labels, k", [
-    (torch.ones(3, 2), [1, 2], 1), (torch.ones(3), [1, 2, 3], 1), (torch.ones(0, 2), [], 1),
-    (torch.ones(3, 2), [1, 2, 3], 0), (torch.full((3, 2), math.nan), [1, 2, 3], 1)])
-def test_knn_wrong_input(bank, labels, k):
-    with pytest.raises(ValueError, match="must be"):
-        knn_accuracy(bank, labels, torch.ones(1, 2), [1], k)
-
-
-def test_knn_of_a_multimodal_checkpoint(tiny_data, tmp_path, monkeypatch):
-    """Its image encoder alone."""
-    monkeypatch.chdir(tmp_path)
-    shape = dict(embed_dim=32, num_heads=2, depth=1)
-    model = VisionLanguageModel(dict(img_size=32, patch_size=8, **shape), dict(vocab_size=50, **shape))
-    encoder = Encoder("image", img_size=32, patch_size=8, **shape)
-    encoder.load_state_dict(model.image_encoder.state_dict())
-    save_checkpoint("both.pt", model)
-    save_checkpoint("image.pt", encoder)
-    both, image = (evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", f"--ckpt={name}",
-                                  "--device=cpu"]) for name in ("both.pt", "image.pt"))
-    assert both["metrics"] == image["metrics"]
-
-
-@pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys, pool):
+def test_knn_command(tiny_data, tmp_path, monkeypatch, capsys):
     """Table, JSON and the numbers of evaluate_knn, which are those of features computed one by one."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     encoder = Encoder("image", img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
     save_checkpoint("encoder.pt", encoder)
     result = evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", "--ckpt=encoder.pt",
-                            "--device=cpu", "--dtype=float32", f"--pool={pool}", "--batch_size=7",
-                            "--json=knn.json"])
+                            "--device=cpu", "--dtype=float32", "--batch_size=7", "--json=knn.json"])
     assert json.loads((tmp_path / "knn.json").read_text()) == result and result["split"] == "test"
     train, test = (Pairs(tiny_data, "toy", split) for split in ("train", "test"))
     encoder.train()
-    assert evaluate.evaluate_knn(encoder, train, test, pool=pool) == result["metrics"] and encoder.training
-    features = []
-    for pairs in train, test:
-        tokens = [encoder(evaluate.normalize(evaluate.eval_image(data, 32)[None])) for data in pairs.images]
-        features.append(torch.cat([x[:, 0] if pool == "cls" else x[:, 1:].mean(1) for x in tokens]).detach())
-    (a, b), (la, lb) = [evaluate.image_features(encoder, pairs, 5, torch.device("cpu"), torch.float32, pool)
-                        for pairs in (train, test)], (train.labels, test.labels)
-    assert torch.allclose(a, features[0], atol=1e-5) and torch.allclose(b, features[1], atol=1e-5)
+    assert evaluate.evaluate_knn(encoder, train, test) == result["metrics"] and encoder.training
+    features = [torch.cat([encoder(evaluate.normalize(evaluate.eval_image(data, 32)[None]))[:, 1:].mean(1)
+                           for data in pairs.images]).detach() for pairs in (train, test)]
+    (a, b), (la, lb) = features, (train.labels, test.labels)
     assert result["metrics"] == {"top1": knn_accuracy(a, la, b, lb, 1), "top3": knn_accuracy(a, la, b, lb, 3),
                                  "reverse_top1": knn_accuracy(b, lb, a, la, 1),
                                  "reverse_top3": knn_accuracy(b, lb, a, la, 3)}
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["encoder.pt", "top-1", "top-3"] in lines
     assert ["test", "->", "train",
             *(f"{result['metrics'][k]:.2f}" for k in ("reverse_top1", "reverse_top3"))] in lines
 
@@ -333,18 +277,6 @@ def test_embedding_keeps_order_mode_and_random_numbers(num_workers):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_retrieval_table():
-    lines = evaluate.retrieval_table(
-        {"mine": evaluate.summary([1, 2, 3], [4, 5, 6.0])},
-        {"CLIP": evaluate.summary([42.74, 76.76, None], [38.38, 67.47, None])}).splitlines()
-    assert lines[1].split() == ["Model"] + ["R@1", "R@5", "R@10", "mean"] * 2 + ["mean"]
-    assert lines[3].split() == ["mine", *"1.00 2.00 3.00 2.00 4.00 5.00 6.00 5.00 3.50".split()]
-    assert lines[4].split() == ["CLIP,", "published", *"42.74 76.76 - - 38.38 67.47 - - -".split()]
-    assert len({len(line) for line in lines}) == 1 # columns line up
-    assert [re.search(group, lines[0]).end() for group in ("-> Text", "-> Image", "both")] == [
-        len("CLIP, published") + 7 * n for n in (4, 8, 9)] # each group ends above its last column
-
-
 def test_published_rows():
     coco = evaluate.published_retrieval("coco", "test", 5000, 25010)
     flickr = evaluate.published_retrieval("flickr30k", "test", 1000, 5000)
@@ -353,21 +285,7 @@ def test_published_rows():
     assert [flickr["MM-D2V2 7"][k] for k in ("i2t_mean", "t2i_mean")] == pytest.approx([23.46, 14.71],
                                                                                            abs=0.01)
     assert len(coco) == len(flickr) == 9
-    for row in [*coco.values(), *flickr.values()]: # K grows, and so does recall
-        for way in "i2t", "t2i":
-            values = [row[f"{way}_r{k}"] for k in (1, 5, 10)]
-            assert values == sorted(values)
     assert coco["S-SMKE_CDL_MB"]["i2t_r1"] == 53.54 and flickr["S-SMKE_CDL_MB"]["t2i_r10"] == 87.46
-
-
-@pytest.mark.parametrize("data, split, images, captions, printed", [
-    ("coco", "test", 5000, 25010, True), ("coco", "test", 5000, 25000, True),
-    ("flickr30k", "test", 1000, 5000, True), ("coco", "val", 5000, 25010, False),
-    ("coco", "test", 1000, 5000, False), ("coco", "test", 5000, 5000, False),
-    ("flickr30k", "test", 1014, 5070, False), ("mine", "test", 5000, 25000, False),
-    ("openmoji", "test", 300, 300, False)])
-def test_published_rows_are_of_the_whole_test_set(data, split, images, captions, printed):
-    assert bool(evaluate.published_retrieval(data, split, images, captions)) == printed
 
 
 @pytest.mark.parametrize("N, captions_each", [(2, 1), (30, 3)])
@@ -379,22 +297,6 @@ def test_picture(tmp_path, N, captions_each):
     assert path.stat().st_size < 150_000 and os.listdir(path.parent) == ["grid.png"]
     with Image.open(path) as image:
         assert image.format == "PNG" and 600 < image.width < 1000
-
-
-@pytest.mark.parametrize("size", [(400, 60), (60, 400), (3000, 4)])
-def test_picture_shows_whole_photographs(tmp_path, size):
-    """Both ends of a picture that is no square, which a square cut from its centre would lose."""
-    photo, file, across = Image.new("RGB", size, "yellow"), io.BytesIO(), size[0] > size[1]
-    end = (size[0] // 8, size[1]) if across else (size[0], size[1] // 8)
-    photo.paste("red", (0, 0, *end))
-    photo.paste("blue", (size[0] - end[0], 0, *size) if across else (0, size[1] - end[1], *size))
-    photo.save(file, "PNG")
-    pairs = colour_pairs(30, 1)
-    pairs.images = [file.getvalue()] * 30
-    evaluate.draw_retrieval(pairs, randn(30, 8), randn(30, 8, seed=1), str(tmp_path / "grid.png"), rows=1)
-    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).astype(int)
-    for colour in (255, 0, 0), (0, 0, 255):
-        assert (np.abs(pixels - colour).max(-1) < 90).sum() >= 6 * 10 # six of it are drawn
 
 
 def test_picture_frames_the_right_answers(tmp_path):
@@ -412,30 +314,13 @@ def test_picture_frames_the_right_answers(tmp_path):
 # command line
 
 
-@pytest.mark.parametrize("argv, code, message", [
-    ([], 2, "retrieval"),
-    (["retreival"], 2, "did you mean retrieval"),
-    (["--ckpt=x.pt"], 2, "unknown subcommand"),
-    (["retrieval", "--batchsize=3"], 2, "--batch_size"),
-    (["retrieval", "--batch_size=many"], 2, "many"),
-    (["retrieval", "--dtype=float8"], 2, "float8"),
-    (["retrieval", "--ckpt=no/such/ckpt.pt"], 1, "no/such/ckpt.pt"),
-    (["retrieval", "--batch_size=0"], 2, "batch_size"),
-])
-def test_wrong_command_lines(argv, code, message, capsys):
+@pytest.mark.parametrize("argv, message", [
+    ([], "retrieval"), (["retreival"], "did you mean retrieval"), (["--ckpt=x.pt"], "unknown subcommand"),
+    (["retrieval", "--batchsize=3"], "--batch_size"), (["retrieval", "--dtype=float8"], "float8")])
+def test_wrong_command_lines(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(argv)
-    said = capsys.readouterr().err + str(stop.value.code) # sys.exit(message), as fail() does, means code 1
-    assert message in said
-    assert stop.value.code == code if code == 2 else isinstance(stop.value.code, str)
-
-
-def test_defaults_and_help(capsys):
-    args = evaluate.get_args(["retrieval", "--squash", "--data=coco"])
-    assert (args.command, args.squash, args.data, args.split) == ("retrieval", True, "coco", "test")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--help"])
-    assert not stop.value.code and "python evaluate.py retrieval" in capsys.readouterr().out
+    assert message in capsys.readouterr().err and stop.value.code == 2
 
 
 @pytest.mark.parametrize("data, whole", [("flickr30k", True), ("coco", True), ("coco", False)])
@@ -451,18 +336,10 @@ def test_retrieval_command(tmp_path, monkeypatch, capsys, data, whole):
             "--batch_size=5", f"--json={tmp_path}/r.json", f"--picture={tmp_path}/r.png"]
     result = evaluate.main(argv)
     said = capsys.readouterr().out
-    assert "12 images, 61 captions (all there are; others take the first five, 60)" in said
-    assert "median rank among 12:" in said and "\nchance " in said
+    assert "12 images, 61 captions" in said and "median rank among 12:" in said and "\nchance " in said
     assert ("CLIP L/14-336, published" in said) == bool(result["published"]) == whole
-    assert ("no published rows: they are of 5,000 test images" in said) == (not whole)
     assert ("wrong index" in said) == (whole and data == "flickr30k")
     assert ("COCO's training images" in said) == (whole and data == "coco")
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(result))
     assert result["metrics"]["mean"] == 100 and result["median_rank"]["i2t"] == 1
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.png"]
-
-
-def test_checkpoint_of_one_modality_is_refused(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: torch.nn.Linear(1, 1))
-    with pytest.raises(SystemExit, match="distill_multimodal.py"):
-        evaluate.main(["retrieval", "--device=cpu"])

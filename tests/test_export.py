@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from model import (CHECKPOINT_FORMAT, Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint,
-                   write_json)
+from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
 from test_glue import tokenizer_text
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,9 +46,9 @@ def ckpt(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = MODELS[name]()
         has_text = isinstance(model, VisionLanguageModel) or model.config["modality"] == "text"
-        args = dict(data="toy", data_dir="data", teacher="beitv2", image_init="random", text_init="bert")
-        save_checkpoint(f"run/{name}.pt", model, tokenizer=tokenizer_text() if has_text else None, args=args,
-                        step=7, best={"mean": 12.5, "step": 5})
+        settings = dict(data="toy", data_dir="data", teacher="beitv2", image_init="random", text_init="bert")
+        save_checkpoint(f"run/{name}.pt", model, tokenizer=tokenizer_text() if has_text else None,
+                        settings=settings, step=7, best={"mean": 12.5, "step": 5})
         return f"run/{name}.pt"
     return ckpt
 
@@ -150,32 +149,6 @@ def test_again_and_beside_other_files(ckpt):
     with pytest.raises(SystemExit, match="export holds thesis.tex"):
         evaluate.main(["export", f"--ckpt={path}", "--to=export"])
     assert len(os.listdir("export")) == len(contents[0]) + 1
-
-
-@pytest.mark.parametrize("change, said", [
-    (lambda: os.remove("export/config.json"), "no export, with a config.json, at export"),
-    (lambda: os.remove("export/model.safetensors"), "model.safetensors cannot be read"),
-    (lambda: os.remove("export/tokenizer.json"), "export cannot be read as a checkpoint"),
-    (lambda: os.truncate("export/model.safetensors", 5000), "model.safetensors cannot be read"),
-    (lambda: os.truncate("export/config.json", 50), "export cannot be read as a checkpoint"),
-    (lambda: open("export/config.json", "w").write('{"format": 9}'), "not a checkpoint of this repository"),
-    (lambda: write_json("export/config.json", {"format": CHECKPOINT_FORMAT, "kind": "os", "config": {}}),
-     "holds no model or tokenizer of this version")])
-def test_damaged_exports(ckpt, change, said):
-    evaluate.main(["export", f"--ckpt={ckpt('text')}", "--to=export"])
-    change()
-    with pytest.raises(SystemExit, match=said):
-        load_checkpoint("export")
-
-
-@pytest.mark.parametrize("words, said", [
-    (["--to=x"], "no checkpoint at out/tiny/ckpt.pt"), (["--ckpt=run/image.pt"], "--to=DIR"),
-    (["--ckpt=data", "--to=x"], "no export, with a config.json, at data")])
-def test_wrong_input(ckpt, words, said):
-    ckpt("image")
-    with pytest.raises(SystemExit, match=said):
-        evaluate.main(["export", *words])
-    assert not os.path.exists("x")
 
 
 def test_onnx_is_optional(ckpt, monkeypatch):

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +21,7 @@ import evaluate
 from conftest import slow
 from model import Encoder, VisionLanguageModel, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_imagenet import Pairs
-from test_loops import flags, kill_and_resume, records, same, signal_at, with_bad_pictures
+from test_loops import flags, kill_and_resume, records, same, with_bad_pictures
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
 
@@ -52,28 +51,12 @@ def test_learning_rates_of_seeds_table_3():
     assert decayed == {n for n in by_name if n.endswith("weight") and "norm" not in n
                        and n != "head.0.weight"}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
-
-
-def test_layer_decay_by_task():
-    encoder, head = Encoder("image", depth=1, **SHAPE), torch.nn.Linear(32, 2)
-    rate_0 = lambda **changes: evaluate.parameter_groups(encoder, head, defaults(**changes))[0]["peak_lr"]
-    assert rate_0(task="cifar10") == rate_0(task="cifar100") == pytest.approx(1e-3 * 0.75 ** 2)
-    assert rate_0(task="digits") == rate_0(task="imagenet") == pytest.approx(1e-3 * 0.81 ** 2)
-    assert rate_0(task="imagenet", layer_decay=0.5, lr=4.0) == pytest.approx(1.0)
+    for changes, decay in ((dict(task="cifar10"), 0.75), (dict(task="digits"), 0.81),
+                           (dict(layer_decay=0.5), 0.5)):
+        rate = evaluate.parameter_groups(encoder, head, defaults(**changes))[0]["peak_lr"]
+        assert rate == pytest.approx(1e-3 * decay ** 7), changes
     encoder.requires_grad_(False) # the linear probe: nothing but the head
     assert [g["peak_lr"] for g in evaluate.parameter_groups(encoder, head, defaults())] == [1e-3, 1e-3]
-
-
-def test_shared_position_table():
-    """BEiTv2's relative positions serve every block: the head's rate, as in BEiT's own finetuning, and no
-    decay."""
-    encoder = Encoder("image", depth=2, positions="learned", attn_bias="relative", layer_scale=0.1, **SHAPE)
-    groups = evaluate.parameter_groups(encoder, torch.nn.Linear(32, 2), defaults())
-    of = lambda p: next(g for g in groups if any(q is p for q in g["params"]))
-    table = of(encoder.relative_position_bias_table)
-    assert (table["layer"], table["weight_decay"]) == (3, 0.0)
-    assert (of(encoder.pos_embed)["layer"], of(encoder.pos_embed)["weight_decay"]) == (0, 0.0)
-    assert (of(encoder.blocks[1].gamma_1)["layer"], of(encoder.blocks[1].gamma_1)["weight_decay"]) == (2, 0.0)
 
 
 def test_schedule():
@@ -200,8 +183,7 @@ def test_finetuning_learns(run, tmp_path, capsys):
     accuracies = [r["val_top1"] for r in epochs]
     assert result["epoch"] == 1 + accuracies.index(max(accuracies))
     lines = said.splitlines()
-    assert [line.split()[:5] for line in lines if line.startswith("layer ")] == [
-        ["layer", str(k), "learning", "rate", f"{3e-3 * 0.81 ** (3 - k):.1e}"] for k in range(4)]
+    assert "learning rates " + ", ".join(f"{3e-3 * 0.81 ** (3 - k):.1e}" for k in range(4)) in said
     assert ["encoder.pt", f"{result['metrics']['top1']:.2f}", "-"] in [line.split() for line in lines]
     assert "published" not in said # nobody published anything on this set
 
@@ -232,7 +214,7 @@ def test_linear_probe(run, capsys):
     said = capsys.readouterr().out
     before, kept = read_checkpoint("encoder.pt"), read_checkpoint("run/best.pt")
     assert same(before["model"], kept["model"]) and result["linear_probe"]
-    assert [line.split()[:2] for line in said.splitlines() if line.startswith("layer ")] == [["layer", "3"]]
+    assert "learning rates 3.0e-03\n" in said
     assert ["encoder.pt", "-", f"{result['metrics']['top1']:.2f}"] \
         in [line.split() for line in said.splitlines()]
 
@@ -260,21 +242,13 @@ def test_cached_features_change_nothing(run, tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("probe", [False, True])
-def test_micro_batches_change_nothing(run, tmp_path, probe):
-    for out, micro in ("whole", 0), ("parts", 4):
-        run(out, linear_probe=probe, micro_batch_size=micro, epochs=2)
-    losses = [[r["loss"] for r in records(tmp_path / out) if "loss" in r] for out in ("whole", "parts")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 # 5: amid an epoch, a step after a checkpoint; 9: at the end of the third epoch
 @pytest.mark.parametrize("step, changes", [
     (5, {}), slow(9, {}), slow(5, dict(num_workers=2)), (5, dict(linear_probe=True)),
     slow(9, dict(linear_probe=True, augment="none"))])
-def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
+def test_resume_is_exact(run, tmp_path, monkeypatch, capsys, step, changes):
     changes = dict(changes, save_interval=4)
-    run("whole", **changes)
+    result = run("whole", **changes)
     stop_at(monkeypatch, step, lambda: run("killed", **changes))
     assert read_checkpoint("killed/ckpt.pt")["step"] < 12
     run("killed", **changes) # the same command again
@@ -285,22 +259,10 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, step, changes):
     whole, resumed = (records(tmp_path / out) for out in ("whole", "killed"))
     assert [(r["step"], r.get("loss"), r.get("val_top1")) for r in whole] == [
         (r["step"], r.get("loss"), r.get("val_top1")) for r in resumed]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_leave(run, monkeypatch, capsys, number):
-    run("whole")
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
-        signal_at(m, evaluate, "lr_share", 4, number)
-        run("parts")
-    assert ended.value.code == 128 + number
-    assert read_checkpoint("parts/ckpt.pt")["step"] == 5
-    result = run("parts")
-    whole, resumed = (read_checkpoint(f"{out}/ckpt.pt") for out in ("whole", "parts"))
-    assert all(same(whole[k], resumed[k]) for k in {*whole} - {"minutes"})
     capsys.readouterr()
-    assert run("parts")["metrics"] == result["metrics"] # finished: nothing is trained, the table comes again
-    assert "step " not in capsys.readouterr().out.partition("epochs of")[2].partition("\n")[2]
+    assert run("killed", **changes)["metrics"] == result["metrics"] # finished: the table comes again
+    said = capsys.readouterr().out
+    assert "killed/ckpt.pt is finished" in said and "\nencoder.pt " in said and "\nstep " not in said
 
 
 @pytest.mark.parametrize("workers", [0, slow(2)])
@@ -312,8 +274,17 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     run(data_dir=data_dir, num_workers=workers)
     log = records(tmp_path / "run")
     assert {i for r in log for i in r.get("unreadable", [])} == {3, 40} and "val_top1" in log[-1]
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert said.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
+
+
+def test_too_many_grey_pictures(run, tmp_path, colours):
+    """More than ten and one in a hundred of those that are measured on end it."""
+    shutil.copytree(colours, "torn")
+    with open("torn/toy/val_images.bin", "r+b") as f:
+        f.write(bytes(os.path.getsize("torn/toy/val_images.bin")))
+    with pytest.raises(SystemExit, match="12 of 12 pictures cannot be read: prepare the set again"):
+        run(data_dir="torn")
 
 
 @pytest.mark.slow
@@ -334,7 +305,7 @@ def test_loss_by_hand(run, tmp_path, monkeypatch):
     images, generator = torch.randn(48, 3, 32, 32), torch.Generator().manual_seed(1)
     targets = torch.softmax(3 * torch.randn(48, 6, generator=generator), 1)
     monkeypatch.setattr(evaluate, "mix", lambda *_: (images, targets))
-    run(batch_size=48, epochs=1, lr=0, micro_batch_size=12)
+    run(batch_size=48, epochs=1, lr=0)
     kept, model = read_checkpoint("run/ckpt.pt"), load_checkpoint("run/ckpt.pt")
     head = torch.nn.Sequential(torch.nn.LayerNorm(32, eps=1e-6), torch.nn.Linear(32, 6))
     head.load_state_dict(kept["head"])
@@ -345,26 +316,14 @@ def test_loss_by_hand(run, tmp_path, monkeypatch):
     assert loss == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_smoothing_and_warmup_count(run, tmp_path, monkeypatch):
-    first = []
-    for out, knobs, warmup in ("a", {}, 0.1), ("b", dict(smoothing=0.5), 0.1), ("c", {}, 0.5):
-        monkeypatch.setattr(evaluate, "WARMUP_SHARE", warmup)
-        run(out, epochs=1, augment="none", **knobs)
-        first.append(records(tmp_path / out)[0])
-    assert first[0]["loss"] != first[1]["loss"] and first[0]["loss"] == first[2]["loss"]
-    assert first[2]["lr"] < first[0]["lr"]
-
-
 def test_other_settings(run, monkeypatch):
     stop_at(monkeypatch, 7, lambda: run())
     shutil.copy("encoder.pt", "same.pt")
-    for resume in (False, True): # what makes the model is refused all the same
-        for changes, said in ((dict(ckpt="same.pt"), "--ckpt=encoder.pt, not --ckpt=same.pt"),
-                              (dict(linear_probe=True), "--linear_probe=False, not --linear_probe=True")):
-            with pytest.raises(SystemExit, match=said):
-                run(resume=resume, **changes)
-    with pytest.raises(SystemExit, match="--weight_decay="):
-        run(weight_decay=0.5)
+    for changes, said in ((dict(ckpt="same.pt", resume=True), "--ckpt=encoder.pt, not --ckpt=same.pt"),
+                          (dict(linear_probe=True, resume=True), "--linear_probe=False, not"),
+                          (dict(weight_decay=0.5), "--weight_decay=0.01, not")):
+        with pytest.raises(SystemExit, match=said): # what makes the model, even with --resume
+            run(**changes)
     kept = torch.load("encoder.pt")
     save_checkpoint("encoder.pt", Encoder("image", depth=3, **SHAPE)) # another encoder under the old name
     with pytest.raises(SystemExit, match="the encoder has changed"):
@@ -373,26 +332,6 @@ def test_other_settings(run, monkeypatch):
     assert run(resume=True, weight_decay=0.5, epochs=5)["epochs"] == 5
     assert {g["weight_decay"] for g in read_checkpoint("run/ckpt.pt")["optimizer"]["param_groups"]} \
         == {0.0, 0.5}
-
-
-def test_bad_step_keeps_the_last_good_checkpoint(run, monkeypatch):
-    loss, calls = evaluate.F.cross_entropy, []
-
-    def nan_at_5(*args, **kwargs):
-        calls.append(1)
-        return loss(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
-    with monkeypatch.context() as m, pytest.raises(
-            SystemExit, match="loss, norm not finite at step 5"):
-        m.setattr(evaluate.F, "cross_entropy", nan_at_5)
-        run(log_interval=100)
-    kept = read_checkpoint("run/ckpt.pt")
-    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
-    assert run()["epochs"] == 4
-
-
-def test_autocast(run, tmp_path):
-    run(dtype="bfloat16", epochs=2, grad_clip=0.01)
-    assert all(r["loss"] < 4 for r in records(tmp_path / "run") if "loss" in r)
 
 
 def test_image_encoder_of_a_multimodal_checkpoint(run):
@@ -407,27 +346,22 @@ def test_image_encoder_of_a_multimodal_checkpoint(run):
 def test_published_rows(run, colours, capsys):
     """On the thesis' three sets, and there only."""
     shutil.copytree(os.path.join(colours, "toy"), "data/cifar10")
-    result = run(task="cifar10", data_dir="data", epochs=1)
-    assert result["published"]["DistilData2Vec2"] == (97.7, 93.2) and len(result["published"]) == 3
+    assert run(task="cifar10", data_dir="data", epochs=1)["published"]["DistilData2Vec2"] == (97.7, 93.2)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["DistilData2Vec2,", "published", "97.70", "93.20"] in lines
-    assert {task: len(rows) for task, rows in evaluate.PUBLISHED_VISION.items()} == {
-        "imagenet": 4, "cifar10": 3, "cifar100": 3}
 
 
-WRONG_OF_BOTH = [ # flags, what the message says
-    (dict(ckpt="text.pt"), "text.pt is an encoder for text.*distill_image.py"),
-    (dict(ckpt="none.pt"), "at none.pt"), (dict(encoder="beitv2"), "are each an encoder"),
-    (dict(ckpt=None, encoder="beitv2:none.pth"), "no weights at none.pth"),
-    (dict(device="gpu"), "is no device"), (dict(task="cifar10"), "data set cifar10"),
-    (dict(data_dir="no_labels"), "has no labels in its split val"),
-    (dict(data_dir="strange"), r"no training image has the label 7, which test has \(2 such"),
-    (dict(data_dir="alone"), "neither a val nor a test split")]
-WRONG = [("knn", *case) for case in WRONG_OF_BOTH] + [("finetune", *case) for case in WRONG_OF_BOTH + [
-    (dict(batch_size=100), "--batch_size=100, but there are 48"),
-    (dict(micro_batch_size=5), "does not divide --batch_size=16"),
-    (dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"),
-    (dict(resume=True), "no run/ckpt.pt")]]
+WRONG = [ # flags, what the message says
+    ("knn", dict(ckpt="text.pt"), "text.pt is an encoder for text.*distill_image.py"),
+    ("knn", dict(ckpt=None, encoder="beitv2:none.pth"), "no weights at none.pth"),
+    ("knn", dict(encoder="beitv2"), "are each an encoder"), ("knn", dict(device="gpu"), "is no device"),
+    ("finetune", dict(ckpt="none.pt"), "at none.pt"), ("finetune", dict(task="cifar10"), "data set cifar10"),
+    ("finetune", dict(data_dir="no_labels"), "has no labels in its split val"),
+    ("finetune", dict(data_dir="strange"), r"no training image has the label 7, which test has \(2 such"),
+    ("finetune", dict(data_dir="alone"), "neither a val nor a test split"),
+    ("finetune", dict(batch_size=100), "--batch_size=100, but there are 48"),
+    ("finetune", dict(linear_probe=True, layer_decay=0.9), "--layer_decay: a linear probe"),
+    ("finetune", dict(resume=True), "no run/ckpt.pt")]
 
 
 @pytest.mark.parametrize("command, changes, said", WRONG)
@@ -438,10 +372,8 @@ def test_wrong_input(run, colours, command, changes, said):
         shutil.copytree(colours, name)
     os.remove("no_labels/toy/val_labels.npy")
     np.save("strange/toy/test_labels.npy", np.r_[np.full(10, 20), 8, 7])
-    with open("alone/toy/meta.json") as f:
-        meta = json.load(f)
-    with open("alone/toy/meta.json", "w") as f:
-        json.dump(meta | {"splits": {"train": meta["splits"]["train"]}}, f)
+    for split in "val", "test":
+        os.remove(f"alone/toy/{split}_images.idx")
     before = sorted(os.listdir())
     with pytest.raises(SystemExit) as e:
         if command == "finetune":
