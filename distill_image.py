@@ -7,7 +7,7 @@ into itself.
     python distill_image.py                     # DistilData2Vec2: 6.9 h on one RTX 4090 in the thesis' code,
                                                 # validation loss 0.0845 there
     python distill_image.py --preset=shared_encoder  # the thesis' early student
-    python distill_image.py --preset=tiny            # a teacher for OpenMoji, from scratch, no download
+    python distill_image.py --preset=tiny            # a teacher of OpenMoji, from scratch, no download
     python distill_image.py --preset=tiny_half       # three of that teacher's five blocks, distilled from it
 
 The target of each token is the mean over all blocks of their instance-normed outputs (feature_target, eq.
@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import (Encoder, Parser, Run, all_gather, batch_order, fail, hash_of, ignore_signals, init_weights,
+from model import (Encoder, Parser, Run, batch_order, fail, hash_of, ignore_signals, init_weights,
                    join_ranks, keep_blocks, load_encoder, make_optimizer, optimizer_step, peak_memory,
                    run_flags, set_up, split_batch, split_name, train_flags)
-from prepare_imagenet import Bad, Pairs, augment, train_image, visible_patches
+from prepare_imagenet import Bad, Pairs, augment, normalize, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -42,12 +42,11 @@ PRESETS = {
         out_dir="out/shared_encoder", init="random", share_embed=True, depth=5, mlp_ratio=3.0,
         attn_bias="alibi", grad_clip=2.0, max_steps=30000, warmup_steps=3000, eval_interval=5000,
         knn="cifar10,cifar100"),
-    # OpenMoji, two CPU cores, a minute: the teacher of `distill_multimodal.py --preset=tiny`.
+    # data2vec itself, small: OpenMoji, two CPU cores, two minutes. The teacher of tiny_half.
     "tiny": dict(
-        data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", objective="views",
-        img_size=48, patch_size=12, embed_dim=192, num_heads=3, depth=5, crop_min=0.3, rotate=20.0, color=0.5,
-        mask_ratio=0.5, lr=1e-3, max_steps=200, warmup_steps=25, weight_decay=0.05, grad_clip=3.0,
-        log_interval=20, eval_interval=50, save_interval=50),
+        data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", img_size=48, patch_size=12,
+        embed_dim=192, num_heads=3, depth=5, crop_min=0.3, lr=1e-3, max_steps=300, warmup_steps=25,
+        weight_decay=0.05, grad_clip=3.0, log_interval=20, eval_interval=50, save_interval=50),
     # The same pictures: the first three of the tiny teacher's five blocks regress all five, as data2vec2 does
     # at full size.
     "tiny_half": dict(
@@ -58,8 +57,8 @@ PRESETS = {
 
 
 # what makes the model: cannot change when a run goes on
-MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "objective", "mlp_ratio",
-               "attn_bias", "share_embed"]
+MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "mlp_ratio", "attn_bias",
+               "share_embed"]
 # tensors of an Encoder that stand before its blocks
 EMBED = ("patch_embed.", "cls_token", "pos_embed", "embed_norm.")
 
@@ -102,14 +101,9 @@ def get_args(argv=None):
     p.knob("instance_norm", True, "norm each block's output over its tokens before the mean (eq. 36)")
     p.knob("criterion", "mse", "distance: mean squared or mean absolute error over all elements",
            choices=["mse", "l1"])
-    p.knob("objective", "mask", "teacher=ema: mask, data2vec's own: the student sees some patches masked and "
-           "predicts the target there; views: two crops, turned and coloured differently, find each other "
-           "among all of the batch (SimCLR); the average is what is kept", choices=["mask", "views"])
-    p.knob("mask_ratio", 0.6, "teacher=ema: share of each image's patches hidden from the student: with "
-           "objective=mask it predicts what the teacher computes there, with views they are left out, which "
-           "saves their time (FLIP)", most=0.99)
-    p.knob("target_layers", 4, "objective=mask: the target averages this many of the last blocks", least=1)
-    p.knob("temperature", 0.2, "objective=views: divides the cosines", least=0.001)
+    p.knob("mask_ratio", 0.6, "teacher=ema: share of each image's patches that the student sees masked; it "
+           "predicts what the average of itself, which is kept, computes there", most=0.99)
+    p.knob("target_layers", 4, "teacher=ema: the target averages this many of the last blocks", least=1)
     p.knob("ema_decay", 0.99, "teacher=ema: decay of the average at the start; it rises to 1", most=1)
     train_flags(p, "images", max_steps=50040, warmup_steps=5004)
     run_flags(p, "out/data2vec2", eval_interval=5004)
@@ -151,19 +145,12 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
     return (error * patch_mask).sum() / patch_mask.sum() + 0.1 * F.mse_loss(out[:, 0], whole)
 
 
-def views_loss(z, temperature):
-    """SimCLR's objective (NT-Xent): each view finds that of the other view of its image among all 2n - 1
-    others. z (n, 2, 128): the projected CLS tokens of the two views. Mean over the 2n views."""
-    z = F.normalize(z.float().transpose(0, 1).flatten(0, 1), dim=-1) # (2n, 128)
-    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf")) # (2n, 2n), nobody finds itself
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
-
-
-def project_views(student, heads, views, visible, autocast):
-    """views (2n, 3, H, W), two of an image side by side; visible (2n, K): the patches that the student sees
-    of each -> (n, 2, 128)."""
-    with autocast:
-        return heads["project"](student(views, kept=visible)[:, 0]).unflatten(0, (-1, 2))
+def loss_of(student, heads, teacher, images, noise, args, autocast):
+    """The loss of this run; noise (n, N) in [0, 1) says which patches are hidden."""
+    if args.teacher != "ema":
+        return feature_loss(student, teacher, images, args, autocast)
+    hidden = hidden_patches(noise, args.mask_ratio)
+    return masked_loss(student, heads, teacher, images, hidden, args.target_layers, autocast)
 
 
 # -----------------------------------------------------------------------------
@@ -172,29 +159,27 @@ def project_views(student, heads, views, visible, autocast):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Crops of a prepared training split, two per image for objective=views; the index is (epoch, position,
-    unit), see batch_order."""
+    """Crops of a prepared training split; the index is (epoch, position, unit), see batch_order."""
 
     def __init__(self, pairs, size, num_patches, args):
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=image.")
         self.pairs, self.size, self.num_patches, self.args = pairs, size, num_patches, args
-        self.crops = 2 if args.teacher == "ema" and args.objective == "views" else 1
         labels = pairs.labels if args.unit == "label" else np.arange(len(pairs.images))
         order = np.argsort(labels, kind="stable")
         self.images_of = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
     def __getitem__(self, index):
-        """Crops (c, 3, H, W) uint8, their noise (c, 7 + N) in [0, 1), and the image's number if it is grey
-        because it cannot be read, else -1."""
+        """A crop (3, H, W) uint8, its noise (7 + N,) in [0, 1), and the image's number if it is grey because
+        it cannot be read, else -1."""
         epoch, position, unit = index
         rng = np.random.default_rng((self.args.seed, epoch, position))
         i, bad = int(rng.choice(self.images_of[unit])), -1
         try:
-            crops = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng, self.crops)
+            crop = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng)[0]
         except Bad:
-            crops, bad = torch.full((self.crops, 3, self.size, self.size), 128, dtype=torch.uint8), i
-        return crops, torch.from_numpy(rng.random((self.crops, 7 + self.num_patches), np.float32)), bad
+            crop, bad = torch.full((3, self.size, self.size), 128, dtype=torch.uint8), i
+        return crop, torch.from_numpy(rng.random(7 + self.num_patches, np.float32)), bad
 
 
 def hidden_patches(noise, ratio):
@@ -216,26 +201,14 @@ def get_lr(step, args):
 
 @torch.no_grad()
 def validate(student, heads, teacher, images, args, device, autocast, micro):
-    """The training loss on these images (N, 3, H, W) uint8, in fixed order; changed only for views, always in
-    the same way, as patches are always hidden in the same way."""
+    """The training loss on these images (N, 3, H, W) uint8, unchanged, in fixed order; patches are always
+    hidden in the same way."""
     num_patches = (images.shape[-1] // student.config["patch_size"]) ** 2
-    noise = torch.from_numpy(np.random.default_rng(0).random((len(images), 2, 7 + num_patches), np.float32))
+    noise = torch.from_numpy(np.random.default_rng(0).random((len(images), num_patches), np.float32))
     total = 0.0
     for x, u in zip(images.split(micro), noise.split(micro)):
-        x, u = x.to(device), u.to(device)
-        if args.teacher == "ema" and args.objective == "views":
-            each = u.flatten(0, 1) # (2n, 7 + N)
-            views = augment(x.repeat_interleave(2, 0), each[:, :7], args.flip, args.rotate, args.color)
-            visible = visible_patches(each[:, 7:], args.mask_ratio)
-            z = project_views(student, heads, views, visible, autocast)
-            loss = views_loss(z, args.temperature)
-        elif args.teacher == "ema":
-            hidden = hidden_patches(u[:, 0, 7:], args.mask_ratio)
-            x = augment(x, u[:, 0, :7], flip=0.0)
-            loss = masked_loss(student, heads, teacher, x, hidden, args.target_layers, autocast)
-        else:
-            loss = feature_loss(student, teacher, augment(x, u[:, 0, :7], flip=0.0), args, autocast)
-        total += loss.item() * len(u)
+        x = normalize(x.to(device))
+        total += loss_of(student, heads, teacher, x, u.to(device), args, autocast).item() * len(x)
     return total / len(images)
 
 
@@ -261,28 +234,22 @@ def check(args):
         fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; "
              f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
     num_patches = (args.img_size // args.patch_size) ** 2
-    if args.objective == "mask" and int(num_patches * args.mask_ratio) < 1:
+    if int(num_patches * args.mask_ratio) < 1:
         fail(f"--mask_ratio={args.mask_ratio} of {num_patches} patches hides none")
-    if args.objective == "mask" and args.target_layers > args.depth:
+    if args.target_layers > args.depth:
         fail(f"--target_layers={args.target_layers}, but --depth={args.depth}")
-    if args.objective == "views" and (args.batch_size < 2 or args.micro_batch_size):
-        fail("--objective=views compares all images of a batch, at least two: it takes no --micro_batch_size")
 
 
 def make_models(args):
     """Teacher, student and heads. --teacher=ema: both are new and equal, and the heads, which are thrown away
-    with the student in the end, predict or project; else the student is made from the teacher."""
+    with the student in the end, predict; else the student is made from the teacher."""
     heads = torch.nn.ModuleDict()
     if args.teacher == "ema":
         D = args.embed_dim
         student = Encoder("image", embed_dim=D, depth=args.depth, num_heads=args.num_heads,
                           img_size=args.img_size, patch_size=args.patch_size)
-        if args.objective == "mask":
-            heads["predict"] = torch.nn.Linear(D, D)
-            heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, D) * 0.02))
-        else:
-            heads["project"] = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 512),
-                                                   torch.nn.GELU(), torch.nn.Linear(512, 128))
+        heads["predict"] = torch.nn.Linear(D, D)
+        heads.register_parameter("mask_token", torch.nn.Parameter(torch.randn(1, 1, D) * 0.02))
         init_weights(heads, D)
         return copy.deepcopy(student).requires_grad_(False), student, heads
 
@@ -362,28 +329,15 @@ def main(args):
 
         # the batch: flip, turn, colour and hidden patches follow from each picture's noise
         crops, noise = crops.to(device, non_blocking=True), noise.to(device, non_blocking=True)
-        views = augment(crops.flatten(0, 1), noise[..., :7].flatten(0, 1), args.flip, args.rotate, args.color)
+        x = augment(crops, noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
 
-        if is_ema and args.objective == "views": # the loss of the whole batch, on a leaf of all ranks
-            visible = visible_patches(noise[..., 7:].flatten(0, 1), args.mask_ratio) # (2n, K)
-            z = project_views(student, heads, views, visible, autocast) # (n, 2, 128)
-            leaf = all_gather(z.detach().float()).requires_grad_() # (B, 2, 128)
-            loss = views_loss(leaf, args.temperature)
+        # a mean over images: each micro-batch has its share, and their sum is that of the batch
+        for i in range(0, n, micro):
+            c = slice(i, i + micro)
+            loss = loss_of(student, heads, teacher, x[c], noise[c, 7:], args, autocast)
+            loss = loss * (micro / args.batch_size)
             scaler.scale(loss).backward()
-            z.backward(leaf.grad[rank * n:(rank + 1) * n].to(z.dtype))
-            total += loss.detach() / world
-        else: # a mean over images: each micro-batch has its share, and their sum is that of the batch
-            for i in range(0, n, micro):
-                c = slice(i, i + micro)
-                if is_ema:
-                    hidden = hidden_patches(noise[c, 0, 7:], args.mask_ratio)
-                    loss = masked_loss(student, heads, teacher, views[c], hidden, args.target_layers,
-                                       autocast)
-                else:
-                    loss = feature_loss(student, teacher, views[c], args, autocast)
-                loss = loss * (micro / args.batch_size)
-                scaler.scale(loss).backward()
-                total += loss.detach()
+            total += loss.detach()
 
         norm = optimizer_step(optimizer, scaler, args.grad_clip, also=[total, unreadable])
         if is_ema:

@@ -252,8 +252,7 @@ IMAGE = [("--teacher=teacher.pt --depth=1 --mlp_ratio=3", "add --init=random"),
          ("--teacher=teacher.pt --depth=1 --knn=nothing", "data set nothing"),
          ("--patch_size=7", "--patch_size=7 must divide --img_size=32"),
          ("--num_heads=3", "--num_heads=3 and 4 must divide"), ("--mask_ratio=0.01", "hides none"),
-         ("--target_layers=3", "--depth=2"), ("--objective=views --batch_size=1", "--objective=views"),
-         ("--objective=views --micro_batch_size=4", "takes no --micro_batch_size")]
+         ("--target_layers=3", "--depth=2")]
 MULTIMODAL = [("--patch_size=7", "--patch_size=7 must divide"), ("--num_heads=3", "--num_heads=3 and 4"),
               ("--patch_size=16", "--patch_size=16, but it has 8"),
               ("--embed_dim=64", "--embed_dim=64"),

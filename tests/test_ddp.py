@@ -195,7 +195,6 @@ def test_gradients_are_those_of_a_direct_computation(names, knobs_of, tmp_path):
 SHORT = dict(max_steps=3, warmup_steps=0, lr=1e-3, eval_interval=100)
 RICH = dict(rotate=10, color=0.2)
 STEPS = { # name -> (setting, knobs, other knobs that change nothing)
-    "views": ("views", dict(RICH, mask_ratio=0.5), [dict(num_workers=2)]),
     "mask": ("mask", RICH, [dict(micro_batch_size=4), dict(num_workers=1, micro_batch_size=8)]),
     "features": ("features", RICH, [dict(micro_batch_size=4)]),
     "queue": ("queue", dict(RICH, mask_ratio=0.5, grad_clip=1), [dict(num_workers=2, micro_batch_size=4)]),
@@ -205,8 +204,8 @@ STEPS = { # name -> (setting, knobs, other knobs that change nothing)
     "text_cls": ("text_cls", {}, [dict(micro_batch_size=4)])}
 
 
-@pytest.mark.parametrize("names", [["views", "queue", "text"],
-                                   slow(["mask", "features", "cached", "text_cls"])])
+@pytest.mark.parametrize("names", [["mask", "queue", "text"],
+                                   slow(["features", "cached", "text_cls"])])
 def test_ranks_micro_batches_and_workers_change_nothing(names, knobs_of, tmp_path): # noqa: F811
     """The same noise bit for bit, the same gradients and weights but for rounding; all ranks end equal."""
     pair = start_pair(tmp_path, [knobs_of(STEPS[name][0], f"pair_{name}", **{**SHORT, **STEPS[name][1]})
@@ -269,7 +268,7 @@ def test_the_default_of_num_workers(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["views", "text", "queue"])
+@pytest.mark.parametrize("name", ["mask", "text", "queue"])
 def test_killed_pair(knobs_of, run, tmp_path, name): # noqa: F811
     """Two ranks killed together: in the end the weights of two that were not, bit for bit, and those of one
     but for rounding. SIGTERM to both: rank 0 has saved, exit code 143."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_image import feature_loss, hidden_patches, masked_loss, project_views, views_loss
+from distill_image import feature_loss, hidden_patches, masked_loss
 from distill_multimodal import (contrastive_kd_loss, contrastive_loss, kl_loss, loss_terms, ranking_loss,
                                 word_targets)
 from model import Encoder, feature_target
@@ -257,23 +257,3 @@ def test_hidden_and_visible_patches():
         assert set(mask[i].nonzero()[:, 0].tolist()) == set(noise[i].argsort()[:9].tolist())
         assert visible[i].tolist() == sorted(noise[i].argsort()[9:].tolist())
     assert visible_patches(noise, 0.0) is None
-
-
-def test_views_loss_equals_a_loop():
-    student, heads, n = encoder(), image_heads(project=torch.nn.Linear(24, 8)), 3
-    views = torch.stack([images(), images(1)], 1).flatten(0, 1) # two of an image side by side
-    kept = torch.tensor([[0, 3], [1, 2], [4, 15], [5, 6], [7, 9], [8, 11]])
-    z = project_views(student, heads, views, kept, NO_AUTOCAST) # (n, 2, 8)
-    for i in range(2 * n):
-        alone = heads.project(student(views[i:i + 1], kept=kept[i:i + 1])[:, 0])
-        assert torch.allclose(z[i // 2, i % 2], alone[0], atol=1e-5)
-    rows = F.normalize(torch.cat([z[:, 0], z[:, 1]]), dim=-1)
-    expected = 0.0
-    for i in range(2 * n):
-        others = [j for j in range(2 * n) if j != i] # nobody finds itself
-        expected += cross_entropy([(rows[i] @ rows[j]).item() / 0.2 for j in others],
-                                  others.index((i + n) % (2 * n))) / (2 * n)
-    loss = views_loss(z, 0.2)
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    loss.backward()
-    assert all(p.grad is not None for m in (student, heads) for p in m.parameters())
