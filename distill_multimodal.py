@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import evaluate
 from model import (PRETRAINED, Parser, Run, Tokenizer, VisionLanguageModel, all_gather, batch_order,
-                   fail, hash_of, ignore_signals, is_finished, join_ranks, keep_blocks,
+                   fail, hash_of, ignore_signals, join_ranks, keep_blocks,
                    load_encoder, load_pretrained, lock, make_optimizer, nearest, optimizer_step, peak_memory,
                    run_flags, run_script, save_atomic, set_up, split_batch, split_name,
                    train_flags)
@@ -90,6 +90,7 @@ PUBLISHED = { # the first line of a run: which system of the thesis, COCO R@1 im
     "clip": "CLIP, not at all; the nearest, smke without a teacher: mean recall 70.0 / 58.1",
     "smke": "S-SMKE on --data=coco,cc3m,cc12m, 53.5 / 35.7"}
 
+CNNS = {"resnet50": 1000, "efficientnet_lite0": 1280} # teachers that are no Encoder: width of their target
 # what makes the model: cannot change when a run goes on
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared",
                "shared_depth", "shared_init", "max_length", "shared_norm_first", "head", "token_types",
@@ -113,11 +114,14 @@ def get_args(argv=None):
     p.knob("mask_ratio", 0.0, "share of each image's patches that training leaves out, which saves time for "
            "more steps or a larger batch (FLIP, Li et al. 2023); the teacher sees all", most=0.99)
     p.section("model")
-    p.knob("teacher", "beitv2", "image teacher: beitv2, data2vec2_image, NAME:PATH of such a file, or a "
-           "checkpoint of distill_image.py; for --kd_loss=kl resnet50")
+    p.knob("teacher", "beitv2", "image teacher: beitv2, data2vec2_image, efficientnet_lite0 (its pooled "
+           "feature), NAME:PATH of such a file, or a checkpoint of distill_image.py; for --kd_loss=kl resnet50")
+    p.knob("teacher_size", 0, "side in pixels at which the teacher sees the images, 0: IMG_SIZE")
     p.knob("final_norm", True, "beitv2: the target is normed as in the teacher's pretraining")
     p.knob("kd_target", "cls", "what is predicted: the teacher's CLS token or the mean of its patch tokens",
            choices=["cls", "mean"])
+    p.knob("standardize", False, "with --cache_targets: every channel of the target has mean 0 and standard "
+           "deviation 1 over the training images (the first 65,536 of them)")
     p.knob("cache_targets", False, "compute the target of each training image once, from the evaluation "
            "transform, and keep it in DATA_DIR: saves the teacher's pass in every step, and gives image and "
            "caption a target without noise, for one pass over the set")
@@ -322,25 +326,28 @@ def load_teacher(args):
     if args.kd_loss == "none" and args.image_init != "teacher":
         return None, 0
     name, path = split_name(args.teacher)
-    if name == "resnet50":
-        teacher = load_pretrained(name, path, weights_dir=args.weights_dir)
-        return teacher, teacher.fc.out_features
-    teacher = load_encoder(args.teacher, "image", args.weights_dir, args.final_norm and name == "beitv2")
+    if name in CNNS:
+        teacher, width = load_pretrained(name, path, weights_dir=args.weights_dir), CNNS[name]
+    else:
+        teacher = load_encoder(args.teacher, "image", args.weights_dir, args.final_norm and name == "beitv2")
+        width, size = teacher.config["embed_dim"], args.teacher_size or args.img_size
+        if args.kd_loss != "none" and size != teacher.config["img_size"]:
+            fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
         return teacher, 0
-    width, size = teacher.config["embed_dim"], teacher.config["img_size"]
-    if not args.head and width != args.embed_dim:
-        fail(f"the teacher is {width} wide, the student --embed_dim={args.embed_dim}: add --head")
-    if size != args.img_size:
-        fail(f"--img_size={args.img_size}, but the teacher reads {size} px")
+    if not args.head and name != "resnet50" and width != args.embed_dim:
+        fail(f"the teacher's target is {width} wide, the student --embed_dim={args.embed_dim}: add --head")
     return teacher, width
 
 
 @torch.no_grad()
 def teacher_target(teacher, images, args, autocast):
-    """Normalised images (n, 3, H, W) -> what the student predicts, (n, D) float32."""
+    """Normalised images (n, 3, H, W), of any size -> what the student predicts, (n, D) float32."""
+    size = args.teacher_size or args.img_size
+    if images.shape[-1] != size:
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     with autocast:
-        x = teacher(images) # (n, T, D); a classifier's logits are (n, D)
+        x = teacher(images) # (n, T, D); of a CNN (n, D)
     if x.ndim == 2:
         return x.float()
     return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
@@ -350,7 +357,8 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     """The target of every training image, from the evaluation transform, as (images, width) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
     the images' index, so that no run reads what was made from others."""
-    made_from = hash_of(f"{args.kd_target} {args.img_size} {dtype}", teacher, *offsets(images))
+    size = args.teacher_size or args.img_size
+    made_from = hash_of(f"{args.kd_target} {size} {dtype}", teacher, *offsets(images))
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
@@ -358,7 +366,7 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     def write(f):
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
                                                  "shape": (len(images), width)})
-        pictures = evaluate.EvalImages(images, args.img_size)
+        pictures = evaluate.EvalImages(images, size)
         loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=args.num_workers,
                                              worker_init_fn=ignore_signals)
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
@@ -394,9 +402,11 @@ def validation_batch(pairs, teacher, tokenizer, args, device, autocast, micro):
     (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without distillation."""
     if args.kd_loss == "none":
         return None
-    images = evaluate.EvalImages(pairs.images, args.img_size).stack(range(len(pairs.images)))
+    numbers = range(len(pairs.images))
+    images = evaluate.EvalImages(pairs.images, args.img_size).stack(numbers)
+    seen = evaluate.EvalImages(pairs.images, args.teacher_size or args.img_size).stack(numbers)
     _, first = np.unique(pairs.text_to_image, return_index=True)
-    target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in images.split(micro)]
+    target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in seen.split(micro)]
     return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length), torch.cat(target)
 
 
@@ -434,26 +444,14 @@ def judge(args, checkpoint, device):
 # before time is spent
 
 
-def tiny_commands(args):
-    """Path of what the tiny preset needs and is not there yet -> the command that makes it."""
-    commands = {}
-    if args.preset != "tiny":
-        return commands
-    data = os.path.join(args.data_dir, args.data)
-    if args.data == "openmoji" and not os.path.exists(os.path.join(data, "meta.json")):
-        commands[data] = ["prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}"]
-    folder, name = os.path.split(args.teacher)
-    needed = args.kd_loss != "none" or args.image_init == "teacher"
-    if needed and name == "ckpt.pt" and not is_finished(args.teacher):
-        commands[args.teacher] = ["distill_image.py", "--preset=tiny", f"--out_dir={folder or '.'}", *(
-            f"--{k}={getattr(args, k)}" for k in ("data_dir", "seed", "device", "dtype", "img_size",
-                                                  "patch_size", "embed_dim", "num_heads"))]
-    return commands
+def draws_openmoji(args):
+    """Whether this run prepares its data: the tiny preset starts from nothing."""
+    return args.preset == "tiny" and args.data == "openmoji"
 
 
-def check(args, made):
+def check(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start; else says which system
-    of the thesis it is. made: what will be there by then."""
+    of the thesis it is."""
     if args.img_size % args.patch_size or args.embed_dim % args.num_heads or args.embed_dim % 4:
         fail(f"--patch_size={args.patch_size} must divide --img_size={args.img_size}; "
              f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
@@ -464,10 +462,14 @@ def check(args, made):
              f"--align_weight={args.align_weight} leave nothing to learn")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
         fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
-    is_classifier = split_name(args.teacher)[0] == "resnet50"
-    if has_kd and (args.kd_loss == "kl") != is_classifier or is_classifier and args.image_init == "teacher":
-        fail(f"--kd_loss={args.kd_loss} --teacher={args.teacher} --image_init={args.image_init}: kl is for "
-             f"the logits of resnet50, and resnet50 for nothing else")
+    name = split_name(args.teacher)[0]
+    if has_kd and (args.kd_loss == "kl") != (name == "resnet50"):
+        fail(f"--kd_loss={args.kd_loss} --teacher={args.teacher}: kl is for the logits of resnet50, and "
+             f"resnet50 for nothing else")
+    if args.image_init == "teacher" and name in CNNS:
+        fail(f"--image_init=teacher, but {name} has no blocks to start from: --image_init=random")
+    if args.standardize and not args.cache_targets:
+        fail("--standardize takes its mean and standard deviation from cached targets: add --cache_targets")
     has_blocks = args.shared == "transformer" and args.shared_depth > 0
     if args.shared_init == "text" and (
             not has_blocks or args.shared_norm_first or args.text_init == "random"):
@@ -478,8 +480,8 @@ def check(args, made):
 
     problems, commands = [], []
     for name in args.data.split(","):
-        folder = os.path.join(args.data_dir, name)
-        if folder not in made and not os.path.exists(os.path.join(folder, "meta.json")):
+        is_there = os.path.exists(os.path.join(args.data_dir, name, "meta.json"))
+        if not is_there and not draws_openmoji(args):
             problems.append(f"data set {name} is not in {args.data_dir}/{nearest(name, SOURCES)}")
             if name in SOURCES:
                 source = " --source=DIR" if name == "flickr30k" else ""
@@ -488,7 +490,7 @@ def check(args, made):
     for key in models:
         which = getattr(args, key)
         path = split_name(which)[1]
-        if which not in ("random", "teacher", *made) and path and not os.path.exists(path):
+        if which not in ("random", "teacher") and path and not os.path.exists(path):
             problems.append(f"--{key}={which} is neither a published model ({', '.join(PRETRAINED)}) nor a "
                             f"file{nearest(which, PRETRAINED)}")
     if problems:
@@ -578,13 +580,13 @@ def main(args):
     # -- set up
     started = time.time()
     rank, world = join_ranks(ready=False) # the first prepares and downloads, the others wait for it
-    commands = tiny_commands(args)
-    check(args, commands)
+    check(args)
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
-    for made, command in commands.items():
-        with lock(made + ".lock", made, wait=True): # another run may be making it
-            run_script(*command)
+    data = os.path.join(args.data_dir, args.data)
+    if draws_openmoji(args) and not os.path.exists(os.path.join(data, "meta.json")):
+        with lock(data + ".lock", data, wait=True): # another run may be drawing it
+            run_script("prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}")
 
     # -- data
     train, val = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
@@ -613,8 +615,8 @@ def main(args):
     optimizer, scaler = make_optimizer([student], args, device, dtype)
     print(f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M parameters; "
           f"teacher {args.teacher if width else 'none'}")
-    data = hash_of(*offsets(train.images), *offsets(train.captions), train.text_to_image, pairs.group)
-    read = {"the data set": data, "tokenizer": hash_of(tokenizer.text)}
+    read = {"the data set": hash_of(*offsets(train.images), *offsets(train.captions), train.text_to_image,
+                                    pairs.group), "tokenizer": hash_of(tokenizer.text)}
     if width:
         read["the teacher"] = hash_of(teacher)
     kept = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
@@ -624,9 +626,15 @@ def main(args):
     bank = None # the teacher's targets of all training images, (images, width) float16
     if args.cache_targets and width:
         bank = cached_targets(teacher, width, train.images, args, device, dtype, autocast, micro)
+    scale, shift = 1.0, 0.0 # of the target
+    if args.standardize and width:
+        scale, shift = (x.to(device) for x in torch.std_mean(bank[:2 ** 16].float(), 0)) # (width,) each
+        scale = scale.clamp(min=1e-3) # some channels are silent
     held_out = None # for validations, which the first rank makes
     if not rank and run.step < args.max_steps:
         held_out = validation_batch(val, teacher, tokenizer, args, device, autocast, micro)
+        if held_out:
+            held_out = *held_out[:3], (held_out[3] - shift) / scale
     if compiled: # in place: the weights keep their names
         student.compile()
         if width:
@@ -659,7 +667,7 @@ def main(args):
         if bank is not None:
             target = bank[index] # (n, D) float16; pinned, so that the host does not wait for the copy
             target = (target.pin_memory() if device.type == "cuda" else target).to(device, non_blocking=True)
-            target = all_gather(target.float())
+            target = all_gather((target.float() - shift) / scale)
         elif width:
             target = all_gather(torch.cat([teacher_target(teacher, x, args, autocast) for x, *_ in parts]))
         if args.word_weight:

@@ -16,6 +16,7 @@ L blocks, h heads, d = D / h. Images are (B, 3, H, W), padding masks (B, T) bool
 import argparse
 import base64
 import contextlib
+import ctypes
 import datetime
 import difflib
 import errno
@@ -1090,6 +1091,12 @@ def pick_device(name="auto"):
              f"takes a CUDA build of torch).")
     if "LOCAL_RANK" in os.environ and name.startswith("cuda"):
         torch.cuda.set_device(name) # else each process takes memory on the first GPU, too
+    libc = ctypes.CDLL(None) if name == "cpu" and sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # glibc keeps what is freed: to the system large tensors go back at once, and its zeroing of new pages
+        # is most of a convolution's time. M_MMAP_MAX = 0, M_TRIM_THRESHOLD = the largest
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2 ** 31 - 1)
     return torch.device(name)
 
 
