@@ -1281,14 +1281,6 @@ def optimizer_step(optimizer, scaler, grad_clip, also=()):
     return norm
 
 
-def is_finished(path):
-    """Whether a checkpoint is there and has done all its steps."""
-    if not os.path.exists(path):
-        return False
-    checkpoint = read_checkpoint(path)
-    return checkpoint.get("step") == checkpoint.get("max_steps", -1)
-
-
 @contextlib.contextmanager
 def continuing(path):
     """Around reading a checkpoint to go on from: what a damaged one raises ends the program in a sentence."""
@@ -1362,7 +1354,7 @@ class Run:
         holds, {} for a new run. read: hashes of what the run reads besides its flags. From here on there is
         self.step."""
         self.settings |= read
-        self.step, self.unreadable, minutes = 0, 0, 0.0
+        self.step, self.unreadable, minutes, is_finished = 0, 0, 0.0, False
         if self.kept:
             self.compare(read)
             with continuing(self.path):
@@ -1377,14 +1369,15 @@ class Run:
                             load_optimizer(part, state)
                         elif state: # a GradScaler that was off has none
                             part.load_state_dict(state)
-            is_finished = "finished, " if self.step == self.max_steps else ""
-            print(f"{self.path} is there: {is_finished}step {self.step} of {self.max_steps}")
+            is_finished = self.step == self.max_steps
+            print(f"{self.path} is there: {'finished, ' if is_finished else ''}step {self.step} of "
+                  f"{self.max_steps}")
         self.last_line, self.since = self.step, time.time()
         self.saved_step = -1
         if self.kept and self.kept["max_steps"] == self.max_steps:
             self.saved_step = self.step
         self.began = time.time() - 60 * minutes # as if the run had never been interrupted
-        if self.is_first:
+        if self.is_first and not is_finished:
             self.open_log()
         return self.kept
 
@@ -1393,7 +1386,7 @@ class Run:
         its last checkpoint is done again. Adds what the run can be repeated from."""
         lines = []
         if self.step and os.path.exists(self.log_path):
-            with open(self.log_path, encoding="utf-8") as f:
+            with continuing(self.log_path), open(self.log_path, encoding="utf-8") as f:
                 lines = [x for x in f if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
         start = {"step": self.step, "minutes": self.minutes(), "command": ["python", *sys.argv],
                  "with": versions(self.device, self.settings["autocast"]), "settings": self.settings}
