@@ -301,7 +301,7 @@ def test_wrong_input(bad, module, base, words, said, monkeypatch):
     ("--ckpt=none.pt", "no checkpoint .*none.pt"), ("--ckpt=text.pt", "cannot be read"),
     ("--ckpt=cut.pt", "cannot be read"), ("--ckpt=teacher.pt", "does not embed both"),
     ("--image_encoder=teacher.pt", "go together"),
-    ("--image_encoder=teacher.pt --text_encoder=bert", "--ckpt is a model with both"),
+    ("--image_encoder=teacher.pt --text_encoder=bert", "are each an encoder"),
     ("--split=dev", "no split 'dev', only train, val, test"), ("--data_dir=half", "is half-written"),
     ("--data=coco", "data set coco"), ("--device=gpu", "is no device")])
 def test_wrong_input_of_evaluate(bad, words, said):

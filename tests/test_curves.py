@@ -74,20 +74,24 @@ def test_seeds_of_an_arm_have_one_colour(write, monkeypatch):
     (arms, path, xlabel, ylabel), = drawn
     assert {label: len(runs) for label, runs in arms.items()} == {
         "out/both": 3, "out/words": 3, "out/v1": 1, "out/v2": 1}
-    assert arms["out/both"][2] == [(10, 2), (20, 5)] and (xlabel, ylabel) == ("steps", "val_mean")
+    assert arms["out/both"][2] == [(10, 2), (20, 5)] and (xlabel, ylabel) == ("step", "val_mean")
     with Image.open("new/curves.png") as image:
         colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
     assert {(0x1f, 0x77, 0xb4), (0xff, 0x7f, 0x0e), (0x2c, 0xa0, 0x2c), (0xd6, 0x27, 0x28)} <= colours
     assert (0x94, 0x67, 0xbd) not in colours # a fifth
 
 
-def test_a_run_that_goes_on_and_a_torn_line(write, capsys):
+def test_a_run_that_goes_on_and_torn_lines(write, capsys):
+    """The last may just be written; what is garbled further up is named with its line, too."""
     write("a", *records([1, 2]), max_steps=50)
     with open("a/log.jsonl", "a") as f:
-        f.write('null\n{"step": 25, "val_me')
+        f.write('null\n{"settings": 5}\n{"best": []}\n\0\xff{\n'
+                + "[" * 100_000 + '\n{"step": 25, "val_me')
     assert len(curves("a")["runs"]["a"]["points"]) == 2
     said = capsys.readouterr().out
-    assert "a: at step 20 of 50, still going or stopped" in said and "2 lines are torn" in said
+    assert "a: at step 20 of 50, still going or stopped" in said
+    torn = [line for line in said.splitlines() if line.startswith("a/log.jsonl line ")]
+    assert [int(line.split()[2]) for line in torn] == [6, 7, 9, 10, 11]
 
 
 def test_runs_without_the_key(write, capsys):

@@ -4,7 +4,7 @@ nothing.
 
     pytest tests/test_search.py
 """
-import html.parser
+import html
 import os
 import re
 
@@ -62,26 +62,25 @@ def test_scores_are_cosines(run, capsys):
         assert [x["file"] for x in found] == best
         assert [x["score"] for x in found] == pytest.approx([scores[name] for name in best], abs=1e-6)
         assert all(f"{x['score']:.3f}  {x['file']}" in said for x in found)
-    assert len(run("red яблоко", top=50)["results"]["red яблоко"]) == 6
-    assert "the tokeniser does not know яблоко" in capsys.readouterr().out
+    assert len(run("red яблоко", top=50)["results"]["red яблоко"]) == 6 # a part of it is known
 
 
 def test_what_is_embedded_again(run, capsys):
     """New and changed pictures only; removed ones are found no more; other weights and other transforms embed
     all, as a damaged cache does."""
-    counts = r"(\d+) pictures, (\d+) new, (\d+) changed, (\d+) removed"
-    steps = [ # what happens before the search, what it says, how many pictures it embeds
-        (lambda: None, "6 6 0 0", 6), (lambda: None, "6 0 0 0", 0),
-        (lambda: Image.new("RGB", (9, 9), "pink").save("pics/pink.jpg"), "7 1 0 0", 1),
-        (lambda: Image.new("RGB", (8, 9), "white").save("pics/more/red.png"), "7 0 1 0", 1),
-        (lambda: os.utime("pics/pink.jpg", ns=(0, 5)), "7 0 1 0", 1),
-        (lambda: os.remove("pics/pink.jpg"), "6 0 0 1", 0), (lambda: None, "6 0 0 0", 0),
-        (lambda: os.utime("run/ckpt.pt", ns=(0, 5)), "6 6 0 0", 6)]
-    for change, words, count in steps:
+    steps = [ # what happens before the search, how many pictures there are, how many it embeds
+        (lambda: None, 6, 6), (lambda: None, 6, 0),
+        (lambda: Image.new("RGB", (9, 9), "pink").save("pics/pink.jpg"), 7, 1),
+        (lambda: Image.new("RGB", (8, 9), "white").save("pics/more/red.png"), 7, 1),
+        (lambda: os.utime("pics/pink.jpg", ns=(0, 5)), 7, 1),
+        (lambda: os.remove("pics/pink.jpg"), 6, 0), (lambda: None, 6, 0),
+        (lambda: os.utime("run/ckpt.pt", ns=(0, 5)), 6, 6)]
+    for change, pictures, count in steps:
         change()
         result = run()
-        said = re.search(counts, capsys.readouterr().out)
-        assert " ".join(said.groups()) == words and len(run.embedded) == count
+        said = re.search(r"(\d+) pictures, (\d+) of them new or changed", capsys.readouterr().out)
+        assert said.groups() == (str(pictures), str(count)) and len(run.embedded) == count
+        assert result["images"] == pictures
     assert result["results"] == run()["results"] and not run.embedded
     run(squash=True)
     assert len(run.embedded) == 6
@@ -93,33 +92,18 @@ def test_what_is_embedded_again(run, capsys):
     assert run(ckpt="student/")["results"] == result["results"] and not run.embedded
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.sources, self.text = set(), [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.sources += [value for key, value in attrs if key in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_page_and_picture(run, tmp_path):
+def test_page(run, tmp_path):
     """Names and queries are text, whatever they spell; the pictures are in the file, and nothing else is
     asked for."""
     name, query = '<script>alert("x")<b> & more.png', '<b onclick="x">red</b> & blue'
     os.rename("pics/more/red.png", f"pics/{name}")
-    run(query, "red", html="new/page.html", picture="new/sheet.png", top=6)
+    run(query, "red", html="new/page.html", top=6)
     text = (tmp_path / "new/page.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert name in page.text and query in page.text and not {"script", "b", "link", "a"} & page.tags
-    assert len(page.sources) == 12 and all(x.startswith("data:image/jpeg;base64,") for x in page.sources)
+    tags, sources = {*re.findall(r"<(\w+)", text)}, re.findall(r"(?:src|href)=\W*([^\"]*)", text)
+    assert html.escape(name) in text and html.escape(query) in text
+    assert tags == {"html", "meta", "title", "style", "h1", "h2", "div", "figure", "img", "figcaption"}
+    assert len(sources) == 12 and all(x.startswith("data:image/jpeg;base64,") for x in sources)
     assert "default-src 'none'" in text and "http:" not in text and "https:" not in text
-    with Image.open("new/sheet.png") as image:
-        assert image.format == "PNG" and image.width > 600
 
 
 def test_unreadable_pictures_and_odd_names(run, capsys):
@@ -142,16 +126,12 @@ def test_unreadable_pictures_and_odd_names(run, capsys):
 
 
 @pytest.mark.parametrize("queries, changes, said", [
-    ([], {}, "no query"), (["красное яблоко"], {}, "knows no part of it"), ([" "], {}, "knows no part of it"),
+    ([], {}, "no query"), (["красное яблоко"], {}, "knows no part of it"),
+    ([" "], {}, "knows no part of it"),
     (["red"], dict(images="none"), "--images=none: give a folder"),
     (["red"], dict(images="run"), "no pictures in run: no file there ends in .jpg"),
-    (["red"], dict(images="torn"), "none of the 2 files in torn can be read"),
     (["red"], dict(ckpt="run/image.pt"), "does not embed both images and text")])
 def test_nothing_to_find(run, queries, changes, said):
-    os.mkdir("torn")
-    for name in "a.png", "b.JPG":
-        with open(f"torn/{name}", "wb") as f:
-            f.write(b"torn")
     knobs = dict(ckpt="run/ckpt.pt", images="pics", html="page.html") | changes
     with pytest.raises(SystemExit, match=said):
         evaluate.main(["search", *queries, *flags(knobs)])
