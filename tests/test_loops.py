@@ -268,6 +268,17 @@ def test_shared_embeddings_stay_the_teachers(run, teacher, tmp_path):
     assert all(0 <= r["knn_toy_top1"] <= r["knn_toy_top3"] <= 100 for r in found)
 
 
+def test_a_teacher_with_registers(run, tmp_path):
+    """The student, its first blocks, has them too, frozen with all that both share before the blocks."""
+    teacher = Encoder("image", 32, 2, 2, img_size=32, patch_size=8, positions="rope", registers=2)
+    save_checkpoint(path := str(tmp_path / "teacher.pt"), teacher)
+    for share in (False, True):
+        student = run("features", f"share_{share}", teacher=path, share_embed=share, max_steps=2)["model"]
+        assert torch.equal(student["reg_token"], teacher.reg_token) == share
+    with pytest.raises(SystemExit, match="registers"):
+        run("features", "alibi", teacher=path, init="random", attn_bias="alibi")
+
+
 def test_toy_concepts_are_learned(run, tmp_path, tiny_data):
     """The tiny preset's losses: on the test split, the training kinds in new positions, far above chance."""
     run("queue", unit="label", max_steps=100, label_smoothing=0.1, queue_size=0, token_types=True, head=True,

@@ -143,18 +143,20 @@ def test_padding_changes_no_other_token(attn_bias, norm_first):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_bias", ["none", "alibi", "relative"])
-def test_patches_left_out_are_as_if_never_attended_to(attn_bias):
-    encoder = shake(Encoder("image", embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8,
-                            attn_bias=attn_bias))
+@pytest.mark.parametrize("settings", [dict(attn_bias="none"), dict(attn_bias="alibi"),
+                                      dict(attn_bias="relative"), dict(positions="rope", registers=2)])
+def test_patches_left_out_are_as_if_never_attended_to(settings):
+    encoder = shake(Encoder("image", embed_dim=24, depth=3, num_heads=3 if "attn_bias" in settings else 2,
+                            img_size=32, patch_size=8, **settings))
+    first = 1 + settings.get("registers", 0) # patches begin there
     images, hidden = randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
     hidden[0, [0, 5, 6]], hidden[1, [2, 3, 15]] = True, True
     kept = (~hidden).nonzero()[:, 1].view(2, -1) # (2, 13)
-    ours, x, tokens = (encoder(images, kept=kept, return_layers=True), encoder.embed(images),
-                       F.pad(kept + 1, (1, 0)))
-    bias = encoder.attention_bias(17, F.pad(hidden, (1, 0)))
+    ours, x = encoder(images, kept=kept, return_layers=True), encoder.embed(images)
+    tokens = F.pad(kept + first, (1, 0)) # of the output, registers are none of it
+    bias = encoder.attention_bias(16 + first, F.pad(hidden, (first, 0)))
     for i, block in enumerate(encoder.blocks): # the slow way: all tokens, the hidden ones masked like padding
-        x = block(x, bias)
+        x = block(x, bias, rope=getattr(encoder, "rope", None))
         assert_close(ours[i], x.gather(1, tokens[..., None].expand(-1, -1, 24)), 5e-5)
     assert_close(encoder(images, kept=torch.arange(16).expand(2, -1)), encoder(images), 5e-5)
 

@@ -63,7 +63,7 @@ def test_preset_is_the_system(preset):
 def publish(folder, **size):
     """For each teacher a file of random weights in the published layout, tokenizers beside those of text, as
     --weights_dir has them -> that folder."""
-    for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50"):
+    for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50", "dino", "dinov3"):
         weights = published(name, **size)
         (folder / name).mkdir()
         torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights,
@@ -189,6 +189,27 @@ def toy(tiny_data, tmp_path):
 
 def caches(folder):
     return sorted(name for name in os.listdir(folder) if "targets" in name)
+
+
+@pytest.mark.parametrize("teacher", ["dino", "dinov3"])
+def test_dino_as_teacher_and_start(teacher, small, small_weights, tmp_path, capsys):
+    """The target is the normed CLS token; a student that starts from it has its registers, frozen, and leaves
+    patches out."""
+    checkpoint = small("smke", teacher=teacher, final_norm=True, image_init=teacher, mask_ratio=0.5,
+                       freeze_embeddings=True)
+    images = normalize(torch.randint(0, 256, (2, 3, 32, 32)))
+    args = distill_multimodal.get_args([f"--teacher={teacher}", f"--weights_dir={small_weights}",
+                                        "--embed_dim=32", "--img_size=32"])
+    target = distill_multimodal.teacher_target(distill_multimodal.load_teacher(args)[0], images, args,
+                                               torch.autocast("cpu", enabled=False))
+    encoder = load_pretrained(teacher, str(small_weights / teacher), final_norm=True)
+    assert torch.allclose(target, encoder(images)[:, 0], atol=1e-6)
+    before, after = encoder.state_dict(), checkpoint["model"]
+    for key in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight"):
+        assert key not in before or torch.equal(before[key], after[f"image_encoder.{key}"])
+    key = "blocks.0.mlp.fc1.bias"
+    assert not torch.equal(before[key], after[f"image_encoder.{key}"])
+    assert ("zero-shot 37.5" in capsys.readouterr().out) == (teacher == "dino")
 
 
 @pytest.mark.parametrize("preset, dim", [("smke", 32), slow("mmd2v2_beit", 32), slow("shre", 1000)])

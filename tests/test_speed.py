@@ -105,6 +105,8 @@ CALLS = { # class, settings, batches, other arguments, graphs
     "image": (Encoder, dict(modality="image", **IMAGE), IMAGES, dict(target_layers=2), 1),
     "patches left out": (Encoder, dict(modality="image", **IMAGE, attn_bias="relative"), IMAGES,
                          dict(kept=torch.arange(7).expand(4, -1)), 1),
+    "registers": (Encoder, dict(modality="image", **IMAGE, positions="rope", registers=2), IMAGES,
+                  dict(kept=torch.arange(7).expand(4, -1)), 1),
     "text": (Encoder, dict(modality="text", **TEXT, attn_bias="alibi"), [ids_of(4, 9)] * 3,
              dict(target_layers=2), 1),
     "student": (VisionLanguageModel, dict(image=IMAGE, text=TEXT, token_types=True, align_levels=2), PAIRS,
@@ -115,7 +117,8 @@ CALLS = { # class, settings, batches, other arguments, graphs
 
 
 @pytest.mark.parametrize("name, grad", [
-    ("image", True), ("image", False), ("patches left out", True), ("text", True), ("student", True),
+    ("image", True), ("image", False), ("patches left out", True), ("registers", True), ("text", True),
+    ("student", True),
     slow("shared MLP", True), slow("projections", True)])
 def test_graphs(name, grad):
     """How many graphs torch.compile makes, backward included. It raises where a graph would break, for
