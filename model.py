@@ -289,7 +289,9 @@ class Encoder(nn.Module):
             if positions is not None:
                 x = x + positions
             first = [t for t in (self.cls_token, self.reg_token) if t is not None]
-            x = torch.cat([*(t.expand(len(x), -1, -1).to(x.dtype) for t in first), x], 1) # (B, 1 + R + N, D)
+            # not len(x), which torch.export would take for a constant
+            first = [t.expand(x.shape[0], -1, -1).to(x.dtype) for t in first]
+            x = torch.cat([*first, x], dim=1) # (B, 1 + R + N, D)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def attention_bias(self, T, padding_mask=None, tokens=None):
@@ -335,7 +337,7 @@ class Encoder(nn.Module):
         tokens, T, rope = None, x.shape[1], getattr(self, "rope", None)
         first = 1 + self.config["registers"]
         if kept is not None:
-            tokens = torch.arange(first, device=x.device).expand(len(x), -1) # CLS and registers
+            tokens = torch.arange(first, device=x.device).expand(x.shape[0], -1) # CLS and registers
             tokens = torch.cat([tokens, kept + first], dim=1) # (B, 1 + R + K)
             x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])) # (B, 1 + R + K, D)
             rope = None if rope is None else rope[:, tokens][:, :, None] # (2, B, 1, 1 + R + K, d)
@@ -558,10 +560,12 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet # here, not above: only this teacher needs it
         self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
+        statistics = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        self.register_buffer("statistics", statistics, persistent=False) # ImageNet's, (2, 3, 1, 1)
 
     def forward(self, images):
         # TensorFlow's pixels, (0..255 - 127) / 128; not in the first convolution, which pads them with zeros
-        mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        mean, std = self.statistics
         images = (images * std + mean) * (255 / 128) - 127 / 128
         images = images.contiguous(memory_format=torch.channels_last)
         return self.net.extract_features(images).mean((2, 3))
