@@ -1240,7 +1240,8 @@ def batch_order(num_units, batch_size, seed, step, rank=0, world=1):
     per_epoch, n = num_units // batch_size, batch_size // world
     while True:
         epoch, k = divmod(step, per_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(num_units)
+        # numpy fills up with zeros: (seed, epoch) alone is what the sample at position 0 draws from
+        order = np.random.default_rng((seed, epoch, 0, 2)).permutation(num_units)
         for first in range(k * batch_size + rank * n, per_epoch * batch_size, batch_size):
             yield [(epoch, i, int(order[i])) for i in range(first, first + n)]
             step += 1

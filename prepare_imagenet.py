@@ -9,21 +9,19 @@ own. Owns the packed records of all sets, the reader of tars and parquet, and al
     python prepare_imagenet.py --data=digits         # 1,797 digits that scikit-learn carries: two seconds
     python prepare_imagenet.py --data=flowers --source=DIR   # your own: DIR/{train,val,test}/<class>/*
 
-DIR holds, for each split, one of (what was found is printed; a split alone will do, as val for zero-shot):
+DIR holds, for each split, one of (a split alone will do, as val for zero-shot):
 
     ILSVRC2012_img_train.tar, or in train/ the tars inside it   image-net.org/download, behind a login
     ILSVRC2012_img_val.tar or val/*, and LOC_val_solution.csv   likewise; the table of labels is Kaggle's
     data/train-00000-of-00294.parquet ..                        huggingface.co/datasets/ILSVRC/imagenet-1k
-    train_images_*.tar.gz, val_images.tar.gz (also in data/)    the same, as it was until 2024
     *train*.tar, *val*.tar of .jpg and .cls                     webdataset; or in folders train/, val/
-    train/<class>/*, val/<class>/* or <class>.tar               extracted; under ILSVRC/Data/CLS-LOC as Kaggle
-                                                                has it; valid, validation and dev are val, too
+    train/<class>/*, val/<class>/* or <class>.tar               extracted, also as Kaggle has it, under
+                                                                ILSVRC/Data; valid and dev are val, too
 
 data/imagenet/ then holds <split>_images.bin (encoded pictures end to end), .idx (N + 1 offsets, uint64,
-little-endian), <split>_labels.npy (int64) and, written last, meta.json: counts, classes, options, licence. A
-label is the rank of the class's name (ImageNet's wnid) in sorted order, or the number given in CIFAR, digits,
-parquet or .cls. CIFAR's official test sets and 500 of the digits are "test". A killed run goes on if the same
-command is given again.
+little-endian), <split>_labels.npy (int64) and, written last, meta.json. A label is the rank of the class's
+name (ImageNet's wnid) in sorted order, or the number given in CIFAR, digits, parquet or .cls. CIFAR's
+official test sets and 500 of the digits are "test". The same command again goes on after a kill.
 """
 import concurrent.futures
 import contextlib
@@ -37,7 +35,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import sys
 import tarfile
 import threading
@@ -57,7 +54,6 @@ from model import Parser, cache_folder, fail, going_on, lock, nearest, prepared,
 
 LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # the sets that this script knows
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
-FILE_BYTES = 115_000 # of a file of ImageNet, on average
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
             "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features ..",
             "digits": "CC BY 4.0; Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits"}
@@ -70,13 +66,12 @@ COMMIT_SECONDS = 5 # the most work that a kill costs
 
 class Growing:
     """A file that is appended to as <path>.tmp and appears under its name at close(), when it is whole. size:
-    so many bytes are kept of what an earlier writer left, killed or closed; what lies behind them is cut
-    off."""
+    so many bytes are kept of what an earlier writer left; what lies behind them is cut off."""
 
     def __init__(self, path, size=0):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self.path = path
-        if size and not os.path.exists(path + ".tmp"): # it was closed
+        if size and not os.path.exists(path + ".tmp"): # the earlier writer closed it
             os.replace(path, path + ".tmp")
         self.file = open(path + ".tmp", "r+b" if size else "wb", buffering=1 << 20)
         if self.file.seek(0, os.SEEK_END) < size:
@@ -125,12 +120,13 @@ class RecordWriter:
 
 
 class NumberWriter(Growing):
-    """As RecordWriter, of one int64 array: writes <prefix>.npy."""
+    """Writes <prefix>.npy, an int64 array, behind the first `count` numbers of an earlier writer."""
 
     def __init__(self, prefix, count=0):
         super().__init__(prefix + ".npy", 128 + 8 * count if count else 0)
         self.count = count
-        self.file.write(b"" if count else bytes(128))
+        if not count:
+            self.file.write(bytes(128)) # the header, which says how many, comes last
 
     def write(self, number):
         self.file.write(number.to_bytes(8, "little", signed=True))
@@ -145,11 +141,10 @@ class NumberWriter(Growing):
 
 class SetWriter:
     """Appends to the splits of a set. .state, kept in begun.json, says how much of each file counts and, by
-    what the caller puts there, where to go on: both are written at once, at commit(). What lies behind is cut
-    off after a kill, and made again. head: what .state begins with. used: the columns of used.tsv, where one
-    is kept."""
+    what the caller puts there, where to go on: both are written at once, by commit(). What lies behind is cut
+    off after a kill. head: what .state begins with; columns: of used.tsv, where one is kept."""
 
-    def __init__(self, folder, head, used=()):
+    def __init__(self, folder, head, columns=()):
         warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
         self.folder, self.begun, self.files = folder, os.path.join(folder, "begun.json"), {}
         self.state, self.committed = {**head, "splits": {}, "used": 0}, time.monotonic()
@@ -161,10 +156,10 @@ class SetWriter:
         for path in glob.glob(os.path.join(glob.escape(folder), "*")):
             if re.search(r"meta\.json$|\.tmp\d+$", path): # no set until it is whole again; left by a kill
                 os.remove(path)
-        if used:
+        if columns:
             self.files["used"] = Growing(os.path.join(folder, "used.tsv"), self.state["used"])
             if not self.state["used"]:
-                self.note(*used)
+                self.note(*columns)
 
     def count(self, split, what="images"):
         return self.state["splits"].get(split, {}).get(what, 0)
@@ -178,18 +173,16 @@ class SetWriter:
         return self.files[split, what]
 
     def write(self, split, what, value):
-        file = self.file(split, what)
-        file.write(value)
-        self.state["splits"].setdefault(split, {})[what] = file.count
-        return file.count - 1
+        self.file(split, what).write(value)
+        self.state["splits"].setdefault(split, {})[what] = self.file(split, what).count
 
     def add(self, split, record, captions=(), label=None):
         """A picture, bytes, with its captions, str, or its label, int. Returns its index."""
-        image = self.write(split, "images", record)
+        self.write(split, "images", record)
         if label is not None:
             self.write(split, "labels", label)
-        self.add_captions(split, image, captions)
-        return image
+        self.add_captions(split, self.count(split) - 1, captions)
+        return self.count(split) - 1
 
     def add_captions(self, split, image, captions):
         counts = self.state["splits"][split]
@@ -200,9 +193,7 @@ class SetWriter:
 
     def note(self, *cells):
         """A line of used.tsv."""
-        line = "\t".join(map(str, cells))
-        if "\n" in line or "\r" in line or line.count("\t") >= len(cells):
-            line = "\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells)
+        line = "\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells)
         self.state["used"] += self.files["used"].file.write(f"{line}\n".encode("utf-8", "replace"))
 
     def notes(self):
@@ -229,19 +220,19 @@ class SetWriter:
             if M:
                 splits[split] |= {"captions": M, "captions_per_image": round(M / N, 2),
                                   "words_per_caption": round(counts["words"] / M, 2)}
-            for what in set(counts) & {"captions", "text_to_image", "labels"}:
-                self.file(split, what)
+            for what in counts.keys() & {"captions", "text_to_image", "labels"}:
+                self.file(split, what) # opened, so that the next lines close it
         for file in self.files.values():
             file.close()
         return splits
 
 
 class Records:
-    """Reads what RecordWriter wrote: len(records), records[i] -> bytes. Plain reads, no memory map: resident
-    memory stays flat however long a run is. Safe in DataLoader workers, forked or spawned."""
+    """Reads what RecordWriter wrote: len(records), records[i] -> bytes. Opened for each read, and no memory
+    map: there is nothing for workers to share, and resident memory stays flat however long a run is."""
 
     def __init__(self, prefix):
-        self.path, self.fd = prefix + ".bin", None
+        self.path = prefix + ".bin"
         try:
             self.offsets = np.fromfile(prefix + ".idx", "<u8")
             size = os.path.getsize(self.path)
@@ -257,16 +248,8 @@ class Records:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.path}")
-        if self.fd is None: # opened at first use: a file descriptor does not travel to spawned workers
-            self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
-        if hasattr(os, "pread"):
-            return os.pread(self.fd, end - start, start)
-        os.lseek(self.fd, start, os.SEEK_SET) # Windows
-        return os.read(self.fd, end - start)
-
-    def __getstate__(self):
-        return {**self.__dict__, "fd": None}
+        return np.fromfile(self.path, np.uint8, end - start, offset=start).tobytes()
 
 
 class Texts(Records):
@@ -279,36 +262,24 @@ class Texts(Records):
         return super().__getitem__(i)[:8000].decode("utf-8", "replace")
 
 
-def read_meta(folder, name, split, advice):
-    """meta.json of a prepared set that has this split. Ends the program if the set is not there, not whole or
-    without it, with `advice`, the command to run; ValueError, KeyError, TypeError or OSError if damaged."""
-    path = os.path.join(folder, "meta.json")
-    if not os.path.exists(path):
-        what = "is half-written" if os.path.isdir(folder) else "is not there"
-        fail(f"data set {name}: {folder} {what} (no meta.json). {advice}")
-    meta = json.loads(pathlib.Path(path).read_bytes())
-    if split not in meta["splits"]:
-        fail(f"data set {name} has no split {split!r}, only {', '.join(meta['splits'])}")
-    return meta
-
-
 class Pairs:
-    """One split of a prepared set: images (Records), captions (Texts), text_to_image (M,) int64, labels (N,)
-    int64 or None, meta (dict). Ends the program, naming the command to run, if the set is not there or not
-    whole. A set without captions has [] and an empty text_to_image, unless needs_captions, which ends the
-    program then."""
+    """One split of a prepared set: images (Records), captions (Texts, or [] without, unless needs_captions),
+    text_to_image (M,) int64, labels (N,) int64 or None, meta (dict). Ends the program, naming the command to
+    run, if the set is not there or not whole."""
 
     def __init__(self, data_dir, name, split, needs_captions=False):
         warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
         folder = os.path.join(os.path.expanduser(data_dir), name)
-        if not name:
-            fail("data set '': --data=NAME says which folder of DATA_DIR")
         script = "prepare_imagenet.py" if name in LABELLED else "prepare_pairs.py"
         advice = f"Run: python {script} --data={name} --data_dir={data_dir} (which --help explains)"
-        if name not in LABELLED and not needs_captions:
-            advice += ", or, for pictures in folders of classes, prepare_imagenet.py"
+        meta = os.path.join(folder, "meta.json")
+        if not name or not os.path.exists(meta):
+            what = "is half-written" if os.path.isdir(folder) else "is not there"
+            fail(f"data set {name}: {folder} {what} (no meta.json). {advice}")
         try:
-            self.meta = read_meta(folder, name, split, advice)
+            self.meta = json.loads(pathlib.Path(meta).read_bytes())
+            if split not in self.meta["splits"]:
+                fail(f"data set {name} has no split {split!r}, only {', '.join(self.meta['splits'])}")
             prefix, counts = os.path.join(folder, split), self.meta["splits"][split]
             self.images, self.labels = Records(prefix + "_images"), None
             self.captions, self.text_to_image = [], np.zeros(0, np.int64)
@@ -348,8 +319,7 @@ UNREADABLE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) # Val
 
 
 def split_of(name):
-    """The split that a path of a file or folder, relative to its source, names, the last part first; or
-    None."""
+    """The split that a path relative to its source names, the last part first; or None."""
     for part in reversed(re.split(r"[/\\]", name.lower())):
         for word in re.findall(r"[a-z]+", part):
             if word in SPLITS and word != "restval":
@@ -369,26 +339,27 @@ def is_junk(path):
 
 def walk(folder, endings=("",)):
     """Yields the files under a folder with these endings, sorted. Links are followed, but each file and
-    folder is read once: a link to what is read anyway is named and left out."""
-    root, seen = os.path.join(os.path.realpath(folder), ""), set()
+    folder is read once: what was read under another name is named and left out."""
+    seen = set()
 
     def is_new(path):
-        target = os.path.realpath(path)
-        if not os.path.islink(path) or not os.path.exists(target):
+        try:
+            stat = os.stat(path)
+        except OSError: # a link to nothing: the reader finds that out, and counts it
             return True
-        read_anyway = target.startswith(root) and not is_junk(target[len(root):]) \
-            and (os.path.isdir(target) or target.lower().endswith(endings))
-        if read_anyway or target in seen or root.startswith(os.path.join(target, "")):
-            print(f"note: {shown(path)} is a link to {shown(target)}, which is read already: left out")
+        if (stat.st_dev, stat.st_ino) in seen:
+            print(f"note: {shown(path)} is another name of what is read already: left out")
             return False
-        seen.add(target)
+        seen.add((stat.st_dev, stat.st_ino))
         return True
 
+    is_new(folder)
     for here, folders, files in os.walk(folder, followlinks=True):
+        names = sorted(files, key=lambda name: (os.path.islink(os.path.join(here, name)), name))
+        paths = [os.path.join(here, name) for name in names if not is_junk(name)]
+        yield from (path for path in paths if path.lower().endswith(endings) and is_new(path))
         folders[:] = [name for name in sorted(folders)
                       if not is_junk(name) and is_new(os.path.join(here, name))]
-        paths = [os.path.join(here, name) for name in sorted(files) if not is_junk(name)]
-        yield from (path for path in paths if path.lower().endswith(endings) and is_new(path))
 
 
 def read_file(path):
@@ -400,13 +371,14 @@ def read_file(path):
 
 
 def folder_members(folder):
+    """Yields (name, function that reads the bytes) of all files under a folder."""
     for path in walk(folder):
         yield shown(os.path.relpath(path, os.path.dirname(folder))), partial(read_file, path)
 
 
 class Member(tarfile.TarInfo):
     """A header in a tar. tarfile takes a damaged one, or the end of the file, for the end of the tar: here
-    only the mark is that which writers put there, and all else raises tarfile.ReadError."""
+    that is only the mark which writers put there, and all else raises tarfile.ReadError."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -418,19 +390,9 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"it ends without the mark of an end ({e})") from None
 
 
-def read_member(tar, member):
-    if member.issparse():
-        return tar.extractfile(member).read(MOST_BYTES)
-    tar.fileobj.seek(member.offset_data) # of the three layers of extractfile() the fastest
-    data = tar.fileobj.read(min(member.size, MOST_BYTES))
-    if len(data) < min(member.size, MOST_BYTES):
-        raise tarfile.ReadError("it ends in the middle of a file")
-    return data
-
-
 def tar_members(path, inside=None):
-    """The files of a tar, or of the tar that is its member `inside`: (name, function that reads its
-    bytes)."""
+    """Yields (name, function that reads the bytes, before the next is asked for) of the files of a tar, or of
+    the tar that is its member `inside`."""
     with contextlib.ExitStack() as stack:
         tar = stack.enter_context(tarfile.open(path, tarinfo=Member))
         if inside:
@@ -438,15 +400,15 @@ def tar_members(path, inside=None):
         while (member := tar.next()) is not None:
             tar.members.clear() # or tarfile keeps them all, a kilobyte each
             if member.isreg() and not is_junk(member.name):
-                yield member.name, partial(read_member, tar, member)
+                yield member.name, lambda: tar.extractfile(member).read(MOST_BYTES)
         if not inside and isinstance(tar.fileobj, io.BufferedReader) \
                 and os.path.getsize(path) - tar.offset > 1 << 16:
             raise tarfile.ReadError("there is more behind the mark of its end: several tars in one file?")
 
 
 def grouped(members):
-    """(name, function that reads) of a tar or folder -> samples. Consecutive names that are equal up to the
-    first dot of their last part are one; they come in any order."""
+    """Members of a tar or folder -> samples. Consecutive names that are equal up to the first dot of their
+    last part are one sample, in any order."""
     key, data, fields, kinds = None, b"", {}, set()
     for name, read in members:
         folder, slash, base = name.rpartition("/")
@@ -471,37 +433,30 @@ def grouped(members):
         yield key, data, fields
 
 
-def table_batches(path, columns=None):
-    """Of a parquet file: its schema, then batches of a few rows."""
+def table_samples(path):
+    """Yields the samples of a parquet file."""
     try:
         from pyarrow import parquet
     except ImportError as e:
         fail(f"{e}, which reads {path}. Run: pip install pyarrow")
     with parquet.ParquetFile(path, buffer_size=1 << 20) as file: # else a row group is read at once
-        yield file.schema_arrow
-        yield from file.iter_batches(32, columns=columns)
-
-
-def table_samples(path):
-    batches, n = table_batches(path), -1
-    schema = next(batches)
-    # bytes, or a struct that holds them, as the hub's libraries write it
-    found = [field.name for field in schema if str(field.type) in ("binary", "large_binary")
-             or str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0]
-    if not found:
-        fail(f"{path} has no column of pictures, only {', '.join(schema.names)}. Of urls img2dataset fetches "
-             "the pictures (python prepare_pairs.py --help); paths can be given as .csv.")
-    column = min(found, key=lambda name: (*PICTURE_COLUMNS, name).index(name))
-    for batch in batches:
-        for n, row in enumerate(batch.to_pylist(), n + 1):
+        # bytes, or a struct that holds them, as the hub's libraries write it
+        found = [field.name for field in file.schema_arrow if str(field.type) in ("binary", "large_binary")
+                 or str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0]
+        if not found:
+            fail(f"{path} has no column of pictures, only {', '.join(file.schema_arrow.names)}. Of urls "
+                 "img2dataset makes shards (python prepare_pairs.py --help); a .csv can name urls and files.")
+        column = min(found, key=lambda name: (*PICTURE_COLUMNS, name).index(name))
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(32))
+        for n, row in enumerate(rows):
             data = row.pop(column)
             yield str(row.get("key") or n), (data["bytes"] if isinstance(data, dict) else data) or b"", row
 
 
 def samples(path):
-    """Yields key, bytes of the picture (b"" where there is none) and fields, {name: value}, of a webdataset
-    tar, a parquet file, or a folder of key.jpg, key.txt, key.json. Fields are the columns, or the keys of
-    .json and "txt" and "cls", the contents of such members. Raises one of UNREADABLE for what is torn."""
+    """Yields key, bytes of the picture (or b"") and fields, {name: value}, of a webdataset tar, a parquet
+    file, or a folder of key.jpg, key.txt, key.json. Fields are the columns, or the keys of .json and "txt"
+    and "cls", the contents of such members. Raises one of UNREADABLE for what is torn."""
     if os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if not is_junk(name))
         return grouped((name, partial(read_file, os.path.join(path, name))) for name in names)
@@ -528,8 +483,6 @@ def in_order(work, items, threads=0):
     """Yields (item, work(item)) in the order of items, some at a time in so many threads (0: one a core):
     Pillow reads and writes pictures without Python's lock, which is handed over once for eight of them."""
     threads, items, under_way = threads or os.cpu_count(), iter(items), deque()
-    if threads == 1:
-        yield from ((item, work(item)) for item in items)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         while (batch := list(itertools.islice(items, 8))) or under_way:
             if batch:
@@ -542,17 +495,16 @@ def in_order(work, items, threads=0):
 # -----------------------------------------------------------------------------
 # pictures: bytes to tensors
 
-Image.init()
-# no EPS, for one, which PIL hands to another program
+Image.init() # of the formats below; EPS, for one, PIL hands to another program
 FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
 MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
 LARGE = threading.Semaphore(2) # pictures of more than ten million pixels that are decoded at once
 QUALITY = 90 # of the JPEGs that --resize makes; 95 takes half as much space again
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# EXIF's ways to hold a camera; from 5 on, width and height change places
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+# EXIF's ways to hold a camera, from 2 on; from 5 on, width and height change places
+TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+                        "TRANSVERSE", "ROTATE_90"), 2))
 
 
 class Bad(Exception):
@@ -590,20 +542,21 @@ def orientation(image):
     return turn if turn in TURNS else 1
 
 
-def refuse_bomb(image):
-    """Raises Bad for a picture, opened only, that would take more memory or time than any sound one."""
+def opened(data):
+    """Encoded picture -> PIL image, not decoded. Raises Bad for what would take more memory or time than any
+    sound one."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Bad("too many pixels")
-    if image.info.get("progressive") and image.fp.getvalue().count(b"\xff\xda") > 100:
+    if image.info.get("progressive") and data.count(b"\xff\xda") > 100:
         raise Bad("damaged") # each scan is a pass over it all
+    return image
 
 
 def decode(data, reduce=1):
-    """Encoded picture, or one that was opened only -> RGB PIL image, transparent parts on white, rotated as
-    its EXIF says. reduce: a JPEG may come this much smaller (1/2, 1/4 or 1/8, rounded up), which takes much
-    less time."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
-    refuse_bomb(image)
+    """Encoded picture, or an opened one -> RGB PIL image, transparent parts on white, rotated as its EXIF
+    says. reduce: a JPEG may come this much smaller (1/2, 1/4 or 1/8, rounded up), which takes less time."""
+    image = opened(data) if isinstance(data, bytes) else data
     if image.mode in ("I", "F") and image.format != "PNG": # a PNG has 16 bits, "I" in older versions of PIL
         raise Bad("32-bit values") # a measurement: nothing says what is white
     if reduce > 1 and image.format in ("JPEG", "MPO"): # MPO: a JPEG with more pictures behind the first
@@ -622,16 +575,15 @@ def decode(data, reduce=1):
 
 @or_bad()
 def to_record(data, resize=0, min_side=1, verify=True):
-    """Bytes of a file -> what is stored of it: a JPEG or PNG as it is, if it is whole; another format as a
-    JPEG; all with the shorter side at most resize, if that is given. The format is read off the bytes.
-    verify=False: a file that ends as it should is not decoded to see whether it is sound. Raises Bad."""
+    """Bytes of a file -> what is stored of it: a whole JPEG or PNG as it is, another format as a JPEG; the
+    shorter side at most resize, if that is given. The format is read off the bytes. verify=False: a file that
+    ends as it should is not decoded to see whether it is sound. Raises Bad."""
     if not data:
         raise Bad("empty")
     # half a download: zeros decode, to grey
     body = data.rstrip(b"\0") if data[:2] == b"\xff\xd8" else data
-    image = Image.open(io.BytesIO(body), formats=FORMATS)
+    image = opened(body)
     side, pixels = min(image.size), image.width * image.height
-    refuse_bomb(image)
     if side < min_side:
         raise Bad("tiny")
     shrink = 0 < resize < side
@@ -669,9 +621,9 @@ def eval_image(data, size, squash=False):
 
 
 def crop_box(width, height, scale_min, rng):
-    """Random resized crop, torchvision's distribution: area uniform in [scale_min, 1] of the picture, log of
-    the aspect ratio uniform in [log 3/4, log 4/3]; after ten misses the largest centred crop of allowed
-    ratio. rng: numpy Generator. Returns (left, upper, right, lower)."""
+    """Random resized crop, torchvision's distribution -> (left, upper, right, lower): area uniform in
+    [scale_min, 1] of the picture, log of the aspect ratio uniform in [log 3/4, log 4/3]; after ten misses the
+    largest centred crop of allowed ratio. rng: numpy Generator."""
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -689,7 +641,7 @@ def train_image(data, size, scale_min, rng, views=1):
     """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from
     the size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour
     and normalisation come later, a batch at a time on the device: see augment. Raises Bad."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = opened(data)
     width, height = image.size
     turn = orientation(image)
     if turn >= 5:
@@ -762,8 +714,7 @@ class Shard(NamedTuple):
 class Split(NamedTuple):
     layout: str # what was found, in words
     shards: list
-    classes: list # sorted; None if only reading all of it would tell
-    count: int # of pictures; an estimate where only reading all of it would tell
+    classes: list # sorted names
     class_of: Callable = None # name, and fields -> class, its number, or None; for shards of many classes
 
 
@@ -772,66 +723,57 @@ def readable(path):
     try:
         yield
     except UNREADABLE as e:
-        fail(f"{shown(path)} cannot be read, or not to its end: {e}. Half a download, or another file of "
-             "that name? Put the whole one there and give the same command again.")
+        fail(f"{shown(path)} cannot be read, or not to its end: {e}. Half a download? Put the whole file "
+             "there and give the same command again.")
 
 
 def class_folders(folder, names):
-    shards, seen, count = [], {}, 0
+    """A folder for each class. One that is a link to another counts once."""
+    shards, first = [], {}
     for name in sorted(names, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
         path = os.path.join(folder, name)
-        twin, files = seen.setdefault(os.path.realpath(path), name), len(os.listdir(path))
-        if twin != name: # or it would count twice
+        twin = first.setdefault(os.path.realpath(path), name)
+        if twin != name:
             print(f"note: {shown(path)} is a link to the class {shown(twin)}, which is there: left out")
-            continue
-        if not files:
+        elif not os.listdir(path):
             fail(f"{shown(path)} is a class without pictures. Did the extraction stop? Fill or remove it.")
-        shards.append(Shard(path, partial(folder_members, path), shown(name)))
-        count += files
+        else:
+            shards.append(Shard(path, partial(folder_members, path), shown(name)))
     shards.sort(key=lambda shard: shard.cls)
-    return Split(f"{shown(folder)}/<class>/*", shards, [shard.cls for shard in shards], count)
+    return Split(f"{shown(folder)}/<class>/*", shards, [shard.cls for shard in shards])
 
 
-def class_tars(path):
-    """Tars named <class>.tar, in a folder or inside one large tar."""
-    if os.path.isdir(path):
-        tars = {shown(f[:-4]): (os.path.join(path, f), None) for f in os.listdir(path)
-                if f.endswith(".tar") and not is_junk(f)}
-    else:
-        with readable(path), tarfile.open(path, tarinfo=Member) as tar:
-            tars = {os.path.basename(m.name)[:-4]: (path, m) for m in tar.getmembers()
+def class_tars(paths):
+    """Tars named <class>.tar, or one large tar that holds such."""
+    tars = {shown(os.path.basename(path)[:-4]): (path, None) for path in paths}
+    if len(paths) == 1:
+        with readable(paths[0]), tarfile.open(paths[0], tarinfo=Member) as tar:
+            tars = {os.path.basename(m.name)[:-4]: (paths[0], m) for m in tar.getmembers()
                     if m.isreg() and m.name.endswith(".tar") and not is_junk(m.name)}
-    shards = [Shard(f"{c}.tar of {path}", partial(tar_members, *tars[c]), c) for c in sorted(tars)]
-    return Split(f"class tars in {path}", shards, sorted(tars), files_in(tar for tar, _ in tars.values()))
+    shards = [Shard(f"{c}.tar of {os.path.dirname(path) if inside is None else path}",
+                    partial(tar_members, path, inside), c) for c, (path, inside) in sorted(tars.items())]
+    return Split(f"class tars, {shown(paths[0])} first", shards, sorted(tars))
 
 
-def files_in(tars):
-    return sum(map(os.path.getsize, set(tars))) // FILE_BYTES
+def by_name(path, source):
+    """A tar or a folder of pictures of all classes: a name ends in its class, or Kaggle's list says it. All
+    names are read once to know which classes there are."""
+    table, kaggle = {}, os.path.join(source, "LOC_val_solution.csv")
+    if os.path.exists(kaggle):
+        with open(kaggle, newline="", encoding="utf-8") as f: # ImageId, "n03995372 85 1 499 272"
+            table = {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
 
+    def class_of(name):
+        match = re.search(r"_(n\d{8})\.\w+$", name)
+        return match[1] if match else table.get(os.path.splitext(os.path.basename(name))[0])
 
-def by_name(layout, shards, count, class_of, look=True):
-    """Pictures of all classes side by side. look: read their names first, to know how many and which
-    classes."""
-    classes = None
-    if look:
-        found = []
-        for shard in shards:
-            with readable(shard.where):
-                found += [class_of(name) for name, _ in shard.members()]
-        count, classes = len(found), sorted(set(found) - {None})
-        if not classes:
-            fail(f"{layout}: nothing says which class a picture is. Put Kaggle's LOC_val_solution.csv into "
-                 f"--source, or sort the pictures into folders, one a class.")
-    return Split(layout, shards, classes, count, class_of)
-
-
-def val_classes(source):
-    """{name without suffix: wnid} of ImageNet's validation pictures, by Kaggle's list; {} without."""
-    path = os.path.join(source, "LOC_val_solution.csv")
-    if not os.path.exists(path):
-        return {}
-    with open(path, newline="", encoding="utf-8") as f: # ImageId, PredictionString: "n03995372 85 1 499 272"
-        return {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
+    shard = Shard(path, partial(folder_members if os.path.isdir(path) else tar_members, path))
+    with readable(path):
+        classes = sorted({class_of(name) for name, _ in shard.members()} - {None})
+    if not classes:
+        fail(f"{path}: nothing says which class a picture is. Put Kaggle's LOC_val_solution.csv into "
+             f"--source, or sort the pictures into folders, one a class.")
+    return Split(f"{shown(path)}, classes by name", [shard], classes, class_of)
 
 
 def label_of(fields):
@@ -841,168 +783,132 @@ def label_of(fields):
 
 
 def by_number(paths, imagenet):
-    """Samples with a label of their own: parquet as on the hub, tars of .jpg and .cls. None without
-    labels."""
-    names, labels, layout = None, {None}, f"{len(paths)} files such as {shown(paths[0])}"
-    for path in paths:
-        with readable(path):
-            if path.endswith(".parquet"):
-                schema = next(table_batches(path))
-                column = next((name for name in LABEL_FIELDS if name in schema.names), None)
-                info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-                names = info.get("features", {}).get(column, {}).get("names") or names
-                for batch in itertools.islice(table_batches(path, [column] if column else []), 1, None):
-                    labels |= {label_of({"cls": n}) for n in batch.column(0).to_pylist()} if column else set()
-            elif not imagenet: # of whose tars to read all headers takes minutes
-                labels |= {label_of({"cls": read().decode()}) for name, read in tar_members(path)
-                           if name.endswith(".cls")}
+    """Samples with a label of their own: parquet as on the hub, tars of .jpg and .cls. Classes have the hub's
+    or ImageNet's names; of other sets all is read once to know how many there are."""
+    names = None
+    if paths[0].endswith(".parquet"):
+        from pyarrow import parquet
+        metadata = parquet.read_schema(paths[0]).metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        names = next((features[name].get("names") for name in LABEL_FIELDS if name in features), None)
     if imagenet and not names:
         from torchvision.models import ResNet50_Weights # which has their names, in the order of the labels
         names = ResNet50_Weights.DEFAULT.meta["categories"][:NUM_CLASSES]
-    if labels == {None} and not imagenet:
-        print(f"note: {layout} have no labels: left out")
-        return None
+    if not names:
+        labels = {-1}
+        for path in paths:
+            with readable(path):
+                labels |= {label_of(fields) for *_, fields in samples(path)} - {None}
+        names = [str(n) for n in range(max(labels) + 1)]
 
     def members(path):
         for key, data, fields in samples(path):
-            yield key, lambda: data, fields
-    names = names or [str(n) for n in range(max(labels - {None}) + 1)]
-    shards = [Shard(path, partial(members, path)) for path in paths]
-    return Split(layout, shards, list(names), files_in(paths), lambda name, fields: label_of(fields))
+            yield key, partial(bytes, data), fields
 
-
-def has_labels(path):
-    """Whether a tar holds samples with a .cls, rather than the pictures of one class."""
-    with readable(path):
-        _, _, fields = next(samples(path), (None, None, {}))
-    return any(name in fields for name in LABEL_FIELDS)
+    return Split(f"{len(paths)} files such as {shown(paths[0])}", [Shard(path, partial(members, path))
+                 for path in paths], list(names), lambda name, fields: label_of(fields))
 
 
 def find_split(source, split, imagenet):
     """The Split in whichever layout is there, or None."""
-    table = {}
-
-    def class_of(name):
-        if match := re.search(r"_(n\d{8})\.\w+$", name): # the hub's names
-            return match[1]
-        if not table:
-            table.update(val_classes(source) or {"": None})
-        return table.get(os.path.splitext(os.path.basename(name))[0])
-
-    for root in (source, os.path.join(source, "data"), os.path.join(source, "ILSVRC", "Data", "CLS-LOC")):
-        tar = os.path.join(root, f"ILSVRC2012_img_{split}.tar")
-        if os.path.exists(tar) and split == "train":
-            return class_tars(tar)
-        parts = glob.glob(os.path.join(glob.escape(root), f"{split}_images*.tar.gz"))
-        parts = [tar] if os.path.exists(tar) else sorted(parts, key=lambda p: (len(p), p)) # 10 after 9
-        if parts: # the train parts are not unpacked twice: val has their classes too
-            shards = [Shard(part, partial(tar_members, part)) for part in parts]
-            return by_name(", ".join(parts), shards, files_in(parts), class_of, split != "train")
-        folders = [path for name in sorted(os.listdir(root) if os.path.isdir(root) else [])
-                   if SPLITS.get(name.lower()) == split and os.path.isdir(path := os.path.join(root, name))]
+    for root in (source, os.path.join(source, "ILSVRC", "Data", "CLS-LOC")):
+        entries = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        folders = [os.path.join(root, name) for name in entries if SPLITS.get(name.lower()) == split
+                   and os.path.isdir(os.path.join(root, name))]
         if len(folders) > 1:
             fail(f"{' and '.join(folders)} are both {split}. Rename one of them.")
-        for folder in folders:
-            names = [name for name in os.listdir(folder) if not is_junk(name)]
-            classes = [name for name in names if os.path.isdir(os.path.join(folder, name))]
-            shards = [name for name in names if name.endswith((".tar", ".parquet"))]
-            if classes:
-                return class_folders(folder, classes)
-            if shards and shards[0].endswith(".tar") and not has_labels(os.path.join(folder, shards[0])):
-                return class_tars(folder)
-            if names and not shards and split != "test": # ImageNet's has no labels
-                shard = Shard(folder, partial(folder_members, folder))
-                return by_name(f"{shown(folder)}/*", [shard], len(names), class_of)
-    paths = [path for name, path in find_shards(source) if split_of(name) == split and os.path.isfile(path)]
-    if paths and (paths[0].endswith(".parquet") or has_labels(paths[0])):
+        names = [name for folder in folders for name in os.listdir(folder) if not is_junk(name)]
+        classes = [name for name in names if os.path.isdir(os.path.join(folders[0], name))]
+        if classes:
+            return class_folders(folders[0], classes)
+        if names and split != "test" and not any(name.endswith((".tar", ".parquet")) for name in names):
+            return by_name(folders[0], source) # but ImageNet's test, which has no labels
+    paths = [path for path in walk(source, (".tar", ".parquet"))
+             if split_of(os.path.relpath(path, source)) == split]
+    official = [path for path in paths if os.path.basename(path) == f"ILSVRC2012_img_{split}.tar"]
+    paths = official or paths
+    if not paths:
+        return None
+    with readable(f"{os.path.basename(paths[0])} of {os.path.dirname(paths[0])}"):
+        _, _, fields = next(samples(paths[0]), (None, None, {}))
+    if label_of(fields) is not None:
         return by_number(paths, imagenet)
+    if paths[0].endswith(".parquet"):
+        print(f"note: {shown(paths[0])} has no labels: left out")
+        return None
+    return by_name(paths[0], source) if len(paths) == 1 and split != "train" else class_tars(paths)
 
 
 def find_folders(args):
     """--source -> {split: Split}, classes."""
     if not args.source or not os.path.isdir(args.source):
-        fail(f"--data={args.data} needs --source=DIR, in one of the layouts that --help lists"
-             f"{nearest(args.data, set(LABELLED) - {args.data}, '--data=')}; {args.source} is no folder")
-    imagenet, found = args.data == "imagenet", {}
-    for split in ("train", "val") if imagenet else ("train", "val", "test"):
-        if f := find_split(args.source, split, imagenet):
-            found[split] = f
-    entries = sorted(shown(name) for name in os.listdir(args.source) if not is_junk(name))
-    if not found:
-        fail(f"no pictures of train, val or test in {args.source}, in no layout that --help lists. There is: "
-             f"{', '.join(entries[:9]) or 'nothing'}")
-    unknown = [name for name in entries if split_of(name) is None and name not in ("data", "ILSVRC")
-               and os.path.isdir(os.path.join(args.source, name))]
+        fail(f"--data={args.data} needs --source=DIR, as --help says; {args.source} is no folder"
+             f"{nearest(args.data, set(LABELLED) - {args.data}, '--data=')}")
+    imagenet, splits = args.data == "imagenet", ("train", "val", "test")
+    found = {split: find_split(args.source, split, imagenet) for split in splits[:2 if imagenet else 3]}
+    found = {split: f for split, f in found.items() if f}
+    unknown = [shown(name) for name in sorted(os.listdir(args.source)) if split_of(name) is None
+               and name not in ("data", "ILSVRC") and os.path.isdir(os.path.join(args.source, name))]
     if unknown:
         print(f"note: left out, since no split is called so: {', '.join(unknown[:9])}")
-    if "train" not in found:
-        print("note: no training pictures in any layout that --help lists: this set is for judging alone")
-    known = [f for f in found.values() if f.classes is not None]
-    for f in known:
+    if not found:
+        fail(f"no pictures of train, val or test in {args.source}, in no layout that --help lists")
+    first = next(iter(found.values()))
+    for f in found.values():
         wnids = all(re.fullmatch(r"n\d{8}", c) for c in f.classes) or f.shards[0].cls is None
         if imagenet and (len(f.classes) != NUM_CLASSES or not wnids):
             fail(f"{f.layout}: {len(f.classes):,} classes ({', '.join(f.classes[:3])} ..), but ImageNet has "
-                 f"{NUM_CLASSES:,}, named n01440764 and so on. Half a download or extraction? A part of "
-                 f"ImageNet needs a name of its own: --data=NAME")
-        if lacking := sorted(set(f.classes) - set(known[0].classes)):
-            fail(f"{f.layout} has classes that {known[0].layout} lacks: {', '.join(lacking[:5])} "
-                 f"({len(lacking)} in all)")
-    if len(known[0].classes) < 2:
-        fail(f"{known[0].layout}: {len(known[0].classes)} class, at least 2 are needed")
-    return found, known[0].classes
+                 f"{NUM_CLASSES:,}, named n01440764 and so on. Half a download? A part needs --data=NAME")
+        if lacking := sorted(set(f.classes) - set(first.classes)):
+            fail(f"{f.layout} has {len(lacking)} classes that {first.layout} lacks: {', '.join(lacking[:5])}")
+    if len(first.classes) < 2:
+        fail(f"{first.layout}: {len(first.classes)} class, at least 2 are needed")
+    return found, first.classes
 
 
-def find_cifar(args):
-    from torchvision import datasets # here, since it takes a second; downloads, and compares checksums
-    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.data]
-    root = os.path.normpath(args.source or os.path.join(cache_folder(), "cifar"))
-    if os.path.basename(root) == reader.base_folder:
-        root = os.path.dirname(root) # torchvision wants the folder above
-    there = any(os.path.exists(os.path.join(root, n)) for n in (reader.base_folder, reader.filename))
-    if args.source and not there:
-        fail(f"{args.source} holds neither {reader.filename} nor {reader.base_folder}/: leave it out")
-    try:
-        train, test = (reader(root, train, download=True) for train in (True, False))
-    except (RuntimeError, *UNREADABLE) as e: # OSError: of the network too
-        fail(f"{reader.filename} cannot be had at {root}: {e}. Fetch {reader.url} where there is a network "
-             "and give its folder with --source=DIR; it is unpacked there")
-    return from_arrays(f"torchvision's {reader.__name__} in {root}", train.classes,
-                       train=(train.data, train.targets), test=(test.data, test.targets))
+def find_arrays(args):
+    """What torchvision or scikit-learn read into memory -> {split: Split}, classes."""
+    if args.data == "digits":
+        try:
+            from sklearn.datasets import load_digits # the package carries the pictures
+        except ImportError as e:
+            fail(f"{e}. Run: pip install scikit-learn")
+        layout, data, classes = "scikit-learn's load_digits, drawn 32 x 32", load_digits(), list("0123456789")
+        images = np.stack([Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC)
+                           for x in data.images]) # (1797, 8, 8), 0 .. 16 -> (1797, 32, 32)
+        order = np.random.RandomState(0).permutation(len(images)) # the generator whose numbers never change
+        splits = {split: (images[part], data.target[part])
+                  for split, part in (("train", order[:-500]), ("test", order[-500:]))}
+    else:
+        from torchvision import datasets # here, since it takes a second; downloads, and compares checksums
+        reader = getattr(datasets, args.data.upper())
+        root = args.source or os.path.join(cache_folder(), "cifar")
+        if args.source and not {reader.base_folder, reader.filename} & set(os.listdir(root)):
+            fail(f"{root} holds neither {reader.filename} nor {reader.base_folder}/: leave --source out")
+        try:
+            parts = {split: reader(root, split == "train", download=True) for split in ("train", "test")}
+        except (RuntimeError, *UNREADABLE) as e: # OSError: of the network too
+            fail(f"{reader.filename} cannot be had at {root}: {e}. Fetch {reader.url} where there is a "
+                 "network and give its folder with --source=DIR; it is unpacked there")
+        layout, classes = f"torchvision's {reader.__name__} in {root}", parts["train"].classes
+        splits = {split: (part.data, part.targets) for split, part in parts.items()}
 
-
-def find_digits(args):
-    try:
-        from sklearn.datasets import load_digits # the package carries the pictures
-    except ImportError as e:
-        fail(f"{e}. Run: pip install scikit-learn")
-    data = load_digits() # (1797, 8, 8), 0 .. 16
-    images = [np.asarray(Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC))
-              for x in data.images]
-    order = np.random.RandomState(0).permutation(len(images)) # the generator whose numbers never change
-    splits = {split: ([images[i] for i in part], data.target[part])
-              for split, part in (("train", order[:-500]), ("test", order[-500:]))}
-    return from_arrays("scikit-learn's load_digits, drawn 32 x 32", [str(i) for i in range(10)], **splits)
-
-
-def from_arrays(layout, classes, **splits):
-    """splits: {split: (images (N, H, W[, 3]) uint8, N labels)} -> {split: Split}, classes."""
     def members(images):
         for i, pixels in enumerate(images):
             png = io.BytesIO()
             Image.fromarray(pixels).convert("RGB").save(png, "PNG")
             yield str(i), png.getvalue
 
-    found = {}
-    for split, (images, labels) in splits.items():
-        found[split] = Split(layout, [Shard(layout, partial(members, images))], list(classes), len(labels),
-                             lambda name, labels=labels: int(labels[int(name)]))
-    return found, list(classes)
+    return {split: Split(layout, [Shard(layout, partial(members, images))], classes,
+                         lambda name, labels=labels: int(labels[int(name)]))
+            for split, (images, labels) in splits.items()}, classes
 
 
 def stream(found, classes, at, limit):
-    """Yields (shard, position, name, label), and a function that reads the bytes, of each file that is to be
-    taken, behind where `at` says that an earlier run was. Label -1: nothing says what it is."""
-    rank, C, taken = {c: i for i, c in enumerate(classes)}, len(classes), list(at["taken"])
+    """Yields (shard, position, name, label), and the bytes, of each file that is to be taken, behind where
+    `at` says that an earlier run was. Label -1: nothing says what it is."""
+    C, taken = len(classes), list(at["taken"])
+    rank = {c: i for i, c in enumerate(classes)} | {i: i for i in range(C)}
     # N of C classes: N / C of each, rounded down or up so that the sum is N and the larger ones are spread
     quota = [(i + 1) * limit // C - i * limit // C if limit else sys.maxsize for i in range(C)]
     for s, shard in enumerate(found.shards[at["shard"]:], at["shard"]):
@@ -1012,16 +918,15 @@ def stream(found, classes, at, limit):
                     return
                 if s == at["shard"] and position <= at["position"]:
                     if position == at["position"] and name != at["name"]:
-                        fail(f"{shown(shard.where)} has changed since this was begun: {name} is where "
-                             f"{at['name']} was. Remove what was written, or bring the old files back.")
+                        fail(f"{shown(shard.where)} has changed since this was begun. Bring it back, or "
+                             "remove what was written.")
                     continue
-                label = shard.cls or found.class_of(name, *fields)
-                label = rank.get(label, -1) if not isinstance(label, int) else label if label < C else -1
-                if label >= 0 and taken[label] >= quota[label]:
-                    if shard.cls:
-                        break
-                    continue
+                label = rank.get(shard.cls or found.class_of(name, *fields), -1)
                 if label >= 0:
+                    if taken[label] >= quota[label] and shard.cls:
+                        break
+                    if taken[label] >= quota[label]:
+                        continue
                     taken[label] += 1
                 yield (s, position, name, label), read() if label >= 0 else b""
 
@@ -1040,8 +945,9 @@ def write_split(writer, split, found, classes, args):
         except Bad as e:
             return b"", "no known class" if label < 0 else f"{e} ({e.__cause__})" if e.__cause__ else str(e)
 
-    total, files = min(args.limit or found.count, found.count), stream(found, classes, at, args.limit)
-    with progress(desc=split, total=max(total, done), initial=done, unit=" images") as bar:
+    total = args.limit or (NUM_IMAGES[split] if args.data == "imagenet" else None)
+    files = stream(found, classes, at, args.limit)
+    with progress(desc=split, total=total, initial=done, unit=" images") as bar:
         for (file, _), (record, problem) in in_order(convert, files, args.num_workers):
             shard, position, name, label = file
             if problem:
@@ -1060,27 +966,22 @@ def write_split(writer, split, found, classes, args):
 
 
 def prepare(folder, args, options, found, classes):
-    """Makes a set -> its meta.json."""
-    count = sum(min(args.limit or f.count, f.count) for f in found.values())
-    need = count * min(FILE_BYTES, args.resize ** 2 * 0.47 or FILE_BYTES) / 1e9 # 0.35 bytes a pixel, 4:3
-    free = shutil.disk_usage(os.path.dirname(folder) or ".").free / 1e9
-    print(f"{folder} takes about {need:.2f} GB, if files are as large as ImageNet's; {free:.2f} are free")
+    """Makes a set."""
     writer = SetWriter(folder, {**options, "classes": classes, "at": {}})
-    with going_on(folder): # the small one first: what is wrong shows early
-        for split in sorted(found, key=lambda split: found[split].count):
+    with going_on(folder): # the small ones first: what is wrong shows early
+        for split in reversed(found):
             write_split(writer, split, found[split], classes, args)
         splits = writer.close()
     for split, counts in splits.items():
         at = writer.state["at"][split]
         counts |= {"skipped": at["skipped"], "skipped_files": at["skipped_files"],
                    "classes": sum(n > 0 for n in at["taken"])}
-    meta = {"data": args.data, **options, "layout": {split: f.layout for split, f in found.items()},
-            "license": LICENCES.get(args.data.rstrip("0123456789"), "that of the source"), "classes": classes,
-            "splits": {split: splits[split] for split in found}}
-    write_json(os.path.join(folder, "meta.json"), meta)
+    licence = LICENCES.get(args.data.rstrip("0123456789"), "that of the source")
+    write_json(os.path.join(folder, "meta.json"), {
+        "data": args.data, **options, "layout": {split: f.layout for split, f in found.items()},
+        "license": licence, "classes": classes, "splits": {split: splits[split] for split in found}})
     os.remove(writer.begun)
-    print(f"wrote {folder}; licence: {meta['license']}")
-    return meta
+    print(f"wrote {folder}; licence: {licence}")
 
 
 # -----------------------------------------------------------------------------
@@ -1088,12 +989,10 @@ def prepare(folder, args, options, found, classes):
 
 def shared_knobs(p):
     """The flags that both scripts for pictures have."""
-    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA",
-           type=os.path.expanduser)
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA")
     p.knob("resize", 0, "shorter side of the stored pictures; 0: files stay as they are. 256 takes about a "
-           "quarter of the space and half the time to decode, for which a fast GPU waits. The price: a "
-           "random crop of a smaller picture is enlarged more, hence softer, and JPEG loses twice. Small "
-           "pictures are never enlarged")
+           "quarter of the space and half the time to decode. The price: a random crop of a smaller picture "
+           "is enlarged more, hence softer, and JPEG loses twice. Small pictures are never enlarged")
 
 
 def get_args(argv=None):
@@ -1102,8 +1001,7 @@ def get_args(argv=None):
            "pictures of your own")
     shared_knobs(p)
     p.knob("source", None, "folder with the files, in one of the layouts above; it is only read. CIFAR: the "
-           "folder with cifar-10-python.tar.gz, which is unpacked there; without it, that is downloaded",
-           type=os.path.expanduser)
+           "folder with cifar-10-python.tar.gz, which is unpacked there; without it, that is downloaded")
     p.knob("limit", 0, "pictures of each split at most, for a trial, equally many of each class; 0: all. "
            "Labels are those of the whole set")
     p.knob("num_workers", 0, "threads that decode and resize; 0: one a core. The result is the same")
@@ -1118,33 +1016,30 @@ def main(args):
     if not re.fullmatch(r"\w[\w.-]*", args.data):
         fail(f"--data={args.data} is no name for a folder")
     source = os.path.realpath(args.source) if args.source else None
-    if source and os.path.join(source, "").startswith(os.path.join(os.path.realpath(folder), "")):
-        fail(f"--source={args.source} lies where the result goes, {folder}. Give another --data_dir.")
     options = {"made_by": "prepare_imagenet.py", "resize": args.resize, "limit": args.limit}
     if source or not os.path.exists(done):
         options["source"] = source
-    meta = prepared(folder, args, options)
-    if not os.path.exists(done):
-        find = {"digits": find_digits, "cifar10": find_cifar, "cifar100": find_cifar}
-        find = find.get(args.data, find_folders)
+    prepared(folder, args, options)
+    if os.path.exists(done):
+        print(f"{folder} is already prepared; remove it to do it again")
+    else:
+        find = find_folders if args.data not in LABELLED or args.data == "imagenet" else find_arrays
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
-        lock_file = lock(os.path.join(folder, "lock"), folder) # open, and so locked, until the program ends
-    if os.path.exists(done): # by now, it may be
-        print(f"{folder} is already prepared; remove it to do it again")
-        meta = prepared(folder, args, options)
-    else:
-        meta = prepare(folder, args, options, found, classes)
+        with lock(os.path.join(folder, "lock"), folder):
+            if not os.path.exists(done): # by now, another process may have made it
+                prepare(folder, args, options, found, classes)
     print(f"{'split':8}{'images':>12}{'classes':>10}{'GB':>10}{'skipped':>10}")
-    for split, c in meta["splits"].items():
+    splits = prepared(folder, args, options)["splits"]
+    for split, c in splits.items():
         print(f"{split:8}{c['images']:>12,}{c['classes']:>10,}{c['bytes'] / 1e9:>10.3f}{c['skipped']:>10,}")
         for name in c["skipped_files"]:
             print(f"  skipped {name}")
         files = c["images"] + c["skipped"]
         if args.data == "imagenet" and not args.limit and NUM_IMAGES[split] != files:
             print(f"  note: ImageNet has {NUM_IMAGES[split]:,} of these, {args.source} had {files:,}")
-    if {"train", "val"} <= set(meta["splits"]):
+    if {"train", "val"} <= set(splits):
         print(f"next: python distill_image.py --data={args.data} --data_dir={args.data_dir}")
 
 

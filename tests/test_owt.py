@@ -21,9 +21,9 @@ import pytest
 from test_tokenizers import carried, gpt2_folder, refusal, strings, tiktoken_cache # noqa: F401 (fixtures)
 
 import prepare_owt
+from conftest import REPO
 from prepare_owt import EMPTY_LINES, Encode, Piece, Tokens, load_tokenizer
-
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from test_imagenet import files_of
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +61,12 @@ TEXTS = [f"document {i} {words(random.Random(i))}\n{words(random.Random(-i))}" f
 EXPECTED = {"train": TEXTS[:24], "val": TEXTS[24:28]} # 6 and 1 of 21 shares
 
 
-def write_source(folder, files=21, name="{:02}.jsonl"):
-    """TEXTS with the dirt that prepare_owt.py takes off, a document a line, in so many files."""
-    os.makedirs(folder, exist_ok=True)
-    each = len(TEXTS) // files
-    for i in range(files):
-        with open(os.path.join(folder, name.format(i)), "w") as f:
-            for text in TEXTS[i * each:i * each + each]:
-                f.write(json.dumps({"text": "\n\n" + text.replace("\n", "\n\n \n\n\n") + "\0\0\n"}) + "\n")
-    return str(folder)
+def write_source(folder):
+    """TEXTS with the dirt that prepare_owt.py takes off, a document a line, in 21 files."""
+    os.makedirs(folder)
+    for i in range(21):
+        lines = ["\n\n" + text.replace("\n", "\n\n \n\n\n") + "\0\0\n" for text in TEXTS[4 * i:4 * i + 4]]
+        (folder / f"{i:02}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
 
 
 def one_by_one(tokenizer, texts):
@@ -78,14 +75,8 @@ def one_by_one(tokenizer, texts):
     return np.array([i for row in rows for i in row[1:]], np.int64)
 
 
-def same(tmp_path, split, tokenizer, texts):
-    tokens = Tokens(tmp_path / "data", "owt_bert", split, tokenizer)
-    return tokens[:].tolist() == one_by_one(tokenizer, texts).tolist()
-
-
-def contents(folder):
-    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))
-            if name != "lock"}
+def same(data_dir, split, tokenizer, texts, name="owt_bert"):
+    return Tokens(data_dir, name, split, tokenizer)[:].tolist() == one_by_one(tokenizer, texts).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +97,7 @@ def test_shares(prepared, bert):
     """Six shares and the seventh, ids as of the documents one by one, no null byte; counted."""
     for split, texts in EXPECTED.items():
         tokens = Tokens(prepared[1], "owt_bert", split, bert)
-        assert tokens[:].tolist() == one_by_one(bert, texts).tolist()
+        assert same(prepared[1], split, bert, texts)
         counts = tokens.meta["splits"][split]
         assert (counts["documents"], counts["tokens"]) == (len(texts), len(tokens))
         assert counts["characters"] == sum(map(len, texts))
@@ -131,7 +122,7 @@ def test_parquet_gives_the_same_shares(prepare, tmp_path, bert):
     meta = prepare(tmp_path / "source")
     assert meta["layout"] == "80 parquet files, 27 of them before"
     for split, part in (("train", texts[:480]), ("val", texts[480:560])):
-        assert same(tmp_path, split, bert, part)
+        assert same(tmp_path / "data", split, bert, part)
     os.remove(tmp_path / "source" / "plain_text" / "train-00022-of-00080.parquet")
     shutil.rmtree(tmp_path / "data")
     assert "lacks train-00022-of-00080.parquet" in refusal(prepare, tmp_path / "source")
@@ -146,7 +137,8 @@ def test_hashed_names_of_parquet(prepare, tmp_path, bert, capsys):
     for split in ("test", "validation"):
         write_parquet(f"{tmp_path}/source/data/{split}-00000-of-00001-71605f4e3d2c1b0a.parquet", [split] * 21)
     prepare(tmp_path / "source")
-    assert same(tmp_path, "train", bert, texts[:18]) and same(tmp_path, "val", bert, texts[18:21])
+    assert same(tmp_path / "data", "train", bert, texts[:18])
+    assert same(tmp_path / "data", "val", bert, texts[18:21])
     assert "left out" in capsys.readouterr().out
 
 
@@ -156,7 +148,7 @@ def test_parquet_of_other_names(prepare, tmp_path, bert):
     write_parquet(f"{tmp_path}/source/some.parquet", texts)
     meta = prepare(tmp_path / "source")
     assert meta["splits"]["train"]["empty"] == 2 and meta["splits"]["train"]["documents"] == 10
-    assert same(tmp_path, "val", bert, texts[12:14])
+    assert same(tmp_path / "data", "val", bert, texts[12:14])
     shutil.rmtree(tmp_path / "data")
     os.truncate(tmp_path / "source" / "some.parquet", 500)
     assert "some.parquet cannot be read" in refusal(prepare, tmp_path / "source")
@@ -187,7 +179,7 @@ def test_a_document_a_line(prepare, tmp_path, bert, name, monkeypatch):
     meta = prepare(tmp_path / name, "--train_chunks=20")
     assert meta["splits"]["train"]["pieces"] > 3
     for split, part in (("train", texts[:100]), ("val", texts[100:])):
-        assert same(tmp_path, split, bert, part)
+        assert same(tmp_path / "data", split, bert, part)
 
 
 def test_pydoc(tmp_path, weights, bert, capsys):
@@ -198,7 +190,7 @@ def test_pydoc(tmp_path, weights, bert, capsys):
     for split in ("train", "val"):
         tokens = Tokens(tmp_path, "pydoc_bert", split, bert)
         documents = [d.decode() for d in prepare_owt.pydoc_documents(split)]
-        assert tokens[:].tolist() == one_by_one(bert, [d for d in documents if d]).tolist()
+        assert same(tmp_path, split, bert, [d for d in documents if d], "pydoc_bert")
         lines[split] = [line for d in documents for line in d.split("\n") if line]
     assert len(set(lines["train"] + lines["val"])) == len(lines["train"] + lines["val"])
     text = "\n".join(lines["train"] + lines["val"])
@@ -242,7 +234,7 @@ def tokenizer(request):
 def encoded(tokenizer, tmp_path, data):
     """One document through Encode -> its ids with the end token."""
     (tmp_path / "a.txt").write_bytes(data)
-    ids, sizes, _, problem = Encode(tokenizer)[Piece("file", str(tmp_path / "a.txt"), 0, len(data), 0)]
+    ids, sizes, _, problem = Encode(tokenizer)[Piece("file", str(tmp_path / "a.txt"), 0, len(data))]
     assert problem == "" and len(sizes) == 1 and sizes[0][0] == len(ids) // 2
     return np.frombuffer(ids, "<u2").astype(np.int64)
 
@@ -271,8 +263,8 @@ def test_gpt2_ids(tmp_path, gpt2_folder):
     prepare_owt.main(prepare_owt.get_args([*words, f"--data_dir={tmp_path}"]))
     gpt2 = load_tokenizer("data2vec2_text", gpt2_folder)
     tokens = Tokens(tmp_path, "owt_gpt2", "train", gpt2)
-    assert tokens[:].tolist() == one_by_one(gpt2, EXPECTED["train"]).tolist() and tokens.end_id == 2
-    assert tokens.meta["vocab_size"] == 50265
+    assert same(tmp_path, "train", gpt2, EXPECTED["train"], "owt_gpt2")
+    assert tokens.end_id == 2 and tokens.meta["vocab_size"] == 50265
 
 
 # -----------------------------------------------------------------------------
@@ -290,7 +282,7 @@ def test_reader(prepared, bert):
 
 
 def test_wrong_sets_are_named(prepared, bert, gpt2_folder, tmp_path):
-    """Missing, half-written, torn, damaged, of another vocabulary or split: each says what to run."""
+    """Missing, half-written, of another vocabulary or split: each says what to run."""
     shutil.copytree(prepared[1], tmp_path / "data")
     folder = tmp_path / "data" / "owt_bert"
     message = refusal(Tokens, "nowhere", "owt_gpt2", "train", bert)
@@ -302,12 +294,6 @@ def test_wrong_sets_are_named(prepared, bert, gpt2_folder, tmp_path):
     assert "python prepare_owt.py --tokenizer=gpt2" in message
     assert "WordPiece of 30,522 tokens" in message and "GPT-2 BPE of 50,265 tokens" in message
     assert "no split 'test', only train, val" in refusal(Tokens, tmp_path / "data", "owt_bert", "test", bert)
-    size = os.path.getsize(folder / "train.bin")
-    os.truncate(folder / "train.bin", size - 100)
-    message = refusal(Tokens, tmp_path / "data", "owt_bert", "train", bert)
-    assert f"{size - 100:,} bytes, not {size:,}" in message and f"Remove {folder}" in message
-    (folder / "meta.json").write_text("{}")
-    assert "is damaged" in refusal(Tokens, tmp_path / "data", "owt_bert", "val", bert)
     os.remove(folder / "meta.json")
     assert "half-written" in refusal(Tokens, tmp_path / "data", "owt_bert", "val", bert)
 
@@ -330,8 +316,7 @@ def test_the_hash_is_of_tokens_not_of_a_file(bert, weights, tmp_path):
 
 
 @pytest.mark.parametrize("files, said", [
-    ({}, "holds no text in a layout that --help lists.*There is: nothing"),
-    ({"openwebtext.tar.xz": b""}, "have to be unpacked.*There is: openwebtext.tar.xz"),
+    ({}, "holds no text in a layout that --help lists"), ({"openwebtext.tar.xz": b""}, "have to be unpacked"),
     ({f"{i}.txt": b" \n" for i in range(21)}, r"no text for val \(.*1 empty documents\)"),
     ({"a.jsonl": b'{"body": "no text"}\n' * 21},
      "a.jsonl cannot be read, or not to its end: ValueError: a line is no"),
@@ -419,4 +404,4 @@ def test_kill(prepared, tmp_path, weights):
             time.sleep(0.05)
         assert not [w for w in workers if os.path.exists(f"/proc/{w}")]
     subprocess.run(command, cwd=REPO, env=env, check=True)
-    assert contents(tmp_path / "owt_bert") == contents(f"{prepared[1]}/owt_bert")
+    assert files_of(tmp_path / "owt_bert") == files_of(f"{prepared[1]}/owt_bert")
