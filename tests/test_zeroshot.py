@@ -19,11 +19,10 @@ from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from sklearn.metrics import top_k_accuracy_score
 
 import evaluate
-from conftest import COLOURS, SHAPES
+from conftest import COLOURS, SHAPES, flags
 from evaluate import class_names, zero_shot_weights
 from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
 from prepare_imagenet import Pairs
-from test_loops import flags
 
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 SHAPE = dict(embed_dim=32, num_heads=2, depth=1)
