@@ -308,8 +308,8 @@ def main(args):
         parts |= {"student": student, "heads": heads}
     else:
         read["the teacher"] = hash_of(teacher)
-    kept = run.restore(read, model=product, **parts)
-    best = kept.get("best", {"loss": math.inf, "step": 0})
+    checkpoint = run.restore(read, model=product, **parts)
+    best = checkpoint.get("best", {"loss": math.inf, "step": 0})
     if not rank: # ImageNet's may lie class by class
         chosen = np.linspace(0, len(val.images) - 1, min(len(val.images), 5000)).astype(int)
         val_images = evaluate.EvalImages(val.images, size).stack(chosen)

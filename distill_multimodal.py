@@ -75,10 +75,10 @@ PRESETS = {
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny", teacher="efficientnet_lite0", teacher_size=224,
         standardize=True, cache_targets=True, image_init="random", text_init="minilm", img_size=48,
-        patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=8, rotate=15.0,
-        color=0.2, mask_ratio=0.5, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
-        align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=420,
-        warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=105, save_interval=105,
+        patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=7, rotate=15.0,
+        color=0.2, mask_ratio=0.6, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
+        align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=350,
+        warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=70, save_interval=70,
         log_interval=35),
 }
 
@@ -249,7 +249,7 @@ def loss_terms(outputs, target, group, queue, words, student, args):
             terms[name] = contrastive_kd_loss(out, target, group, queue, args.kd_scale)
         total = total + args.kd_weight * terms.get(name, 0.0)
     if args.align_loss != "none":
-        levels = [(image_cls, text_cls), inner][:1 + bool(inner)]
+        levels = [(image_cls, text_cls), inner] if inner else [(image_cls, text_cls)]
         losses = []
         for (image, text), scale in zip(levels, student.log_scale.exp().view(-1)):
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
@@ -390,6 +390,15 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
         fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
 
 
+def target_statistics(bank, args, device):
+    """What the cached targets are divided by, once their mean is taken off, and that mean: (width,) each with
+    --standardize, else 1 and 0."""
+    if bank is None or not args.standardize:
+        return 1.0, 0.0
+    std, mean = (x.to(device) for x in torch.std_mean(bank[:2 ** 16].float(), 0))
+    return std.clamp(min=1e-3), mean # some channels are silent
+
+
 # -----------------------------------------------------------------------------
 # learning rate and validation
 
@@ -453,6 +462,14 @@ def judge(args, checkpoint, device):
 def draws_openmoji(args):
     """Whether this run prepares its data: the tiny preset starts from nothing."""
     return args.preset == "tiny" and args.data == "openmoji"
+
+
+def draw_openmoji(args):
+    """Makes OpenMoji's set, unless it is there; waits if another run is making it."""
+    data = os.path.join(args.data_dir, args.data)
+    if not os.path.exists(os.path.join(data, "meta.json")):
+        with lock(data + ".lock", data, wait=True):
+            run_script("prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}")
 
 
 def check(args):
@@ -555,6 +572,19 @@ def start_encoder(modality, source, args, vocab_size):
     return settings | {"final_norm": False}, encoder.state_dict()
 
 
+def load_sources(args, teacher):
+    """The Encoders that the student's image and text encoder start from, {"image": .., "text": ..}; None for
+    random weights."""
+    sources = {"image": None, "text": None}
+    if args.text_init != "random":
+        sources["text"] = load_text_encoder(args.text_init, args.weights_dir)
+    if args.image_init == "teacher":
+        sources["image"] = teacher
+    elif args.image_init != "random":
+        sources["image"] = load_encoder(args.image_init, "image", args.weights_dir)
+    return sources
+
+
 def build_student(args, sources, vocab_size, target_width):
     """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts
     from, or None; target_width: of the teacher's target."""
@@ -589,28 +619,20 @@ def main(args):
     check(args)
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
-    data = os.path.join(args.data_dir, args.data)
-    if draws_openmoji(args) and not os.path.exists(os.path.join(data, "meta.json")):
-        with lock(data + ".lock", data, wait=True): # another run may be drawing it
-            run_script("prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}")
+    if draws_openmoji(args):
+        draw_openmoji(args)
 
-    # -- data
+    # -- data and teacher, frozen
     train, val = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
-    sources = {"image": None, "text": None} # where the student's encoders start from
-    if args.text_init != "random":
-        sources["text"] = load_text_encoder(args.text_init, args.weights_dir)
+    teacher, width = load_teacher(args)
+    sources = load_sources(args, teacher)
     tokenizer = sources["text"].tokenizer if sources["text"] else own_tokenizer(args)
     pairs = TrainPairs(train, tokenizer, args)
     print(f"{len(train.images):,} training images, {len(train.captions):,} captions; validation "
           f"{len(val.images):,} and {len(val.captions):,}; an epoch is every {args.unit} once")
     n, micro = split_batch(args, pairs.num_units) # pairs of this rank in a step, and of a forward pass
 
-    # -- teacher, frozen, and student
-    teacher, width = load_teacher(args)
-    if args.image_init == "teacher":
-        sources["image"] = teacher
-    elif args.image_init != "random":
-        sources["image"] = load_encoder(args.image_init, "image", args.weights_dir)
+    # -- student
     student = build_student(args, sources, tokenizer.vocab_size, width).to(device)
     student.tokenizer = tokenizer # evaluation asks the model for it
     if teacher is not None:
@@ -625,17 +647,15 @@ def main(args):
                                     pairs.group), "tokenizer": hash_of(tokenizer.text)}
     if width:
         read["the teacher"] = hash_of(teacher)
-    kept = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
-    best, queue = kept.get("best", {"mean": -1.0, "step": 0}), kept.pop("queue", None)
+    checkpoint = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
+    best = checkpoint.get("best", {"mean": -1.0, "step": 0})
+    queue = checkpoint.pop("queue", None)
     queue = queue and [x[:args.queue_size].to(device) for x in queue] # targets (Q, D), groups (Q,)
     saved = dict(optimizer=optimizer, scaler=scaler, tokenizer=tokenizer.text, teacher=args.teacher)
     bank = None # the teacher's targets of all training images, (images, width) float16
     if args.cache_targets and width:
         bank = cached_targets(teacher, width, train.images, args, device, dtype, autocast, micro)
-    scale, shift = 1.0, 0.0 # of the target
-    if args.standardize and width:
-        scale, shift = (x.to(device) for x in torch.std_mean(bank[:2 ** 16].float(), 0)) # (width,) each
-        scale = scale.clamp(min=1e-3) # some channels are silent
+    scale, shift = target_statistics(bank, args, device)
     held_out = None # for validations, which the first rank makes
     if not rank and run.step < args.max_steps:
         held_out = validation_batch(val, teacher, tokenizer, args, device, autocast, micro)

@@ -266,9 +266,9 @@ def main(args):
     optimizer, scaler = make_optimizer([student], args, device, dtype)
     read = {"the data set": hash_of(str(train.tokens.meta["splits"]), train.tokens[:10 ** 6]),
             "tokenizer": hash_of(tokenizer.text), "the teacher": hash_of(teacher)}
-    kept = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
-    best = kept.get("best", {"loss": math.inf, "step": 0})
-    records = kept.get("records", []) # of the validations before the first step and at the end
+    checkpoint = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
+    best = checkpoint.get("best", {"loss": math.inf, "step": 0})
+    records = checkpoint.get("records", []) # of the validations before the first step and at the end
     saved = dict(optimizer=optimizer, scaler=scaler, tokenizer=tokenizer.text, teacher=args.teacher)
     if compiled: # in place: the weights keep their names
         student.compile()

@@ -980,9 +980,9 @@ def glue(args, device, dtype):
                   flags.epochs * (N // flags.batch_size))
         examples = repr([(texts, labels.tolist()) for texts, labels in splits[task].values()])
         read = hashes | {f"the examples of {task}": hash_of(examples)}
-        if run.kept and "optimizer" not in run.kept: # best.pt took its place, so the task is done
+        if run.checkpoint and "optimizer" not in run.checkpoint: # best.pt took its place, so the task is done
             run.compare(read)
-            results[task] = run.kept["best"]
+            results[task] = run.checkpoint["best"]
             print(f"{task} is finished: {run.path}")
             continue
         encoder.load_state_dict(start)

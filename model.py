@@ -1326,9 +1326,9 @@ def make_optimizer(modules, args, device, dtype):
     """AdamW over what is trained in these modules, and the GradScaler of float16. No decay of biases, norms,
     positions, embeddings and tokens."""
     named = [(name, p) for m in modules for name, p in m.named_parameters() if p.requires_grad]
-    kept = ("embed.weight", "pos_embed", "token", "relative_position")
-    decayed = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in kept)]
-    others = [p for name, p in named if p.ndim < 2 or any(word in name for word in kept)]
+    undecayed = ("embed.weight", "pos_embed", "token", "relative_position")
+    decayed = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in undecayed)]
+    others = [p for name, p in named if p.ndim < 2 or any(word in name for word in undecayed)]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.98), 1e-6, fused=device.type in ("cuda", "cpu"))
     return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1364,7 +1364,7 @@ def load_optimizer(optimizer, saved):
     if it is of others, to which torch's fused kernels would write wherever that leads."""
     own = optimizer.state_dict()["param_groups"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = [(i, x) for i, kept in saved["state"].items() for x in kept.values() if x.ndim]
+    moments = [(i, x) for i, state in saved["state"].items() for x in state.values() if x.ndim]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own] \
             or any(x.shape != params[i].shape for i, x in moments):
         raise ValueError("the optimizer is of other parameters")
@@ -1386,7 +1386,8 @@ class Run:
         self.args, self.device, self.max_steps = args, device, max_steps or args.max_steps
         self.path, self.log_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
         self.model_knobs, self.is_first = {*model_knobs, "tokenizer"}, ranks()[0] == 0
-        self.why, self.code, self.error = "", 0, None # why it ends before its last step, exit code, exception
+        self.stopped_by, self.exit_code = "", 0 # why it ends before its last step
+        self.error = None # what a loader raised
         self.rows, self.names, self.waited = [], [], 0.0 # since the last line: terms of each step; seconds
         self.signal, self.handlers = (0, 0.0), {} # the first that came, and when; what answered before
         if args.resume and not os.path.exists(self.path):
@@ -1399,14 +1400,14 @@ class Run:
         for file in (script, __file__):
             with open(file, encoding="utf-8") as f:
                 self.settings[os.path.basename(file)] = hash_of(f.read())
-        self.kept = read_checkpoint(self.path) if os.path.exists(self.path) else {}
-        if self.kept:
+        self.checkpoint = read_checkpoint(self.path) if os.path.exists(self.path) else {}
+        if self.checkpoint:
             self.compare(self.settings)
 
     def compare(self, settings):
         """Ends the program, naming each of these settings that is another than the checkpoint's."""
         with continuing(self.path):
-            before, step = self.kept["settings"], int(self.kept["step"])
+            before, step = self.checkpoint["settings"], int(self.checkpoint["step"])
             changed = [k for k in settings if before.get(k) != settings[k]]
         words = [f"--{k}={before.get(k)}, not --{k}={settings[k]}" if hasattr(self.args, k) else
                  f"{k} has changed since" for k in changed]
@@ -1424,16 +1425,16 @@ class Run:
         self.step."""
         self.settings |= read
         self.step, self.unreadable, minutes, is_finished = 0, 0, 0.0, False
-        if self.kept:
+        if self.checkpoint:
             self.compare(read)
             with continuing(self.path):
-                self.step, self.unreadable = int(self.kept["step"]), int(self.kept["unreadable"])
-                minutes = float(self.kept["minutes"])
+                self.step, self.unreadable = int(self.checkpoint["step"]), int(self.checkpoint["unreadable"])
+                minutes = float(self.checkpoint["minutes"])
                 for name, part in parts.items():
                     if isinstance(part, nn.Module): # popped, so that memory does not hold them twice
-                        load_weights(part, self.kept.pop(name), f"{self.path} does not fit this model")
+                        load_weights(part, self.checkpoint.pop(name), f"{self.path} does not fit this model")
                     elif self.step < self.max_steps: # a finished run need not have them
-                        state = self.kept.pop(name)
+                        state = self.checkpoint.pop(name)
                         if name == "optimizer":
                             load_optimizer(part, state)
                         elif state: # a GradScaler that was off has none
@@ -1443,12 +1444,12 @@ class Run:
                   f"{self.max_steps}")
         self.last_line, self.since = self.step, time.time()
         self.saved_step = -1
-        if self.kept and self.kept["max_steps"] == self.max_steps:
+        if self.checkpoint and self.checkpoint["max_steps"] == self.max_steps:
             self.saved_step = self.step
         self.began = time.time() - 60 * minutes # as if the run had never been interrupted
         if self.is_first and not is_finished:
             self.open_log()
-        return self.kept
+        return self.checkpoint
 
     def open_log(self):
         """Drops the records after self.step from log.jsonl, and a line cut short: what a killed run did after
@@ -1475,8 +1476,8 @@ class Run:
 
     def stop(self, why, code):
         """The loop ends after this step; other ranks than the first go on until that one ends."""
-        if self.is_first and not self.why:
-            self.why, self.code = why, code
+        if self.is_first and not self.stopped_by:
+            self.stopped_by, self.exit_code = why, code
 
     def batches(self, loader):
         """The loader's batches up to max_steps, or until there is a reason to stop. From here on signals wait
@@ -1493,12 +1494,12 @@ class Run:
             try:
                 batch = next(iterator)
             except Exception as e: # first what was trained is saved
-                if not self.why: # else the workers died of the signal that came to all
+                if not self.stopped_by: # else the workers died of the signal that came to all
                     self.error = e
                 return
             self.waited += time.time() - start
             yield batch
-            if self.why:
+            if self.stopped_by:
                 return
 
     def name_unreadable(self, step, bad):
@@ -1590,11 +1591,11 @@ class Run:
         if self.error:
             print(f"{self.path} is of step {step}; the same command goes on from it", file=sys.stderr)
             raise self.error
-        if self.why:
-            print(f"stopped by {self.why}; wrote {self.path}. " + (
+        if self.stopped_by:
+            print(f"stopped by {self.stopped_by}; wrote {self.path}. " + (
                 "The run is finished." if step == self.max_steps else
                 "To go on, give the same command again."), flush=True)
-            sys.exit(self.code)
+            sys.exit(self.exit_code)
         if ranks()[1] > 1:
             torch.distributed.destroy_process_group()
 

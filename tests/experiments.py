@@ -32,9 +32,9 @@ HALF = "distill_image.py --preset=tiny_half --teacher={teacher}"
 OWN_TEXT = "--text_init=random --freeze_embeddings=False"
 PAIRS = { # arm -> what it is in the table, its command without --seed and --out_dir
     "both": ("both teachers: `--preset=tiny`", TINY),
-    "no_image": ("no image teacher", f"{TINY} --kd_loss=none --max_steps=500"),
+    "no_image": ("no image teacher", f"{TINY} --kd_loss=none --max_steps=410"),
     "no_text": ("no MiniLM: text from scratch", f"{TINY} {OWN_TEXT}"),
-    "neither": ("neither", f"{TINY} {OWN_TEXT} --kd_loss=none --max_steps=500"),
+    "neither": ("neither", f"{TINY} {OWN_TEXT} --kd_loss=none --max_steps=410"),
     "mse": ("distillation by mse", f"{TINY} --kd_loss=mse --kd_weight=1"),
     "queue": ("a queue of 1,024 targets", f"{TINY} --queue_size=1024"),
     "towers": ("two towers, nothing shared", f"{TINY} --shared=projection --depth=2 --text_depth=4"),
