@@ -33,7 +33,7 @@ def readme():
 def commands():
     """The lines of code blocks that run python or pytest, continued lines joined, comments off."""
     blocks = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", readme(), re.M | re.S)).replace("\\\n", " ")
-    lines = (line.strip().removeprefix("$ ") for line in blocks.splitlines())
+    lines = (part.strip() for line in blocks.splitlines() for part in line.split("&&"))
     return [shlex.split(line, comments=True)
             for line in lines if re.match(r"(python3?|pytest|OMP_NUM_THREADS=\d+ python) ", line)]
 
@@ -102,7 +102,7 @@ def test_knobs_named_in_the_text_exist():
     known = {k for m in MODULES.values() for line in (lines[1:] if m is evaluate else lines[:1])
              for k in vars(m.get_args(line))}
     foreign = {"help", "key", "nproc_per_node", "standalone", "durations", "upgrade", "quiet", "index-url",
-               "recursive", "track", "arms", "figure"} # of other programs, and of scripts in tests/
+               "recursive", "track", "arms", "figure", "small"} # of other programs, and of scripts in tests/
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", readme()))
     assert named and not named - known - foreign
 
