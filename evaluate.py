@@ -247,6 +247,8 @@ def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collat
         if not num_workers or "DataLoader worker" not in str(e):
             raise
     # the workers died, of a signal to the whole group: what called this ends in good order, without them
+    if isinstance(items, EvalImages):
+        items.num_grey = 0 # they are counted anew
     return embed(model, encode, items, batch_size, device, dtype, 0, collate)
 
 
@@ -522,7 +524,8 @@ def class_names(task, classes, path):
         if len(names) != len(classes or names):
             fail(f"--classes={path} holds {len(names):,} names, but {task} has {len(classes):,} classes")
         return [names[int(name)] for name in classes] if classes and are_numbers else names, path
-    if are_wordnet and len(classes) == 1000 and classes == sorted(classes): # ImageNet's, as our labels
+    is_imagenet = task == "imagenet" or are_wordnet and classes == sorted(classes)
+    if is_imagenet and len(classes) == 1000 and not are_numbers: # in the order of our labels
         import open_clip # here, not above: optional
         return open_clip.IMAGENET_CLASSNAMES, "CLIP"
     if are_wordnet or are_numbers and len(classes) == 1000:
@@ -1058,7 +1061,8 @@ def card(args, checkpoint, model):
     """The README of an export: what it was made from, the run's numbers, licences, how to use it."""
     settings = checkpoint.get("settings", {})
     facts = settings | {k: checkpoint[k] for k in ("step", "best", "commit") if k in checkpoint}
-    for source in ["image_init", "text_init"] + (["teacher"] if settings.get("kd_loss") != "none" else []):
+    for source in ["image_init", "text_init"] + ["teacher"] * (
+            settings.get("kd_loss") != "none" or settings.get("image_init") == "teacher"):
         name = str(settings.get(source)).partition(":")[0] # NAME or NAME:PATH
         if name in PRETRAINED:
             facts[f"licence of {name}, which binds this too"] = PRETRAINED[name]["licence"]

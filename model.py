@@ -648,6 +648,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=N
         from torchvision.models import resnet50 # here, not above: it takes a second
         model = resnet50()
     elif name == "efficientnet_lite0":
+        carried(name) # names the packages that are missing
         model, found = EfficientNetLite0(), {f"net.{k}": x for k, x in found.items()}
     else:
         config = dict(CONFIGS[name])

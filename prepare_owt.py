@@ -113,6 +113,9 @@ def load_text_encoder(which, weights_dir=None):
     name, path = split_name(which)
     if name:
         encoder.tokenizer = load_tokenizer(name, path, weights_dir)
+        rows, size = encoder.config["vocab_size"], encoder.tokenizer.vocab_size
+        if size > rows: # fewer are padding
+            fail(f"{which}: a vocabulary of {size:,} tokens beside embeddings of {rows:,}: of other models")
     elif not hasattr(encoder, "tokenizer"):
         fail(f"{which} has no tokenizer: give a published text model or a checkpoint of distill_text.py")
     return encoder

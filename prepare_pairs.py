@@ -822,7 +822,8 @@ def prepare_rows(args, folder, options):
     pairer = Pairer(args, folder, {**options, "list": digest})
     writer, pairer.every = pairer.writer, 200 if num_rows > 20_000 else 20
     fate = {int(row): sys.intern(cause) for row, *_, cause in writer.notes()} # of a row the last line counts
-    done = {n for n, cause in fate.items() if not args.retry or not cause or cause in FINAL} | dropped.keys()
+    done = dropped.keys() | {n for n, cause in fate.items() if not cause or cause in FINAL or
+                             not args.retry and cause not in OFFLINE} # without a network nobody was asked
     web = Web(args.allow_private)
     urls = any(is_url(row.where) for row in itertools.islice(source.rows(), 1000))
     print(f"{source.name}: {num_rows:,} rows, {len(dropped):,} of them without file or caption or listed "
@@ -853,8 +854,8 @@ def prepare_rows(args, folder, options):
             offline = offline + 1 if cause in OFFLINE else 0
             if offline == OUTAGE:
                 writer.commit()
-                fail(f"the last {OUTAGE} urls found no connection: is there a network? Give the same command "
-                     "again, with --retry, which asks for these once more.")
+                fail(f"the last {OUTAGE} urls found no connection: is there a network? The same command "
+                     "again asks for these once more.")
             bar.update()
             writer.commit(COMMIT_SECONDS)
         writer.commit()

@@ -89,6 +89,8 @@ def test_names_without_a_file():
     names, named_by = class_names("imagenet", WNIDS, None)
     assert names[:3] == ("tench", "goldfish", "great white shark") and len(names) == 1000
     assert named_by == "CLIP"
+    hub = [f"{name}, by another name" for name in names] # as the hub's parquet has them
+    assert class_names("imagenet", hub, None) == (names, "CLIP")
     assert class_names("cifar100", ["maple_tree", "cat"], None) == (["maple tree", "cat"], "meta.json")
     digits = [str(i) for i in range(10)] # are called so
     assert class_names("digits", digits, None) == (digits, "meta.json")
