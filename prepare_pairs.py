@@ -391,15 +391,15 @@ open_zip = functools.cache(zipfile.ZipFile) # read as streams, never extracted: 
 @or_bad()
 def read_picture(folder, name):
     """The file of that name, or path, in a folder, or in the folder that FOLDER.zip holds."""
+    folder = os.path.abspath(folder)
     try:
         if folder.endswith(".zip"):
             info = open_zip(folder).getinfo(f"{os.path.basename(folder)[:-4]}/{name}")
             if info.file_size > MAX_FILE:
                 raise Bad("too many bytes")
             return open_zip(folder).read(info)
-        folder = os.path.join(os.path.abspath(folder), "")
         path = os.path.normpath(os.path.join(folder, name))
-        if not path.startswith(folder):
+        if not path.startswith(os.path.join(folder, "")):
             raise Bad("outside the folder")
         if not os.path.isfile(path): # nor a device, a pipe
             raise Bad("no such file")

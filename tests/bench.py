@@ -521,7 +521,7 @@ def lacking(args):
     for key in ("teacher", "image_init", "text_init"):
         name, path = split_name(distill_multimodal.PRESETS["tiny"].get(key, ""))
         if name and not path and not os.path.exists(os.path.join(args.weights_dir, name)):
-            packages["tiny"].append(PRETRAINED[name].get("package", name))
+            packages["tiny"] += PRETRAINED[name].get("packages", [name])
     return {part: [name for name in names if name in STAND_INS or importlib.util.find_spec(name) is None]
             for part, names in packages.items()}
 

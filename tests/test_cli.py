@@ -192,7 +192,7 @@ PAIRS = [("--patch_size=7", "--img_size=32"), ("--num_heads=3", "--embed_dim=32"
          ("--img_size=48 --image_init=random", "32"), ("--kd_loss=none", "nothing to learn"),
          ("--shared=projection --align_loss=contrastive --align_levels=2", "--align_levels=2"),
          ("--standardize", "--cache_targets"),
-         ("--teacher=resnet50 --kd_loss=kl --cache_targets --standardize", "logits"),
+         ("--teacher=resnet50 --image_init=random --kd_loss=kl --cache_targets --standardize", "logits"),
          ("--teacher=efficientnet_lite0 --image_init=teacher", "no blocks to start from"),
          ("--shared_init=text", "--text_init"), ("--kd_loss=kl", "resnet50"), ("--teacher=resnet50", "kl"),
          ("--data_dir=no_tokenizer", "tokenizer.json"), ("--text_init=brt", "mean bert"),
