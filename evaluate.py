@@ -1061,8 +1061,10 @@ def card(args, checkpoint, model):
     """The README of an export: what it was made from, the run's numbers, licences, how to use it."""
     settings = checkpoint.get("settings", {})
     facts = settings | {k: checkpoint[k] for k in ("step", "best", "commit") if k in checkpoint}
-    for source in ["image_init", "text_init"] + ["teacher"] * (
-            settings.get("kd_loss") != "none" or settings.get("image_init") == "teacher"):
+    sources = ["image_init", "text_init"]
+    if settings.get("kd_loss") != "none" or settings.get("image_init") == "teacher":
+        sources.append("teacher")
+    for source in sources:
         name = str(settings.get(source)).partition(":")[0] # NAME or NAME:PATH
         if name in PRETRAINED:
             facts[f"licence of {name}, which binds this too"] = PRETRAINED[name]["licence"]
