@@ -314,8 +314,8 @@ def plain_side(args, loop, knobs, device):
     compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor")
 
     def run(batch, compiled):
-        if args.track == "image": # crops (B, 1, 3, H, W), their noise, numbers
-            batch = batch[0][:, 0], None, None, None
+        if args.track == "image": # crops (B, 3, H, W), their noise, numbers
+            batch = batch[0], None, None, None
         elif args.track == "text": # ids, padding_mask, which hides nothing
             batch = None, batch[0], None, None
         batch = [x if x is None else x.to(device, non_blocking=True) for x in batch[:4]]

@@ -393,9 +393,12 @@ def test_kill(prepared, tmp_path, weights):
     for kill in range(3):
         process = subprocess.Popen(command, cwd=REPO, env=env, stderr=subprocess.DEVNULL)
         before, deadline = begun.read_bytes() if begun.exists() else b"", time.time() + 60
-        while (not begun.exists() or begun.read_bytes() == before) and time.time() < deadline:
+        workers = []
+        while (not begun.exists() or begun.read_bytes() == before or not (kill or workers)) \
+                and time.time() < deadline:
             time.sleep(0.02)
-        workers = [int(p) for p in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+                workers = [int(p) for p in f.read().split()]
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert begun.exists() and not done.exists() and (kill or workers)
