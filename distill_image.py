@@ -42,7 +42,7 @@ PRESETS = {
         out_dir="out/shared_encoder", init="random", share_embed=True, depth=5, mlp_ratio=3.0,
         attn_bias="alibi", grad_clip=2.0, max_steps=30000, warmup_steps=3000, eval_interval=5000,
         knn="cifar10,cifar100"),
-    # data2vec itself, small: OpenMoji, two CPU cores, two minutes. The teacher of tiny_half.
+    # data2vec itself, small: OpenMoji, five minutes on two plain CPU cores. The teacher of tiny_half.
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny_teacher", teacher="ema", img_size=48, patch_size=12,
         embed_dim=192, num_heads=3, depth=5, crop_min=0.3, lr=1e-3, max_steps=300, warmup_steps=25,
