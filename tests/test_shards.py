@@ -264,9 +264,9 @@ def test_labelled_sets_in_each_form(form, data, expected, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*PAIRS, imagenet_parquet, imagenet_wds], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", [*PAIRS, imagenet_parquet, imagenet_wds], ids=lambda x: x.__name__)
 def test_trains_and_is_judged(form, tmp_path, monkeypatch):
-    """Three steps on each form, then a table of it; test pictures alone are judged by what pixparse's made."""
+    """Three steps on each form, then a table; test pictures alone are judged by what pixparse's made."""
     def run(module, *words):
         module.main(module.get_args([*words, f"--data_dir={tmp_path}/data"]))
 
