@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 import evaluate
 from model import (CONFIGS, PRETRAINED, Parser, Run, Tokenizer, VisionLanguageModel, all_gather, batch_order,
-                   carried, fail, hash_of, ignore_signals, join_ranks, keep_blocks,
-                   load_encoder, load_pretrained, lock, make_optimizer, nearest, optimizer_step, peak_memory,
-                   run_flags, run_script, save_atomic, set_up, split_batch, split_name,
-                   train_flags)
+                   fail, hash_of, ignore_signals, join_ranks, keep_blocks, load_encoder, load_pretrained,
+                   local_folder, make_data, make_optimizer, nearest, optimizer_step, peak_memory, run_flags,
+                   save_atomic, set_up, split_batch, split_name, train_flags)
 from prepare_owt import load_text_encoder
 from prepare_imagenet import Bad, augment, normalize, train_image, visible_patches
 from prepare_pairs import SOURCES, open_pairs
@@ -325,6 +324,11 @@ def offsets(records):
 # the teacher and its targets
 
 
+def teacher_side(args):
+    """Side in pixels of the images that the teacher sees."""
+    return args.teacher_size or args.img_size
+
+
 def load_teacher(args):
     """The image teacher, frozen, and the width of its target, 0 for no distillation; (None, 0) if nothing
     needs one."""
@@ -336,7 +340,7 @@ def load_teacher(args):
     else:
         final_norm = args.final_norm and CONFIGS.get(name, {}).get("final_norm", False)
         teacher = load_encoder(args.teacher, "image", args.weights_dir, final_norm)
-        width, size = teacher.config["embed_dim"], args.teacher_size or args.img_size
+        width, size = teacher.config["embed_dim"], teacher_side(args)
         if args.kd_loss != "none" and size != teacher.config["img_size"]:
             fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
@@ -349,7 +353,7 @@ def load_teacher(args):
 @torch.no_grad()
 def teacher_target(teacher, images, args, autocast):
     """Normalised images (n, 3, H, W), of any size -> what the student predicts, (n, D) float32."""
-    size = args.teacher_size or args.img_size
+    size = teacher_side(args)
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     with autocast:
@@ -363,7 +367,7 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     """The target of every training image, from the evaluation transform, as (images, width) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
     the images' index, so that no run reads what was made from others."""
-    size = args.teacher_size or args.img_size
+    size = teacher_side(args)
     made_from = hash_of(f"{args.kd_target} {size} {dtype}", teacher, *offsets(images))
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
@@ -412,19 +416,21 @@ def get_lr(step, args):
 
 
 @torch.no_grad()
-def validation_batch(pairs, teacher, tokenizer, args, device, autocast, micro):
+def validation_batch(pairs, teacher, tokenizer, scale, shift, args, device, autocast, micro):
     """Every image of the split, evaluation transform, with its first caption and its target: images
-    (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without distillation."""
+    (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without distillation. scale,
+    shift: from target_statistics."""
     if args.kd_loss == "none":
         return None
     numbers = range(len(pairs.images))
     images = evaluate.EvalImages(pairs.images, args.img_size).stack(numbers)
     seen = images # by the teacher
-    if args.teacher_size not in (0, args.img_size):
-        seen = evaluate.EvalImages(pairs.images, args.teacher_size).stack(numbers)
+    if teacher_side(args) != args.img_size:
+        seen = evaluate.EvalImages(pairs.images, teacher_side(args)).stack(numbers)
     _, first = np.unique(pairs.text_to_image, return_index=True)
     target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in seen.split(micro)]
-    return images, *tokenizer.encode([pairs.captions[j] for j in first], args.max_length), torch.cat(target)
+    ids, padding_mask = tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
+    return images, ids, padding_mask, (torch.cat(target) - shift) / scale
 
 
 @torch.no_grad()
@@ -464,14 +470,6 @@ def judge(args, checkpoint, device):
 def draws_openmoji(args):
     """Whether this run prepares its data: the tiny preset starts from nothing."""
     return args.preset == "tiny" and args.data == "openmoji"
-
-
-def draw_openmoji(args):
-    """Makes OpenMoji's set, unless it is there; waits if another run is making it."""
-    data = os.path.join(args.data_dir, args.data)
-    if not os.path.exists(os.path.join(data, "meta.json")):
-        with lock(data + ".lock", data, wait=True):
-            run_script("prepare_pairs.py", f"--data={args.data}", f"--data_dir={args.data_dir}")
 
 
 def check(args):
@@ -517,8 +515,8 @@ def check(args):
     for key in models:
         which = getattr(args, key)
         name, path = split_name(which)
-        if name and not path and not os.path.isdir(os.path.join(args.weights_dir, name)):
-            carried(name) # its package must be there before a picture is drawn
+        if name and not path:
+            local_folder(name, args.weights_dir) # its package must be there before a picture is drawn
         if which not in ("random", "teacher") and path and not os.path.exists(path):
             problems.append(f"--{key}={which} is neither a published model ({', '.join(PRETRAINED)}) nor a "
                             f"file{nearest(which, PRETRAINED)}")
@@ -625,7 +623,8 @@ def main(args):
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
     if draws_openmoji(args):
-        draw_openmoji(args)
+        make_data(os.path.join(args.data_dir, args.data), "prepare_pairs.py", f"--data={args.data}",
+                  f"--data_dir={args.data_dir}")
 
     # -- data and teacher, frozen
     train, val = (open_pairs(args.data_dir, args.data, split) for split in ("train", "val"))
@@ -663,9 +662,7 @@ def main(args):
     scale, shift = target_statistics(bank, args, device)
     held_out = None # for validations, which the first rank makes
     if not rank and run.step < args.max_steps:
-        held_out = validation_batch(val, teacher, tokenizer, args, device, autocast, micro)
-        if held_out:
-            held_out = *held_out[:3], (held_out[3] - shift) / scale
+        held_out = validation_batch(val, teacher, tokenizer, scale, shift, args, device, autocast, micro)
     if compiled: # in place: the weights keep their names
         student.compile()
         if width:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Encoder, Parser, Run, all_gather, batch_order, fail, hash_of, ignore_signals, join_ranks,
-                   keep_blocks, lock, make_optimizer, optimizer_step, peak_memory, run_flags, run_script,
-                   set_up, split_batch, split_name, train_flags)
+                   keep_blocks, make_data, make_optimizer, optimizer_step, peak_memory, run_flags, set_up,
+                   split_batch, split_name, train_flags)
 from prepare_owt import Tokens, load_text_encoder
 
 # -----------------------------------------------------------------------------
@@ -241,9 +241,8 @@ def main(args):
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
     data = os.path.join(args.data_dir, args.data)
-    if not os.path.exists(os.path.join(data, "meta.json")): # of the tiny preset, see check
-        with lock(data + ".lock", data, wait=True): # another run may be making it
-            run_script("prepare_owt.py", "--data=pydoc", f"--data_dir={args.data_dir}")
+    # only the tiny preset's can be missing, see check
+    make_data(data, "prepare_owt.py", "--data=pydoc", f"--data_dir={args.data_dir}")
 
     # -- teacher, student and data
     teacher = load_text_encoder(args.teacher, args.weights_dir)

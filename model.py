@@ -497,6 +497,7 @@ class VisionLanguageModel(nn.Module):
 # -----------------------------------------------------------------------------
 # published teachers: read with torch alone, and without running a pickle
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # of red, green, blue in [0, 1]
 META = "https://dl.fbaipublicfiles.com/"
 HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
 PRETRAINED = { # sha256: its first digits, where the publisher says them
@@ -560,7 +561,7 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet # here, not above: only this teacher needs it
         self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
-        statistics = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
         self.register_buffer("statistics", statistics, persistent=False) # ImageNet's, (2, 3, 1, 1)
 
     def forward(self, images):
@@ -714,16 +715,27 @@ def carried(name):
     return os.path.join(os.path.dirname(specs[0].origin), PRETRAINED[name]["folder"]) if specs else None
 
 
+def weight_files(name):
+    """What the file of a published teacher may be called, the published name first."""
+    return [PRETRAINED[name]["url"].rpartition("/")[2], "model.safetensors", "pytorch_model.bin",
+            "model.safetensors.index.json"]
+
+
+def local_folder(name, weights_dir=None):
+    """The folder that holds a published teacher on this machine: weights_dir/NAME, or that of a package; None
+    for one to be downloaded."""
+    folder = os.path.join(weights_dir or cache_folder(), name)
+    is_there = any(os.path.exists(os.path.join(folder, n)) for n in weight_files(name))
+    return folder if is_there else carried(name)
+
+
 def find_weights(name, path=None, weights_dir=None):
     """The file to read: path, or the one that a folder path holds; without path the published one, from a
     package, or from weights_dir/NAME, where it is downloaded to if it is not there."""
-    url = PRETRAINED[name]["url"]
-    names = [url.rpartition("/")[2], "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"]
-    folder = os.path.join(weights_dir or cache_folder(), name)
-    is_there = any(os.path.exists(os.path.join(folder, n)) for n in names)
-    path = path or (folder if is_there else carried(name))
+    url, names = PRETRAINED[name]["url"], weight_files(name)
+    path = path or local_folder(name, weights_dir)
     if path is None:
-        path = os.path.join(folder, names[0])
+        path = os.path.join(weights_dir or cache_folder(), name, names[0])
         if "ask" in PRETRAINED[name]:
             fail(f"{name} is not downloaded: ask for {url} at {PRETRAINED[name]['ask']} and put it at "
                  f"{path}, or say where it is, {name}:FILE")
@@ -1614,6 +1626,13 @@ def run_script(name, *flags):
         signal.signal(number, handler)
     if code:
         sys.exit(code if code > 128 else f"error: {name} ended with exit code {code}; its message is above")
+
+
+def make_data(folder, script, *flags):
+    """Runs a prepare script, unless its set is in the folder already; waits if another run is making it."""
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        with lock(folder + ".lock", folder, wait=True):
+            run_script(script, *flags)
 
 
 def ignore_signals(worker):

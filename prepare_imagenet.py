@@ -50,7 +50,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from model import Parser, cache_folder, fail, going_on, lock, nearest, prepared, progress, write_json
+from model import (IMAGENET_MEAN, IMAGENET_STD, Parser, cache_folder, fail, going_on, lock, nearest, prepared,
+                   progress, write_json)
 
 LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # the sets that this script knows
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
@@ -500,7 +501,6 @@ FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if f
 MAX_PIXELS = 2 ** 26 # 67 million; PIL decodes to memory that a crafted file of a kilobyte can claim
 LARGE = threading.Semaphore(2) # pictures of more than ten million pixels that are decoded at once
 QUALITY = 90 # of the JPEGs that --resize makes; 95 takes half as much space again
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # EXIF's ways to hold a camera, from 2 on; from 5 on, width and height change places
 TURNS = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",

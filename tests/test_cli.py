@@ -269,7 +269,7 @@ def test_tiny_prepares_its_data(loop, data, tmp_path, monkeypatch):
     def run_script(*command):
         started.append(parse_command(shlex.join(["python", *command])))
         raise KeyboardInterrupt
-    monkeypatch.setattr(LOOPS[loop], "run_script", run_script)
+    monkeypatch.setattr(model, "run_script", run_script)
     words = ["--preset=tiny", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/run"]
     with pytest.raises(KeyboardInterrupt):
         LOOPS[loop].main(LOOPS[loop].get_args(words))
