@@ -117,9 +117,10 @@ class Attention(nn.Module):
             self.q_bias = nn.Parameter(torch.zeros(embed_dim))
             self.v_bias = nn.Parameter(torch.zeros(embed_dim))
 
-    def forward(self, x, bias=None, rope=None):
-        """x (B, T, D); bias: additive float or boolean (True = attend), broadcastable to (B, h, T, T); rope:
-        None or cosines and sines, (2, T, d) or (2, B, 1, T, d)."""
+    def forward(self, x, bias=None, rope=None, queries=None):
+        """x (B, T, D) -> the output of its first `queries` tokens, None for all; bias: additive float or
+        boolean (True = attend), broadcastable to (B, h, T, T); rope: None or cosines and sines, (2, T, d) or
+        (2, B, 1, T, d)."""
         B, T, D = x.shape
         qkv_bias = self.qkv.bias
         if qkv_bias is None:
@@ -129,13 +130,14 @@ class Attention(nn.Module):
         if rope is not None: # each channel turns with the one d / 2 after it, in float32
             q, k = (z * rope[0] + torch.cat([-z.chunk(2, -1)[1], z.chunk(2, -1)[0]], -1) * rope[1]
                     for z in (q, k))
+        q, bias = q[:, :, :queries], None if bias is None else bias[:, :, :queries]
         # on a CPU torch's bfloat16 attention is several times slower backward than its float32 one
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         if bias is not None and bias.dtype != torch.bool:
             bias = bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D)) # (B, T, D)
+        return self.proj(x.transpose(1, 2).flatten(2)) # (B, T or queries, D)
 
 
 class Mlp(nn.Module):
@@ -165,21 +167,21 @@ class Block(nn.Module):
             nn.Parameter(torch.full((embed_dim,), float(layer_scale))) for _ in range(2))
         self.gamma_1, self.gamma_2 = scales
 
-    def forward(self, x, bias=None, return_hidden=False, rope=None):
-        """x (B, T, D), bias and rope as in Attention. With return_hidden also what the MLP's first layer
-        makes of the CLS token, before GELU, (B, 4D)."""
+    def forward(self, x, bias=None, rope=None, cls_only=False):
+        """x (B, T, D), bias and rope as in Attention. With cls_only the CLS token's output alone, (B, D), and
+        what the MLP was given for it, (B, D): the others are attended to, but cost a quarter."""
         def scaled(y, gamma): # LayerScale
             return y if gamma is None else gamma * y
 
+        queries = 1 if cls_only else None
         if self.norm_first:
-            x = x + scaled(self.attn(self.norm1(x), bias, rope), self.gamma_1)
+            x = x[:, :queries] + scaled(self.attn(self.norm1(x), bias, rope, queries), self.gamma_1)
             mlp_in = self.norm2(x)
             x = x + scaled(self.mlp(mlp_in), self.gamma_2)
         else:
-            mlp_in = self.norm1(x + scaled(self.attn(x, bias, rope), self.gamma_1))
+            mlp_in = self.norm1(x[:, :queries] + scaled(self.attn(x, bias, rope, queries), self.gamma_1))
             x = self.norm2(mlp_in + scaled(self.mlp(mlp_in), self.gamma_2))
-        # computed again, which for one token of T costs nothing, and the MLP stays as it is
-        return (x, self.mlp.fc1(mlp_in[:, 0])) if return_hidden else x
+        return (x[:, 0], mlp_in[:, 0]) if cls_only else x
 
 
 class PatchEmbed(nn.Module):
@@ -468,12 +470,19 @@ class VisionLanguageModel(nn.Module):
             x = x + (kind if self.token_type_scale is None else kind * self.token_type_scale).to(x.dtype)
         if self.config["shared_kind"] == "projection":
             return [self.blocks[modality](x[:, 0])]
+        if not self.blocks:
+            return [x[:, 0]]
+        *others, last = self.blocks
         if self.config["shared_kind"] == "mlp":
-            return [self.blocks[0](x[:, 0]), self.blocks[0].fc1(x[:, 0])][:self.config["align_levels"]]
-        attend, hidden = None if padding_mask is None else ~padding_mask[:, None, None], None # (B, 1, 1, T)
-        for block in self.blocks:
-            x, hidden = block(x, attend, return_hidden=True)
-        return [x[:, 0], hidden][:self.config["align_levels"]]
+            mlp, mlp_in = last, x[:, 0]
+            cls = mlp(mlp_in)
+        else:
+            attend = None if padding_mask is None else ~padding_mask[:, None, None] # (B, 1, 1, T)
+            for block in others:
+                x = block(x, attend)
+            mlp, (cls, mlp_in) = last.mlp, last(x, attend, cls_only=True)
+        # the first layer is computed again, which for one token of T costs little
+        return [cls, mlp.fc1(mlp_in)] if self.config["align_levels"] == 2 else [cls]
 
     def forward(self, images, ids, padding_mask=None, kept=None):
         """The CLS tokens of both modalities and the head's outputs for them, none of them normalised:
