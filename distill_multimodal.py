@@ -417,19 +417,19 @@ def get_lr(step, args):
 
 @torch.no_grad()
 def validation_batch(pairs, teacher, tokenizer, scale, shift, args, device, autocast, micro):
-    """Every image of the split, evaluation transform, with its first caption and its target: images
-    (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without distillation. scale,
-    shift: from target_statistics."""
+    """The first images of the split, at most 1,024, evaluation transform, with their first captions and their
+    targets: images (N, 3, H, W) uint8, ids, padding_mask, target (N, D) on the device; None without
+    distillation. scale, shift: from target_statistics."""
     if args.kd_loss == "none":
         return None
-    numbers = range(len(pairs.images))
+    numbers = range(min(1024, len(pairs.images)))
     images = evaluate.EvalImages(pairs.images, args.img_size).stack(numbers)
     seen = images # by the teacher
     if teacher_side(args) != args.img_size:
         seen = evaluate.EvalImages(pairs.images, teacher_side(args)).stack(numbers)
     _, first = np.unique(pairs.text_to_image, return_index=True)
     target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in seen.split(micro)]
-    ids, padding_mask = tokenizer.encode([pairs.captions[j] for j in first], args.max_length)
+    ids, padding_mask = tokenizer.encode([pairs.captions[j] for j in first[:len(numbers)]], args.max_length)
     return images, ids, padding_mask, (torch.cat(target) - shift) / scale
 
 
