@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -658,7 +659,7 @@ def load_pretrained(name, path=None, depth=None, final_norm=False, weights_dir=N
         from torchvision.models import resnet50 # here, not above: it takes a second
         model = resnet50()
     elif name == "efficientnet_lite0":
-        carried(name) # names the packages that are missing
+        package_folder(name) # names the packages that are missing
         model, found = EfficientNetLite0(), {f"net.{k}": x for k, x in found.items()}
     else:
         config = dict(CONFIGS[name])
@@ -683,19 +684,19 @@ def bert_config(path, weights):
     """Sizes of a BERT from the config.json beside its weights, base without one; and the pooling that it was
     trained with from sentence-transformers' 1_Pooling/config.json (bge, e5, gte)."""
     config = {"pooler": any("pooler.dense." in k for k in weights)}
-    beside = os.path.join(os.path.dirname(path), "1_Pooling", "config.json")
+    folder = pathlib.Path(path).parent
+    beside = folder / "1_Pooling" / "config.json"
     try:
-        if os.path.exists(beside):
-            with open(beside, encoding="utf-8") as f:
-                c = json.load(f)
-            modes = [k for k, v in c.items() if k.startswith("pooling_mode_") and v] or [c["pooling_mode"]]
+        if beside.exists():
+            c = json.loads(beside.read_text("utf-8"))
+            # of older files a flag for each mode, of newer ones the mode
+            (mode,) = [k for k, v in c.items() if k.startswith("pooling_mode_") and v] or [c["pooling_mode"]]
             config["pool"] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
-                              "cls": "cls", "mean": "mean"}["".join(modes)]
-        beside = os.path.join(os.path.dirname(path), "config.json")
-        if not os.path.exists(beside):
+                              "cls": "cls", "mean": "mean"}[mode]
+        beside = folder / "config.json"
+        if not beside.exists():
             return config
-        with open(beside, encoding="utf-8") as f:
-            c = json.load(f)
+        c = json.loads(beside.read_text("utf-8"))
         if c.get("hidden_act", "gelu") != "gelu" \
                 or c.get("position_embedding_type", "absolute") != "absolute":
             fail(f"{beside}: only exact GELU and absolute positions are supported")
@@ -715,7 +716,7 @@ def keep_blocks(encoder, which):
     encoder.config = {**encoder.config, "depth": len(encoder.blocks)}
 
 
-def carried(name):
+def package_folder(name):
     """The folder of a teacher that an installed package carries; None for one that is downloaded."""
     packages = PRETRAINED[name].get("packages", [])
     specs = [importlib.util.find_spec(package) for package in packages] # found, not imported
@@ -735,7 +736,7 @@ def local_folder(name, weights_dir=None):
     for one to be downloaded."""
     folder = os.path.join(weights_dir or cache_folder(), name)
     is_there = any(os.path.exists(os.path.join(folder, n)) for n in weight_files(name))
-    return folder if is_there else carried(name)
+    return folder if is_there else package_folder(name)
 
 
 def find_weights(name, path=None, weights_dir=None):
@@ -775,8 +776,8 @@ def read_weights(path):
     run: torch's restricted loader builds tensors and plain containers, a Stub whatever else is named."""
     try:
         if path.endswith(".json"): # says in which file beside it each tensor is
-            with open(path, encoding="utf-8") as f:
-                files = {os.path.basename(file) for file in json.load(f)["weight_map"].values()}
+            index = json.loads(pathlib.Path(path).read_text("utf-8"))
+            files = {os.path.basename(file) for file in index["weight_map"].values()}
             shards = [read_weights(os.path.join(os.path.dirname(path), file)) for file in sorted(files)]
             weights = {key: x for shard in shards for key, x in shard.items()}
         elif path.endswith(".safetensors"):
@@ -1035,8 +1036,7 @@ def prepared(folder, args, options):
     path = next(filter(os.path.exists, paths), None)
     if path is None:
         return {}
-    with open(path, encoding="utf-8") as f:
-        meta = json.load(f)
+    meta = json.loads(pathlib.Path(path).read_text("utf-8"))
     old, new = (", ".join(f"{'--' * (k in args)}{k}={values.get(k)}" for k in options
                           if meta.get(k) != options[k]) for values in (meta, options))
     if old:
@@ -1099,8 +1099,7 @@ def read_checkpoint(path):
              f"--preset=tiny")
     try:
         if exported:
-            with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-                checkpoint = json.load(f)
+            checkpoint = json.loads(pathlib.Path(path, "config.json").read_text("utf-8"))
             checkpoint["model"] = read_weights(os.path.join(path, "model.safetensors"))
             if checkpoint.get("tokenizer"): # its name is fixed: a stranger's config.json opens no other file
                 with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", newline="") as f:
@@ -1420,8 +1419,7 @@ class Run:
                 os.remove(cut_short)
         self.settings = {k: v for k, v in vars(args).items() if k not in NO_RESULT} | {"autocast": str(dtype)}
         for file in (script, __file__):
-            with open(file, encoding="utf-8") as f:
-                self.settings[os.path.basename(file)] = hash_of(f.read())
+            self.settings[os.path.basename(file)] = hash_of(pathlib.Path(file).read_text("utf-8"))
         self.checkpoint = read_checkpoint(self.path) if os.path.exists(self.path) else {}
         if self.checkpoint:
             self.compare(self.settings)

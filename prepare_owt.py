@@ -37,8 +37,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import (PRETRAINED, GPT2Tokenizer, Parser, Tokenizer, bert_tokenizer, cache_folder, carried,
-                   download, fail, going_on, load_encoder, lock, prepared, progress, split_name, write_json)
+from model import (PRETRAINED, GPT2Tokenizer, Parser, Tokenizer, bert_tokenizer, cache_folder, download,
+                   fail, going_on, load_encoder, lock, package_folder, prepared, progress, split_name,
+                   write_json)
 
 CHUNKS = 21 # shares of the documents, as OpenWebText was first published
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/plain_text/" # 80 of 0.3 GB
@@ -73,7 +74,7 @@ def load_tokenizer(name, path=None, weights_dir=None):
     names, own = TOKENIZER_FILES[name], os.path.join(weights_dir or cache_folder(), name)
     if path is None and any(os.path.exists(os.path.join(own, n)) for n in [*names, "tokenizer.json"]):
         path = own
-    path = path or carried(name)
+    path = path or package_folder(name)
     if path is None or path == own and name != "bert": # bert: its tokenizer.json does as well
         path = own
         source = PRETRAINED[name]["url"].rpartition("/")[0]
