@@ -76,9 +76,9 @@ PRESETS = {
         standardize=True, cache_targets=True, image_init="random", text_init="minilm", img_size=48,
         patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=7, rotate=15.0,
         color=0.2, mask_ratio=0.6, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
-        align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=350,
-        warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=70, save_interval=70,
-        log_interval=35),
+        align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=430,
+        warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=86, save_interval=86,
+        log_interval=43),
 }
 
 
@@ -548,31 +548,30 @@ def own_tokenizer(args):
 def start_encoder(modality, source, args, vocab_size):
     """Settings of one of the student's encoders, and the weights it starts from: those of the Encoder source,
     or None for random ones."""
-    depth = needed = args.depth if modality == "image" else args.text_depth
-    asked = dict(embed_dim=args.embed_dim, num_heads=args.num_heads)
+    depth = args.depth if modality == "image" else args.text_depth
+    settings = dict(embed_dim=args.embed_dim, num_heads=args.num_heads)
     if modality == "image":
-        asked |= dict(img_size=args.img_size, patch_size=args.patch_size)
-    else:
-        if source is None:
-            asked |= dict(vocab_size=vocab_size, max_length=args.max_length)
-        if args.shared_init == "text":
-            needed += args.shared_depth
+        settings |= dict(img_size=args.img_size, patch_size=args.patch_size)
     if source is None:
-        return {**asked, "depth": depth}, None
-    has = source.config
-    wrong = [f"--{k}={v}, but it has {has[k]}" for k, v in asked.items() if v != has[k]]
-    if needed > has["depth"]:
-        wrong.append(f"{needed} blocks, but it has {has['depth']} (--depth, --text_depth, --shared_depth)")
-    if modality == "text" and args.max_length > has["max_length"]:
-        wrong.append(f"--max_length={args.max_length}, but it has {has['max_length']}")
+        if modality == "text":
+            settings |= dict(vocab_size=vocab_size, max_length=args.max_length)
+        return {**settings, "depth": depth}, None
+    config = source.config
+    wrong = [f"--{k}={v}, but it has {config[k]}" for k, v in settings.items() if v != config[k]]
+    num_blocks = depth + (args.shared_depth if modality == "text" and args.shared_init == "text" else 0)
+    if num_blocks > config["depth"]:
+        wrong.append(f"{num_blocks} blocks, but it has {config['depth']} (--depth, --text_depth, "
+                     f"--shared_depth)")
+    if modality == "text" and args.max_length > config["max_length"]:
+        wrong.append(f"--max_length={args.max_length}, but it has {config['max_length']}")
     if wrong:
         fail(f"--{modality}_init={getattr(args, f'{modality}_init')}: {'; '.join(wrong)}. Change these flags "
              f"or use --{modality}_init=random.")
     encoder = copy.deepcopy(source)
     keep_blocks(encoder, range(depth))
     encoder.norm = None
-    settings = {k: v for k, v in encoder.config.items() if k != "modality"}
-    return settings | {"final_norm": False}, encoder.state_dict()
+    settings = {k: v for k, v in encoder.config.items() if k != "modality"} | {"final_norm": False}
+    return settings, encoder.state_dict()
 
 
 def load_sources(args, teacher):
@@ -712,11 +711,11 @@ def main(args):
         # gradient of all (gradient caching, Gao et al. 2021)
         for c, part in zip(chunks, parts):
             with autocast:
-                again = outputs[0] if len(parts) == 1 else student(*part)
-            rows = slice(rank * n + c.start, rank * n + c.stop)
-            used = [(x, world * leaf.grad[rows].to(x.dtype)) for x, leaf in zip(again, leaves)
-                    if leaf.grad is not None]
-            torch.autograd.backward(*zip(*used))
+                part_outputs = outputs[0] if len(parts) == 1 else student(*part)
+            rows = slice(rank * n + c.start, rank * n + c.stop) # of this part among the B
+            backward = [(x, world * leaf.grad[rows].to(x.dtype)) for x, leaf in zip(part_outputs, leaves)
+                        if leaf.grad is not None]
+            torch.autograd.backward(*zip(*backward))
 
         norm = optimizer_step(optimizer, scaler, args.grad_clip, also=[unreadable])
         with torch.no_grad():
