@@ -208,9 +208,10 @@ def matmul_peak(device):
     return best
 
 
-def block_flops(depth, T, D, mlp_ratio=4.0):
-    """Of so many blocks, forward, for one sample of T tokens."""
-    return depth * (4 * T * D * D * (2 + mlp_ratio) + 4 * T * T * D)
+def block_flops(depth, T, D, mlp_ratio=4.0, queries=None):
+    """Of so many blocks, forward, for one sample of T tokens, of which the first `queries` are wanted."""
+    Q = queries or T
+    return depth * (6 * T * D * D + 2 * Q * D * D * (1 + 2 * mlp_ratio) + 4 * Q * T * D)
 
 
 def step_flops(args, knobs, teacher, T):
@@ -228,9 +229,9 @@ def step_flops(args, knobs, teacher, T):
     if knobs.cache_targets or knobs.kd_loss == "none":
         teacher_flops = 0
     seen = N - int(N * knobs.mask_ratio) + 1
-    return teacher_flops + embed * (1 if knobs.freeze_embeddings else 2) + 3 * (
-        block_flops(knobs.depth + knobs.shared_depth, seen, D)
-        + block_flops(knobs.text_depth + knobs.shared_depth, T, D))
+    towers = sum(block_flops(depth + knobs.shared_depth - 1, tokens, D) + block_flops(1, tokens, D, queries=1)
+                 for depth, tokens in ((knobs.depth, seen), (knobs.text_depth, T)))
+    return teacher_flops + embed * (1 if knobs.freeze_embeddings else 2) + 3 * towers
 
 
 def encoder_settings(args, name):
