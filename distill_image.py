@@ -25,7 +25,7 @@ import evaluate
 from model import (Encoder, Parser, Run, batch_order, fail, hash_of, ignore_signals, init_weights,
                    join_ranks, keep_blocks, load_encoder, make_optimizer, optimizer_step, peak_memory,
                    run_flags, set_up, split_batch, split_name, train_flags)
-from prepare_imagenet import Bad, Pairs, augment, normalize, train_image
+from prepare_imagenet import Bad, ByLabel, Pairs, augment, normalize, train_image
 
 # -----------------------------------------------------------------------------
 # presets and knobs
@@ -116,7 +116,7 @@ def get_args(argv=None):
 
 
 def feature_loss(student, teacher, images, args, autocast):
-    """Eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all
+    """Returns eq. 39: mean squared error between the averaged, normed layers of student and teacher, over all
     elements; or what --target, --instance_norm and --criterion make of it."""
     def target_of(encoder, x):
         x = encoder(x, embedded=args.share_embed, instance_norm=args.instance_norm,
@@ -132,9 +132,9 @@ def feature_loss(student, teacher, images, args, autocast):
 
 
 def masked_loss(student, heads, teacher, images, patch_mask, target_layers, autocast):
-    """data2vec's objective: the student, some of its patches hidden, predicts for them the target that the
-    teacher computes from the whole image; and with weight 0.1 its CLS token predicts the mean target of all
-    patches. patch_mask (n, N), True where hidden. Mean over hidden patches and channels."""
+    """Returns data2vec's objective: the student, some of its patches hidden, predicts for them the target
+    that the teacher computes from the whole image; and with weight 0.1 its CLS token predicts the mean target
+    of all patches. patch_mask (n, N), True where hidden. Mean over hidden patches and channels."""
     with autocast:
         with torch.no_grad():
             target = teacher(images, target_layers=target_layers) # (n, T, D)
@@ -147,7 +147,7 @@ def masked_loss(student, heads, teacher, images, patch_mask, target_layers, auto
 
 
 def loss_of(student, heads, teacher, images, noise, args, autocast):
-    """The loss of this run; noise (n, N) in [0, 1) says which patches are hidden."""
+    """Returns the loss of this run; noise (n, N) in [0, 1) says which patches are hidden."""
     if args.teacher != "ema":
         return feature_loss(student, teacher, images, args, autocast)
     hidden = hidden_patches(noise, args.mask_ratio)
@@ -166,16 +166,16 @@ class TrainImages(torch.utils.data.Dataset):
         if args.unit == "label" and pairs.labels is None:
             fail(f"--unit=label, but data set {args.data} has no labels. Use --unit=image.")
         self.pairs, self.size, self.num_patches, self.args = pairs, size, num_patches, args
-        labels = pairs.labels if args.unit == "label" else np.arange(len(pairs.images))
-        order = np.argsort(labels, kind="stable")
-        self.images_of = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        self.images_of = ByLabel(pairs.labels) if args.unit == "label" else None # of each label
+        self.num_units = len(self.images_of or pairs.images)
 
     def __getitem__(self, index):
-        """A crop (3, H, W) uint8, its noise (7 + N,) in [0, 1), and the image's number if it is grey because
-        it cannot be read, else -1."""
+        """Returns a crop (3, H, W) uint8, its noise (7 + N,) in [0, 1), and the image's number if it is grey
+        because it cannot be read, else -1."""
         epoch, position, unit = index
         rng = np.random.default_rng((self.args.seed, epoch, position))
-        i, bad = int(rng.choice(self.images_of[unit])), -1
+        i = int(rng.choice(self.images_of[unit])) if self.images_of else unit
+        bad = -1
         try:
             crop = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng)[0]
         except Bad:
@@ -184,7 +184,8 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 def hidden_patches(noise, ratio):
-    """noise (n, N) in [0, 1) -> (n, N) bool, True for the same number of patches in every image."""
+    """Returns from noise (n, N) in [0, 1) a mask (n, N), True for the same number of patches in every
+    image."""
     return noise.argsort(1).argsort(1) < int(noise.shape[1] * ratio)
 
 
@@ -193,7 +194,7 @@ def hidden_patches(noise, ratio):
 
 
 def get_lr(step, args):
-    """Linear warm-up, then half a cosine down to 0. step counts from 0."""
+    """Rises in a linear warm-up, then falls by half a cosine to 0. step counts from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -202,8 +203,8 @@ def get_lr(step, args):
 
 @torch.no_grad()
 def validate(student, heads, teacher, images, args, device, autocast, micro):
-    """The training loss on these images (N, 3, H, W) uint8, unchanged, in fixed order; patches are always
-    hidden in the same way."""
+    """Returns the training loss on these images (N, 3, H, W) uint8, unchanged, in fixed order; patches are
+    always hidden in the same way."""
     num_patches = (images.shape[-1] // student.config["patch_size"]) ** 2
     noise = torch.from_numpy(np.random.default_rng(0).random((len(images), num_patches), np.float32))
     total = 0.0
@@ -217,7 +218,7 @@ def validate(student, heads, teacher, images, args, device, autocast, micro):
 
 
 def check(args):
-    """What the flags cannot say by themselves, before time is spent."""
+    """Refuses what the flags cannot refuse by themselves, before time is spent."""
     name, path = split_name(args.teacher)
     if args.teacher != "ema" and path and not os.path.exists(path):
         fail(f"--teacher={args.teacher} is neither ema nor a published teacher (data2vec2_image, dino ..) "
@@ -242,8 +243,8 @@ def check(args):
 
 
 def make_models(args):
-    """Teacher, student and heads. --teacher=ema: both are new and equal, and the heads, which are thrown away
-    with the student in the end, predict; else the student is made from the teacher."""
+    """Makes teacher, student and heads. --teacher=ema: both are new and equal, and the heads, which are
+    thrown away with the student in the end, predict; else the student is made from the teacher."""
     heads = torch.nn.ModuleDict()
     if args.teacher == "ema":
         D = args.embed_dim
@@ -286,8 +287,7 @@ def main(args):
     # -- data, teacher and student
     train = Pairs(args.data_dir, args.data, "train")
     val = Pairs(args.data_dir, args.data, "val" if "val" in train.meta["splits"] else "test")
-    knn_sets = {name: evaluate.labelled_splits(name, args.data_dir, "--knn")
-                for name in args.knn.split(",") if name}
+    knn_sets = {name: evaluate.labelled_splits(name, args.data_dir) for name in args.knn.split(",") if name}
     teacher, student, heads = (m.to(device) for m in make_models(args))
     is_ema = args.teacher == "ema"
     product = teacher if is_ema else student # what the run is for
@@ -298,7 +298,7 @@ def main(args):
     print(f"student {trained / 1e6:.2f}M parameters trained; teacher {args.teacher}; {len(train.images):,} "
           f"training images, {min(len(val.images), 5000):,} of {len(val.images):,} for validation; an epoch "
           f"is every {args.unit} once")
-    n, micro = split_batch(args, len(images.images_of)) # images of this rank in a step, and of a forward pass
+    n, micro = split_batch(args, images.num_units) # images of this rank in a step, and of a forward pass
 
     # -- what an earlier run left
     labels = train.labels if args.unit == "label" else np.zeros(0)
@@ -319,7 +319,7 @@ def main(args):
     join_ranks(ready=True)
 
     # -- loop
-    order = batch_order(len(images.images_of), args.batch_size, args.seed, run.step, rank, world)
+    order = batch_order(images.num_units, args.batch_size, args.seed, run.step, rank, world)
     loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
                                          worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     step = run.step
@@ -328,7 +328,8 @@ def main(args):
         lr = get_lr(step, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        unreadable, total = run.name_unreadable(step, bad), torch.zeros((), device=device)
+        unreadable = run.name_unreadable(step, bad)
+        total = torch.zeros((), device=device)
 
         # the batch: flip, turn, colour and hidden patches follow from each picture's noise
         crops, noise = crops.to(device, non_blocking=True), noise.to(device, non_blocking=True)

@@ -28,7 +28,7 @@ from model import (CONFIGS, PRETRAINED, Parser, Run, Tokenizer, VisionLanguageMo
                    local_folder, make_data, make_optimizer, nearest, optimizer_step, peak_memory, run_flags,
                    save_atomic, set_up, split_batch, split_name, train_flags)
 from prepare_owt import load_text_encoder
-from prepare_imagenet import Bad, augment, normalize, train_image, visible_patches
+from prepare_imagenet import Bad, ByLabel, augment, normalize, train_image, visible_patches
 from prepare_pairs import SOURCES, open_pairs
 
 # -----------------------------------------------------------------------------
@@ -279,8 +279,8 @@ class TrainPairs(torch.utils.data.Dataset):
         # what is never its own negative in the distillation loss: a label (OpenMoji: family) if there is one,
         # since its pictures differ in details only, else the image
         self.group = np.arange(len(pairs.images)) if pairs.labels is None else pairs.labels
-        self.captions_of = positions_of(pairs.text_to_image) # of each image
-        self.images_of = positions_of(self.group) if args.unit == "label" else None # of each label
+        self.captions_of = ByLabel(pairs.text_to_image) if args.unit != "caption" else None # of each image
+        self.images_of = ByLabel(self.group) if args.unit == "label" else None # of each label
         self.num_units = {"caption": len(pairs.captions), "image": len(pairs.images),
                           "label": len(self.images_of or ())}[args.unit]
 
@@ -307,12 +307,6 @@ class TrainPairs(torch.utils.data.Dataset):
         images, captions, index, noise, bad = zip(*samples)
         return (torch.stack(images), *self.tokenizer.encode(captions, self.args.max_length),
                 torch.tensor(index), torch.stack(noise), torch.tensor(bad))
-
-
-def positions_of(labels):
-    """(n,) integers -> for each that is there, in rising order, the positions that have it."""
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def offsets(records):

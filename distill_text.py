@@ -10,6 +10,7 @@ The target of each token is the mean over all blocks of their instance-normed ou
 eq. 36-38), the loss its mean squared error over real tokens (eq. 39). Ends with out/<run>/ckpt.pt.
 """
 import copy
+import functools
 import math
 import os
 
@@ -76,9 +77,9 @@ def get_args(argv=None):
 
 
 def feature_loss(student, teacher, ids, padding_mask, args, autocast):
-    """Eq. 39 as a sum: squared error between the averaged, normed layers of student and teacher, mean over
-    channels, sum over real tokens (target=cls: CLS tokens); or what --instance_norm, --criterion make of it.
-    ids (n, T), padding_mask (n, T) or None. float32 scalar; the caller divides by the tokens of the whole
+    """Returns eq. 39 as a sum: squared error between the averaged, normed layers of student and teacher, mean
+    over channels, sum over real tokens (target=cls: CLS tokens); or what --instance_norm, --criterion make of
+    it. ids (n, T), padding_mask (n, T) or None. float32 scalar; the caller divides by the tokens of the whole
     batch, since a mean in each micro-batch would weigh the tokens of short sequences more."""
     def target_of(encoder):
         x = encoder(ids, padding_mask, instance_norm=args.instance_norm,
@@ -97,15 +98,16 @@ def feature_loss(student, teacher, ids, padding_mask, args, autocast):
 
 
 def neighbour_agreement(student_emb, teacher_emb, k):
-    """Share of texts, in percent, whose nearest neighbour by the teacher, the text itself left out, is among
-    the k nearest by the student. Chance: 100 k / (n - 1).
+    """Returns the share of texts, in percent, whose nearest neighbour by the teacher, the text itself left
+    out, is among the k nearest by the student. Chance is 100 k / (n - 1).
 
     student_emb (n, D), teacher_emb (n, E): any float dtype, normalised here. Equal cosines of the student
     count as if in random order: embeddings that are all the same get chance."""
     normed = (F.normalize(x.float(), dim=-1) for x in (student_emb, teacher_emb))
     student, teacher = ((x @ x.T).fill_diagonal_(-math.inf) for x in normed) # (n, n) each
-    own = student.gather(1, teacher.argmax(1, keepdim=True)) # (n, 1)
-    before, equal = (~(student <= own)).sum(1), (student == own).sum(1) # before: NaN, too; equal: itself, too
+    cosine = student.gather(1, teacher.argmax(1, keepdim=True)) # (n, 1), of the teacher's neighbour
+    before = (~(student <= cosine)).sum(1) # NaN counts, too
+    equal = (student == cosine).sum(1) # the neighbour itself among them
     return ((k - before) / equal).clamp(0, 1).mean().item() * 100
 
 
@@ -134,15 +136,17 @@ class Sequences(torch.utils.data.Dataset):
         return row
 
     def collate(self, rows):
-        """Rows of ids -> the same between CLS and SEP, (n, T) int64; padding_mask (n, T); T: the longest."""
+        """Puts rows of ids between CLS and SEP. Returns ids (n, T) int64 and padding_mask (n, T); T: the
+        longest."""
         rows = [torch.from_numpy(np.concatenate([[self.cls], row, [self.sep]])) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
         return ids, ids == self.pad # which no text holds
 
 
 def sentences(sequences, stop, limit):
-    """At most limit different sentences, spread evenly over the first million tokens: ids, padding_mask, both
-    (n, T). A sentence ends after a full stop, whose id is stop, or with its document; 8 to 62 tokens long."""
+    """Returns at most limit different sentences of 8 to 62 tokens, spread evenly over the first million
+    tokens: ids, padding_mask, both (n, T). A sentence ends after a full stop, whose id is stop, or with its
+    document."""
     stream, end = sequences.tokens[:1_000_000], sequences.tokens.end_id
     rows = np.split(stream, np.flatnonzero((stream == stop) | (stream == end)) + 1)
     rows = dict.fromkeys(tuple(row[row != end].tolist()) for row in rows) # each once, in order
@@ -158,7 +162,7 @@ def sentences(sequences, stop, limit):
 
 
 def get_lr(step, args):
-    """Linear warm-up, then half a cosine down to 0. step counts from 0."""
+    """Rises in a linear warm-up, then falls by half a cosine to 0. step counts from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -166,13 +170,13 @@ def get_lr(step, args):
 
 
 def loss_tokens(padding_mask, target):
-    """How many tokens of a batch the loss is a mean of, a tensor (1,): real ones, or CLS tokens alone."""
+    """Returns of how many tokens of a batch the loss is a mean, as a tensor (1,): real ones, or CLS alone."""
     return torch.tensor([len(padding_mask) if target == "cls" else (~padding_mask).sum().item()])
 
 
 @torch.no_grad()
 def embed(encoder, held_out, device, autocast, micro):
-    """Embeddings of sentences, (ids, padding_mask), as encode_text gives them, (n, D) float32."""
+    """Embeds sentences (ids, padding_mask), as encode_text does, (n, D) float32."""
     with autocast:
         return torch.cat([encoder.encode(ids.to(device), padding_mask.to(device))
                           for ids, padding_mask in zip(*(x.split(micro) for x in held_out))])
@@ -180,8 +184,8 @@ def embed(encoder, held_out, device, autocast, micro):
 
 @torch.no_grad()
 def validate(student, teacher, batch, held_out, teacher_emb, args, device, autocast, micro):
-    """The training loss on a batch (ids, padding_mask), and how often sentences have the same nearest
-    neighbour as by the teacher: a record for log.jsonl."""
+    """Returns a record for log.jsonl: the training loss on a batch (ids, padding_mask), and how often the
+    nearest neighbour of a sentence is the teacher's."""
     total = sum(feature_loss(student, teacher, *to_device(device, *part), args, autocast).item()
                 for part in zip(*(x.split(micro) for x in batch)))
     record = {"val_loss": total / loss_tokens(batch[1], args.target).item()}
@@ -192,7 +196,8 @@ def validate(student, teacher, batch, held_out, teacher_emb, args, device, autoc
 
 
 def to_device(device, ids, padding_mask):
-    """The same on the device; None for a mask that hides nothing, as almost all do: attention is faster."""
+    """Moves both to the device; a mask that hides nothing, as almost all do, becomes None: attention is then
+    faster."""
     ids = ids.to(device, non_blocking=True)
     return ids, padding_mask.to(device, non_blocking=True) if padding_mask.any() else None
 
@@ -201,7 +206,7 @@ def to_device(device, ids, padding_mask):
 
 
 def check(args):
-    """What the flags cannot say by themselves, before time is spent."""
+    """Refuses what the flags cannot refuse by themselves, before time is spent."""
     name, path = split_name(args.teacher)
     if path and not os.path.exists(path):
         fail(f"--teacher={args.teacher} is neither bert, data2vec2_text nor minilm, nor a file")
@@ -220,7 +225,8 @@ def check(args):
 
 
 def make_student(teacher, args):
-    """A student from the teacher's first or every second blocks, or from random ones."""
+    """Makes a student of the teacher's first blocks, of such as are spread evenly over it, or of random
+    ones."""
     L = teacher.config["depth"]
     if args.depth > L:
         fail(f"--depth={args.depth}, but the teacher {args.teacher} has {L} blocks")
@@ -247,7 +253,8 @@ def main(args):
     # -- teacher, student and data
     teacher = load_text_encoder(args.teacher, args.weights_dir)
     tokenizer = teacher.tokenizer
-    student, teacher = make_student(teacher, args).to(device), teacher.to(device)
+    student = make_student(teacher, args).to(device)
+    teacher.to(device)
     train, val = (Sequences(Tokens(args.data_dir, args.data, split, tokenizer), tokenizer, args.max_length)
                   for split in ("train", "val"))
     chosen = np.linspace(0, len(val) - 1, min(len(val), 2000)).astype(int)
@@ -257,7 +264,7 @@ def main(args):
           f"validation")
     _, micro = split_batch(args, len(train)) # sequences of a forward pass
     held_out = teacher_emb = None
-    if args.agreement:
+    if args.agreement and not rank:
         held_out = sentences(val, tokenizer.encode(["."], 3)[0][0, 1].item(), args.agreement)
         teacher_emb = embed(teacher, held_out, device, autocast, micro)
 
@@ -279,12 +286,13 @@ def main(args):
     loader = torch.utils.data.DataLoader(train, batch_sampler=order, collate_fn=train.collate,
                                          num_workers=args.num_workers, worker_init_fn=ignore_signals,
                                          pin_memory=device.type == "cuda")
+    measure = functools.partial(validate, student, teacher, val_batch, held_out, teacher_emb, args, device,
+                                autocast, micro)
     step = run.step
     student.train()
     if not rank and not records:
         with run.paused(step):
-            records.append(validate(student, teacher, val_batch, held_out, teacher_emb, args, device,
-                                    autocast, micro))
+            records.append(measure())
         run.log(step, f"before the first step: loss {records[0]['val_loss']:.4f}", **records[0])
     for ids, padding_mask in run.batches(loader):
         lr = get_lr(step, args)
@@ -292,7 +300,8 @@ def main(args):
             param_group["lr"] = lr
 
         # a mean over the tokens of the whole batch, of all ranks; each micro-batch adds its share
-        count, total = all_gather(loss_tokens(padding_mask, args.target)).sum().item(), 0.0
+        count = all_gather(loss_tokens(padding_mask, args.target)).sum().item()
+        total = 0.0
         for part in zip(ids.split(micro), padding_mask.split(micro)):
             loss = feature_loss(student, teacher, *to_device(device, *part), args, autocast) / count
             scaler.scale(loss).backward()
@@ -310,8 +319,7 @@ def main(args):
                     f"{means['norm']:.2f}  lr {lr:.2e}  {pace}", lr=lr, **means)
         if step % args.eval_interval == 0 or step == args.max_steps:
             with run.paused(step):
-                record = validate(student, teacher, val_batch, held_out, teacher_emb, args, device, autocast,
-                                  micro)
+                record = measure()
             if record["val_loss"] < best["loss"]:
                 best = {"loss": record["val_loss"], "step": step}
             records = [records[0], record]

@@ -48,8 +48,8 @@ from prepare_owt import load_text_encoder
 
 
 def checked(image_emb, text_emb, text_to_image):
-    """Embeddings as float32 unit vectors on the CPU, text_to_image as an int64 tensor. ValueError if the
-    three do not belong together, or if an embedding is NaN or infinite."""
+    """Returns both embeddings as float32 unit vectors on the CPU, and text_to_image as an int64 tensor.
+    Raises ValueError if the three do not belong together, or if an embedding is NaN or infinite."""
     images, texts = (torch.as_tensor(emb).detach().cpu() for emb in (image_emb, text_emb))
     owner = torch.as_tensor(text_to_image).cpu()
     for name, emb in ("image_emb", images), ("text_emb", texts):
@@ -67,15 +67,15 @@ def checked(image_emb, text_emb, text_to_image):
 
 
 def gallery_order(size):
-    """The order in which equal scores rank: a fixed permutation. A collapsed model, whose scores are all
-    equal, must not be right because the right answer happens to be stored first."""
+    """Returns the order in which equal scores rank, a fixed permutation: a collapsed model, whose scores are
+    all equal, must not be right because the right answer happens to be stored first."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))
 
 
 def best_ranks(queries, query_owner, gallery, gallery_owner, chunk=256):
-    """Rank (1 = best) of each query's best right answer, which is a gallery item of the same owner.
-    queries (Q, D), gallery (G, D): unit vectors; owners int64. Returns (Q,) int64, G + 1 where the gallery
-    has no right answer. Memory: chunk x G."""
+    """Returns the rank (1 = best) of each query's best right answer, a gallery item of the same owner: (Q,)
+    int64, G + 1 where the gallery has none. queries (Q, D), gallery (G, D): unit vectors; owners int64. Needs
+    memory for chunk x G scores."""
     order = gallery_order(len(gallery)) # before the product: its rounding depends on the column
     gallery, gallery_owner = gallery[order], gallery_owner[order]
     position = torch.arange(len(gallery), device=gallery.device)
@@ -91,50 +91,53 @@ def best_ranks(queries, query_owner, gallery, gallery_owner, chunk=256):
 
 
 def percent(hits):
-    """Share of True in a bool tensor, times 100."""
+    """Returns the share of True in a bool tensor, times 100."""
     return hits.double().mean().item() * 100
 
 
 def mean(values):
-    """None where a value is None."""
+    """Returns the mean, or None if a value is None."""
     return None if None in values else sum(values) / len(values)
 
 
 def summary(i2t, t2i):
-    """Three recalls each way -> the dict of retrieval_metrics."""
+    """Makes the dict of retrieval_metrics from the three recalls of each way."""
     keys = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     return {**dict(zip(keys, [*i2t, *t2i])),
             "i2t_mean": mean(i2t), "t2i_mean": mean(t2i), "mean": mean([*i2t, *t2i])}
 
 
 def retrieval_metrics(image_emb, text_emb, text_to_image):
-    """Recall at 1, 5 and 10 both ways, in percent, python floats: i2t_rK, the share of images with any own
-    caption among the K captions of highest cosine; t2i_rK, of captions whose image is among the K images;
-    i2t_mean, t2i_mean, over the three K; mean, over all six, the thesis' average. image_emb (N, D), text_emb
-    (M, D): any float dtype, normalised here, compared in float32; text_to_image (M,) integers. Equal scores
-    get chance, not 100%: see gallery_order. ValueError as in checked."""
+    """Returns recall at 1, 5 and 10 both ways, in percent, python floats: i2t_rK, the share of images with
+    any own caption among the K captions of highest cosine; t2i_rK, of captions whose image is among the K
+    images; i2t_mean, t2i_mean, over the three K; mean, over all six, the thesis' average. image_emb (N, D),
+    text_emb (M, D): any float dtype, normalised here, compared in float32; text_to_image (M,) integers. Equal
+    scores get chance, not 100%: see gallery_order. ValueError as in checked."""
     images, texts, owner = checked(image_emb, text_emb, text_to_image)
     index = torch.arange(len(images))
     i2t, t2i = best_ranks(images, index, texts, owner), best_ranks(texts, owner, images, index)
-    return summary(*([percent(found <= k) for k in (1, 5, 10)] for found in (i2t, t2i)))
+    return summary(*[[percent(rank <= k) for k in (1, 5, 10)] for rank in (i2t, t2i)])
 
 
 def median_rank(image_emb, text_emb):
-    """Median rank (1 = best) of the true partner, (i2t, t2i), for one-to-one pairs: (N, D) and (N, D), row i
-    with row i. Chance is (N + 1) / 2. Ties and errors as in retrieval_metrics."""
+    """Returns the median rank (1 = best) of the true partner, (i2t, t2i), for one-to-one pairs: (N, D) and
+    (N, D), row i with row i. Chance is (N + 1) / 2. Ties and errors as in retrieval_metrics."""
     images, texts, index = checked(image_emb, text_emb, np.arange(len(image_emb)))
-    i2t, t2i = best_ranks(images, index, texts, index), best_ranks(texts, index, images, index)
-    return float(np.median(i2t.numpy())), float(np.median(t2i.numpy()))
+    both_ways = best_ranks(images, index, texts, index), best_ranks(texts, index, images, index)
+    return tuple(float(np.median(ranks.numpy())) for ranks in both_ways)
 
 
 def median_rank_chunks(image_emb, text_emb, text_to_image, chunk=1000):
-    """The protocol of SHRe's COCO numbers, (i2t, t2i): in pass c = 0 .. 4 (at most as many as an image has
-    captions) each image is paired with its caption c, or c modulo their number, the images are cut into
-    chunks of 1,000, without the rest, and the medians are averaged. Arguments as in retrieval_metrics."""
+    """Follows the protocol of SHRe's COCO numbers, (i2t, t2i): in pass c = 0 .. 4 (at most as many as an
+    image has captions) each image is paired with its caption c, or c modulo their number, the images are cut
+    into chunks of 1,000, without the rest, and the medians are averaged. Arguments as in
+    retrieval_metrics."""
     images, texts, owner = checked(image_emb, text_emb, text_to_image)
-    N, counts = len(images), torch.bincount(owner)
-    by_image, start = owner.argsort(stable=True), counts.cumsum(0) - counts
+    N = len(images)
     chunk = min(chunk, N)
+    counts = torch.bincount(owner) # captions of each image
+    by_image = owner.argsort(stable=True)
+    start = counts.cumsum(0) - counts # where each image's captions begin there
     medians = []
     for c in range(min(5, counts.max().item())):
         caption = by_image[start + c % counts] # (N,) each image's caption c
@@ -144,11 +147,16 @@ def median_rank_chunks(image_emb, text_emb, text_to_image, chunk=1000):
 
 
 def chance_row(text_to_image, num_images):
-    """What retrieval_metrics gives for random scores on average, exactly: an image with n of the M captions
-    has one in the top K with probability 1 - C(M-n, K) / C(M, K), a caption's image is there with K / N."""
-    M, counts = len(text_to_image), np.bincount(np.asarray(text_to_image), minlength=num_images)
-    i2t = [100 - 100 * sum(math.comb(M - n, min(k, M)) for n in counts.tolist()) / math.comb(M, min(k, M))
-           / num_images for k in (1, 5, 10)]
+    """Returns what retrieval_metrics gives for random scores on average, exactly: an image with n of M
+    captions has one in the top K with probability 1 - C(M-n, K) / C(M, K), a caption's image is there with K
+    / N."""
+    M = len(text_to_image)
+    counts = np.bincount(np.asarray(text_to_image), minlength=num_images) # captions of each image
+    i2t = []
+    for k in 1, 5, 10:
+        k = min(k, M)
+        missed = sum(math.comb(M - n, k) for n in counts.tolist())
+        i2t.append(100 - 100 * missed / math.comb(M, k) / num_images)
     return summary(i2t, [100 * min(k / num_images, 1.0) for k in (1, 5, 10)])
 
 
@@ -157,20 +165,19 @@ def chance_row(text_to_image, num_images):
 
 
 def towers(model):
-    """Which of "image" and "text" a model embeds."""
+    """Returns the modalities that a model embeds, of "image" and "text"."""
     return [modality for modality in ("image", "text") if hasattr(model, f"encode_{modality}")]
 
 
 def one_encoder(args, modality):
-    """The frozen Encoder that --ckpt, --image_encoder or --text_encoder gives, and its name. Of a multimodal
-    checkpoint it is that tower alone, without what both share, as the thesis finetuned them."""
+    """Returns the frozen Encoder that --ckpt, --image_encoder or --text_encoder gives, and its name. Of a
+    multimodal checkpoint it is that tower alone, without what both share, as the thesis finetuned them."""
     name = getattr(args, f"{modality}_encoder")
     if name and "ckpt" in args.given:
         fail(f"--ckpt={args.ckpt} and {name} are each an encoder: give one of them")
-    if name and modality == "image":
-        return load_encoder(name, "image", args.weights_dir), name
     if name:
-        return load_text_encoder(name, args.weights_dir), name
+        return (load_encoder(name, "image", args.weights_dir) if modality == "image" else
+                load_text_encoder(name, args.weights_dir)), name
     model = load_checkpoint(args.ckpt)
     encoder = getattr(model, f"{modality}_encoder", model)
     if encoder.config["modality"] != modality:
@@ -182,7 +189,7 @@ def one_encoder(args, modality):
 
 
 def two_towers(args, device):
-    """The model with encode_image and encode_text that the flags name, on device, and its name."""
+    """Returns the model with encode_image and encode_text that the flags name, on device, and its name."""
     given = [getattr(args, f"{modality}_encoder", None) for modality in ("image", "text")]
     if given == [None, None]:
         model = load_checkpoint(args.ckpt)
@@ -201,18 +208,18 @@ def two_towers(args, device):
     return model.to(device), " + ".join(given)
 
 
-def labelled_splits(task, data_dir, reader, names=("train", "val", "test")):
-    """A set's splits of these names: train, if it is asked for, and val, test or both. All have labels, and
-    train has every label. reader: what needs them, for the messages."""
-    paths = {s: os.path.join(data_dir, task, f"{s}_images.idx") for s in names}
-    found = [s for s in names if s == "train" or os.path.exists(paths[s])]
-    splits = {s: Pairs(data_dir, task, s) for s in found or names[-1:]}
+def labelled_splits(task, data_dir, names=("train", "val", "test")):
+    """Returns the splits of a set, name -> Pairs: train, if it is among names, and val, test or both. Ends
+    the program if one has no labels or train lacks a label."""
+    folder = os.path.join(data_dir, task)
+    found = [s for s in names if s == "train" or os.path.exists(os.path.join(folder, f"{s}_images.idx"))]
+    splits = {s: Pairs(data_dir, task, s) for s in found or names}
     if [*splits] == ["train"]:
         fail(f"data set {task} has neither a val nor a test split: nothing to measure on")
     for s, pairs in splits.items():
         if pairs.labels is None:
-            fail(f"data set {task} has no labels in its split {s}, and {reader} compares labels. Digits have "
-                 f"them: python prepare_imagenet.py --data=digits")
+            fail(f"data set {task} has no labels in its split {s} to compare with. Digits have them: python "
+                 f"prepare_imagenet.py --data=digits")
         unknown = np.setdiff1d(pairs.labels, splits["train"].labels).tolist() if "train" in splits else []
         if unknown:
             fail(f"data set {task}: no training image has the labels {unknown[:3]} of its split {s}")
@@ -221,7 +228,7 @@ def labelled_splits(task, data_dir, reader, names=("train", "val", "test")):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval mode, and afterwards every part of it in the mode that it had."""
+    """Puts the model into eval mode, and afterwards every part of it back into the mode that it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -233,8 +240,8 @@ def evaluating(model):
 
 @torch.no_grad()
 def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collate=None):
-    """Every item once, in order, by encode: a batch of items, as collate makes it -> (B, D). Returns (n, D)
-    float32 on the CPU. The model, already on device, runs in eval mode under autocast to dtype."""
+    """Embeds every item once, in order: (n, D) float32 on the CPU. encode takes a batch, as collate makes it
+    of items, and returns (B, D). The model, already on device, runs in eval mode under autocast to dtype."""
     loader = torch.utils.data.DataLoader(
         items, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
         generator=torch.Generator()) # its own: a training loop's random numbers stay as they are
@@ -246,21 +253,22 @@ def embed(model, encode, items, batch_size, device, dtype, num_workers=0, collat
     except RuntimeError as e:
         if not num_workers or "DataLoader worker" not in str(e):
             raise
-    # the workers died, of a signal to the whole group: what called this ends in good order, without them
-    if isinstance(items, EvalImages):
-        items.num_grey = 0 # they are counted anew
+    # a signal to the whole group ended the workers: the caller is to end in good order, so without them
     return embed(model, encode, items, batch_size, device, dtype, 0, collate)
 
 
-say_once = functools.cache(print) # loops evaluate again and again
+@functools.cache # a loop evaluates again and again: it is said once
+def warn_once(message):
+    print(message, file=sys.stderr)
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Pictures, as bytes or paths, as evaluation sees them, (3, H, W) uint8, each with -1; one that cannot be
-    read is grey, and comes with its number."""
+    """Pictures, as bytes or paths, as evaluation sees them. Items are (3, H, W) uint8 and -1, or, where a
+    picture cannot be read, grey and the picture's number."""
 
     def __init__(self, images, size, squash=False):
-        self.images, self.size, self.squash, self.num_grey = images, size, squash, 0
+        self.images, self.size, self.squash = images, size, squash
+        self.grey = set() # numbers of those that could not be read
 
     def __len__(self):
         return len(self.images)
@@ -273,31 +281,31 @@ class EvalImages(torch.utils.data.Dataset):
             return torch.full((3, self.size, self.size), 128, dtype=torch.uint8), int(i)
 
     def images_of(self, batch):
-        """A batch of such pairs -> images (B, 3, H, W) uint8. Names the grey ones; ends the program when they
-        are more than ten and one in a hundred."""
+        """Returns the images (B, 3, H, W) uint8 of collated items. Names the grey ones, and ends the program
+        when they are more than ten and one in a hundred."""
         images, bad = batch
         for i in bad[bad >= 0].tolist():
-            self.num_grey += 1
-            say_once(f"{getattr(self.images, 'path', 'data')}: picture {i} of {len(self)} cannot be read: "
-                     f"grey in its place")
-        if self.num_grey > 10 + len(self) / 100:
-            fail(f"{self.num_grey} of {len(self)} pictures cannot be read: prepare the set again")
+            self.grey.add(i)
+            warn_once(f"{getattr(self.images, 'path', 'data')}: picture {i} of {len(self)} cannot be read: "
+                      f"grey in its place")
+        if len(self.grey) > 10 + len(self) / 100:
+            fail(f"{len(self.grey)} of {len(self)} pictures cannot be read: prepare the set again")
         return images
 
-    def stack(self, which):
-        """Those pictures, in this order, (n, 3, H, W) uint8."""
-        return self.images_of(torch.utils.data.default_collate([self[i] for i in which]))
+    def stack(self, numbers):
+        """Returns the pictures of these numbers, in this order, (n, 3, H, W) uint8."""
+        return self.images_of(torch.utils.data.default_collate([self[i] for i in numbers]))
 
 
 def embed_images(model, encode, images, size, batch_size, device, dtype, squash=False, num_workers=0):
-    """As embed; encode: pictures (B, 3, H, W) float32, normalised -> (B, D)."""
+    """Embeds encoded pictures: (n, D) as embed returns it. encode: (B, 3, H, W), normalised -> (B, D)."""
     images = EvalImages(images, size, squash)
     return embed(model, lambda batch: encode(normalize(images.images_of(batch).to(device))), images,
                  batch_size, device, dtype, num_workers)
 
 
 def embed_texts(model, texts, batch_size, device, dtype):
-    """As embed, by the model's encode_text."""
+    """Embeds strings by the model's encode_text: (n, D) as embed returns it."""
     def encode(batch):
         ids, padding_mask = model.tokenizer.encode(batch, model.max_length) # (B, T) each
         return model.encode_text(ids.to(device), padding_mask.to(device))
@@ -307,7 +315,7 @@ def embed_texts(model, texts, batch_size, device, dtype):
 
 def evaluate_retrieval(model, pairs, batch_size=256, device=torch.device("cpu"), dtype=torch.float32,
                        squash=False, num_workers=0):
-    """Each image and caption once, then retrieval_metrics -> (metrics, image_emb (N, D), text_emb (M, D))."""
+    """Embeds each image and caption once. Returns retrieval_metrics, image_emb (N, D), text_emb (M, D)."""
     image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, batch_size, device,
                              dtype, squash, num_workers)
     text_emb = embed_texts(model, pairs.captions, batch_size, device, dtype)
@@ -331,8 +339,9 @@ PUBLISHED = { # R@1, 5, 10 image -> text, then text -> image; on COCO, then on F
 
 
 def table(head, rows, published={}, column=16, above=""):
-    """head: over the names, then over the columns, which are `column` wide. rows: dict name -> as many
-    numbers, None where there is none; published: more of them, marked so."""
+    """Returns the text of a table. head: over the names, then over each column of `column` characters; rows:
+    name -> numbers, None where there is none; published: more of them, marked so; above: a line over the
+    head."""
     rows = rows | {f"{name}, published": row for name, row in published.items()}
     width = max(map(len, [head[0], *rows]))
     lines = [f"{'':{width}}{above}"] if above else []
@@ -349,12 +358,13 @@ CELL = 96 # pixels of a result; to the next 14 more, to the next row 28
 
 
 def thumbnail(images, i, side):
-    """Picture i as a model sees it, its centre, as a PIL image; grey if it cannot be read."""
+    """Returns the centre of picture i, as a model sees it, as a PIL image; grey if it cannot be read."""
     return Image.fromarray(EvalImages(images, side)[i][0].permute(1, 2, 0).numpy())
 
 
 def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
-    """A PNG: the five pictures found for some captions and the reverse, right ones in green, with ranks."""
+    """Draws the five pictures found for some captions, and the reverse, into a PNG: right answers in green,
+    and at the right the rank of the first of them."""
     images, texts, owner = checked(image_emb, text_emb, pairs.text_to_image)
     drawn = gallery_order(len(images)).repeat(2 * rows)[:2 * rows].tolist()
     captions = [owner.tolist().index(i) for i in drawn[:rows]] # the first of each picture
@@ -381,18 +391,19 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
 
     write("What the model finds", 24, 34, 26)
     y = 62
-    image_side, text_side = (images, pairs.images, torch.arange(len(images))), (texts, pairs.captions, owner)
-    for heading, queries, (query_emb, query_items, query_owner), (gallery_emb, gallery, gallery_owner) in (
-            ("Captions to pictures", captions, text_side, image_side),
-            ("Pictures to captions", drawn[rows:], image_side, text_side)):
+    sides = {"picture": (images, pairs.images, torch.arange(len(images))),
+             "caption": (texts, pairs.captions, owner)}
+    for given, wanted, queries in ("caption", "picture", captions), ("picture", "caption", drawn[rows:]):
+        query_emb, query_items, query_owner = sides[given]
+        gallery_emb, gallery, gallery_owner = sides[wanted]
         draw.rectangle((0, y, 844, y + 42), PALE)
-        write(f"{heading}: the best five of {len(gallery):,}", 24, y + 21, 20)
+        write(f"{given.title()}s to {wanted}s: the best five of {len(gallery):,}", 24, y + 21, 20)
         y += 56
         order = gallery_order(len(gallery)) # ties as in best_ranks
         for q in queries:
             found = order[(gallery_emb[order] @ query_emb[q]).argsort(descending=True, stable=True)] # (G,)
             right = gallery_owner[found] == query_owner[q] # (G,)
-            if query_items is pairs.captions:
+            if given == "caption":
                 write(query_items[q], 24, y + CELL / 2, 17, width=152, max_lines=4)
             else:
                 show(query_items, q, 28, y)
@@ -409,27 +420,29 @@ def draw_retrieval(pairs, image_emb, text_emb, path, rows=4):
 
 
 def retrieval(args, device, dtype):
-    """Image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true partner. For the
-    whole test sets of coco and flickr30k published rows are printed."""
+    """Measures image-text retrieval: recall at 1, 5 and 10 both ways, and the median rank of the true
+    partner. For the whole test sets of coco and flickr30k published rows are printed."""
     model, name = two_towers(args, device)
     pairs = Pairs(args.data_dir, args.data, args.split, needs_captions=True)
     N, M = len(pairs.images), len(pairs.captions)
     print(f"{args.data} {args.split}: {N:,} images, {M:,} captions, squash={args.squash}")
     metrics, image_emb, text_emb = evaluate_retrieval(
         model, pairs, args.batch_size, device, dtype, args.squash, args.num_workers)
-    chance, published = chance_row(pairs.text_to_image, N), {}
+    chance = chance_row(pairs.text_to_image, N)
+    published = {}
     if args.split == "test" and (N, M) in TEST_SETS.get(args.data, []):
         first = 6 if args.data == "flickr30k" else 0
         published = {title: summary(row[first:first + 3], row[first + 3:first + 6])
                      for title, row in PUBLISHED.items()}
     keys = [f"{way}_{k}" for way in ("i2t", "t2i") for k in ("r1", "r5", "r10", "mean")] + ["mean"]
-    rows, others = ({title: [row[k] for k in keys] for title, row in x.items()}
-                    for x in ({name: metrics, "chance": chance}, published))
-    print(table(["Model", *["R@1", "R@5", "R@10", "mean"] * 2, "mean"], rows, others, 7,
+    in_order = lambda rows: {title: [row[k] for k in keys] for title, row in rows.items()}
+    print(table(["Model", *["R@1", "R@5", "R@10", "mean"] * 2, "mean"],
+                in_order({name: metrics, "chance": chance}), in_order(published), 7,
                 f"{'Image -> Text':>28}{'Text -> Image':>28}{'both':>7}"))
     if published and args.data == "flickr30k":
         print("(!) scored by a wrong index: expect much higher numbers from the same model here")
-    (i2t, t2i), size = median_rank_chunks(image_emb, text_emb, pairs.text_to_image), min(N, 1000)
+    size = min(N, 1000)
+    i2t, t2i = median_rank_chunks(image_emb, text_emb, pairs.text_to_image, size)
     print(f"median rank among {size:,}: image -> text {i2t:g}, text -> image {t2i:g} (1 = best, chance "
           f"{(size + 1) / 2:g})")
     if args.picture:
@@ -443,13 +456,14 @@ def retrieval(args, device, dtype):
 
 
 def image_features(encoder, pairs, batch_size, device, dtype, num_workers=0):
-    """Every image of a split once, in order -> (N, D), the mean of its patch tokens, as in the thesis."""
+    """Embeds every image of a split by the mean of its patch tokens, as in the thesis: (N, D)."""
     return embed_images(encoder, lambda images: encoder(images)[:, 1:].float().mean(1), pairs.images,
                         encoder.config["img_size"], batch_size, device, dtype, num_workers=num_workers)
 
 
 def knn_ranks(bank, bank_labels, queries, query_labels):
-    """Rank (Q,) int64 (1 = nearest) of each query's nearest bank item of its label; len(bank) + 1: none."""
+    """Returns the rank (Q,) int64 (1 = nearest) of each query's nearest bank item of its own label, len(bank)
+    + 1 where there is none. Arguments as in knn_accuracy."""
     sides = []
     for name, emb, labels in ("queries", queries, query_labels), ("bank", bank, bank_labels):
         emb, labels = torch.as_tensor(emb).detach(), torch.as_tensor(labels)
@@ -461,30 +475,31 @@ def knn_ranks(bank, bank_labels, queries, query_labels):
 
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k):
-    """Share of queries, in percent, with their label among their k nearest neighbours in the bank: a hit if
-    any of the k has it, no vote. bank (G, D), queries (Q, D): any float dtype, on one device, normalised
-    here; labels (G,) and (Q,) integers. Equal cosines rank as in retrieval_metrics."""
+    """Returns the share of queries, in percent, with their label among their k nearest neighbours in the
+    bank: a hit if any of the k has it, no vote. bank (G, D), queries (Q, D): any float dtype, on one device,
+    normalised here; labels (G,) and (Q,) integers. Equal cosines rank as in retrieval_metrics."""
     return percent(knn_ranks(bank, bank_labels, queries, query_labels) <= min(k, len(bank)))
 
 
 def evaluate_knn(encoder, bank_pairs, query_pairs, batch_size=256, device=torch.device("cpu"),
                  dtype=torch.float32, num_workers=0):
-    """Two labelled splits -> top1 and top3 of queries in the bank, reverse_top1, reverse_top3; in percent."""
-    bank, queries = ((image_features(encoder, pairs, batch_size, device, dtype, num_workers).to(device),
-                      pairs.labels) for pairs in (bank_pairs, query_pairs))
-    result = {}
-    for way, gallery, asked in ("", bank, queries), ("reverse_", queries, bank):
-        found = knn_ranks(*gallery, *asked)
-        result |= {f"{way}top{k}": percent(found <= min(k, len(gallery[0]))) for k in (1, 3)}
-    return result
+    """Looks up the images of one labelled split in another. Returns top1 and top3 of the queries in the bank,
+    and the other way round reverse_top1 and reverse_top3, in percent."""
+    bank, queries = (image_features(encoder, pairs, batch_size, device, dtype, num_workers).to(device)
+                     for pairs in (bank_pairs, query_pairs))
+    forth = knn_ranks(bank, bank_pairs.labels, queries, query_pairs.labels)
+    back = knn_ranks(queries, query_pairs.labels, bank, bank_pairs.labels)
+    result = {f"top{k}": percent(forth <= min(k, len(bank))) for k in (1, 3)}
+    return result | {f"reverse_top{k}": percent(back <= min(k, len(queries))) for k in (1, 3)}
 
 
 def knn(args, device, dtype):
-    """Nearest neighbours of frozen image features: the share of images with their label among their 1 and 3
-    nearest, held-out images searched in the training images and the other way round."""
+    """Looks for nearest neighbours of frozen image features: the share of images with their label among their
+    1 and 3 nearest, held-out images searched in the training images and the other way round."""
     encoder, ckpt = one_encoder(args, "image")
-    splits = labelled_splits(args.task, args.data_dir, args.command)
-    train, (name, held_out) = splits["train"], splits.popitem() # the last: test if there is one
+    splits = labelled_splits(args.task, args.data_dir)
+    train = splits["train"]
+    name, held_out = splits.popitem() # the last: test if there is one
     print(f"{args.task}: {len(train.images):,} training images, {len(held_out.images):,} of {name}")
     metrics = evaluate_knn(encoder.to(device), train, held_out, args.batch_size, device, dtype,
                            args.num_workers)
@@ -499,28 +514,17 @@ PUBLISHED_ZERO_SHOT = { # top-1 on ImageNet's 50,000, CLIP's 80 prompts; SHRe's 
     "S-SMKE_CDL_MB, no teacher": 25.8, "CLIP L/14-336": 76.2}
 
 
-def read_rows(path):
-    """Yields the rows of a tab-separated or parquet file as cells of text, of parquet first the columns."""
-    try:
-        if path.endswith(".parquet"):
-            from pyarrow import parquet # here, not above: optional
-            contents = parquet.read_table(path)
-            yield contents.column_names
-            yield from zip(*([str(x) for x in column.to_pylist()] for column in contents.columns))
-        else:
-            with open(path, encoding="utf-8-sig", newline="\n") as f: # no quotes; only a newline ends a row
-                yield from (line.rstrip("\r\n").split("\t") for line in f)
-    except (ValueError, OSError) as e: # no UTF-8, no parquet
-        fail(f"{path} cannot be read: {e}")
-
-
 def class_names(task, classes, path):
-    """What prompts call the classes of a set, in the order of its labels, and who says so: path, a file with
-    a name a line, or its meta.json. Where folders were numbers, line n + 1 names folder n."""
+    """Returns what prompts call the classes of a set, in the order of its labels, and who says so: path, with
+    a name a line, CLIP or meta.json. Where folders were numbers, line n + 1 names folder n."""
     are_numbers = sorted(classes) == sorted(map(str, range(len(classes))))
     are_wordnet = all(re.fullmatch(r"n\d{8}", name) for name in classes)
     if path:
-        names = [row[0].strip() for row in read_rows(path) if row[0].strip()]
+        try:
+            with open(path, encoding="utf-8-sig") as f:
+                names = [line.strip() for line in f if line.strip()]
+        except (ValueError, OSError) as e: # no UTF-8, no file
+            fail(f"--classes={path} cannot be read: {e}")
         if len(names) != len(classes or names):
             fail(f"--classes={path} holds {len(names):,} names, but {task} has {len(classes):,} classes")
         return [names[int(name)] for name in classes] if classes and are_numbers else names, path
@@ -528,28 +532,27 @@ def class_names(task, classes, path):
     if is_imagenet and len(classes) == 1000 and not are_numbers: # in the order of our labels
         import open_clip # here, not above: optional
         return open_clip.IMAGENET_CLASSNAMES, "CLIP"
-    if are_wordnet or are_numbers and len(classes) == 1000:
+    if are_wordnet or are_numbers and len(classes) == 1000: # or there are none
         fail(f"the classes of {task} are no words, at most ImageNet's numbers: name them with --classes=FILE")
     return [name.replace("_", " ") for name in classes], "meta.json"
 
 
 @torch.no_grad()
-def zero_shot_weights(encode_text, classnames, templates, batch_size=256):
-    """One embedding a class, (C, D) float32 of length 1: the mean of its prompts' embeddings, each normalised
-    before, normalised again. encode_text: list of at most batch_size strings -> (n, D), any float dtype and
-    length; templates: strings with {} for the name, or functions name -> prompt."""
+def zero_shot_weights(encode_text, classnames, templates):
+    """Returns an embedding of each class, (C, D) float32: the mean of its prompts' embeddings, normalised
+    before and after. encode_text: list of n strings -> (n, D), any float dtype and length; templates: strings
+    with {} for the name, or functions name -> prompt."""
     fill = [template if callable(template) else template.format for template in templates]
-    prompts = [prompt(name) for name in classnames for prompt in fill]
-    emb = torch.cat([F.normalize(encode_text(prompts[i:i + batch_size]).float(), dim=1)
-                     for i in range(0, len(prompts), batch_size)]) # (C * prompts, D)
-    return F.normalize(emb.view(len(classnames), len(fill), -1).mean(1), dim=1) # (C, D)
+    emb = encode_text([prompt(name) for name in classnames for prompt in fill]) # (C * prompts, D)
+    emb = F.normalize(emb.float(), dim=1).view(len(classnames), len(fill), -1)
+    return F.normalize(emb.mean(1), dim=1) # (C, D)
 
 
 def zeroshot(args, device, dtype):
-    """Zero-shot classification as CLIP does it: a picture's class is the one whose prompts, embedded and
-    averaged, are closest to it (CLIP's 80 prompts: pip install open_clip_torch). Measured on the split test,
-    or val where there is none; for ImageNet's whole val published rows are printed."""
-    split, pairs = labelled_splits(args.task, args.data_dir, args.command, ("val", "test")).popitem()
+    """Classifies zero-shot, as CLIP does: a picture's class is the one whose prompts, embedded and averaged,
+    are closest to it (CLIP's 80 prompts: pip install open_clip_torch). Measured on the split test, or val
+    where there is none; for ImageNet's whole val published rows are printed."""
+    split, pairs = labelled_splits(args.task, args.data_dir, ("val", "test")).popitem()
     names, named_by = class_names(args.task, pairs.meta.get("classes") or [], args.classes)
     try:
         from open_clip import OPENAI_IMAGENET_TEMPLATES as templates # here, not above: optional
@@ -562,7 +565,7 @@ def zeroshot(args, device, dtype):
     print(f"{args.task} {split}: {N:,} images, {C:,} classes named by {named_by}, {len(templates)} prompts "
           f"for each; squash={args.squash}")
     encode_text = lambda prompts: embed_texts(model, prompts, args.batch_size, device, dtype)
-    weights = zero_shot_weights(encode_text, names, templates, len(names) * len(templates)) # batched there
+    weights = zero_shot_weights(encode_text, names, templates) # (C, D)
     image_emb = embed_images(model, model.encode_image, pairs.images, model.img_size, args.batch_size, device,
                              dtype, args.squash, args.num_workers) # (N, D)
     found = knn_ranks(weights, np.arange(C), image_emb, pairs.labels)
@@ -583,7 +586,8 @@ WARMUP_SHARE = 0.1 # of the steps, in which the learning rate rises; then it fal
 
 
 def lr_share(step, warmup_steps, max_steps, linear=False):
-    """Learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts from 0."""
+    """Returns the learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts
+    from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
@@ -591,19 +595,22 @@ def lr_share(step, warmup_steps, max_steps, linear=False):
 
 
 def train_epochs(run, read, model, head, optimizer, batches, loss_of, measure, **extras):
-    """Trains a new or an interrupted run -> the best epoch's measures and, as "epoch", its number.
-    OUT_DIR/best.pt holds its weights, ckpt.pt what a killed run goes on from.
-    read, extras         hashes of what is read besides flags; what else goes into checkpoints
-    optimizer            every group has its "peak_lr"
-    batches(step)        iterator from that step on; a batch ends with numbers of what is unreadable, and -1
-    loss_of(batch, step) a float32 scalar
-    measure()            dict of percents, after each epoch; the first decides"""
-    args, per_epoch = run.args, run.max_steps // run.args.epochs
+    """Trains a new or an interrupted run. Returns the measures of the best epoch and, as "epoch", its number.
+    OUT_DIR/best.pt holds that epoch's weights, ckpt.pt what a killed run goes on from.
+
+    read, extras  hashes of what is read besides the flags; what else goes into both checkpoints
+    optimizer     every group has a "peak_lr"
+    batches       step -> iterator from that step on; a batch ends with numbers of unreadable pictures and -1
+    loss_of       batch, step -> float32 scalar
+    measure       () -> dict of percents, after each epoch; by the first of them epochs are compared"""
+    args = run.args
+    per_epoch = run.max_steps // args.epochs
     warmup_steps = round(WARMUP_SHARE * run.max_steps)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings["autocast"] == "torch.float16")
     parts = {"head": head, "optimizer": optimizer, "scaler": scaler}
     best = run.restore(read, model=model, **parts).get("best", {})
-    step, peak = run.step, max(group["peak_lr"] for group in optimizer.param_groups)
+    step = run.step
+    peak = max(group["peak_lr"] for group in optimizer.param_groups)
     print(f"{args.epochs} epochs of {per_epoch} steps, {warmup_steps} of warm-up")
     if use_compile(args.compile, run.device): # in place: the weights keep their names
         model.compile()
@@ -611,7 +618,8 @@ def train_epochs(run, read, model, head, optimizer, batches, loss_of, measure, *
         share = lr_share(step, warmup_steps, run.max_steps, args.command == "glue")
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
-        unreadable, loss = run.name_unreadable(step, bad), loss_of(batch, step)
+        unreadable = run.name_unreadable(step, bad)
+        loss = loss_of(batch, step)
         scaler.scale(loss).backward()
         run.add(loss=loss, norm=optimizer_step(optimizer, scaler, 0.0), unreadable=unreadable)
         step += 1
@@ -623,7 +631,8 @@ def train_epochs(run, read, model, head, optimizer, batches, loss_of, measure, *
         if step % per_epoch == 0:
             with run.paused(step):
                 result = measure()
-            first, epoch = next(iter(result)), step // per_epoch
+            epoch = step // per_epoch
+            first = next(iter(result))
             if not best or result[first] > best[first]:
                 best = {**result, "epoch": epoch}
                 save_checkpoint(os.path.join(args.out_dir, "best.pt"), model, head=head.state_dict(),
@@ -639,18 +648,20 @@ def train_epochs(run, read, model, head, optimizer, batches, loss_of, measure, *
     return best
 
 
-PUBLISHED_VISION = { # top-1 finetuned and of a linear probe
-    "imagenet": {"DistilData2Vec2": (76.1, 71.1), "S-SMKE images": (75.5, 65.0), "data2vec 2.0": (84.5, None),
-                 "BEiTv2": (85.0, 80.1)},
-    "cifar10": {"DistilData2Vec2": (97.7, 93.2), "S-SMKE images": (97.6, 89.7), "BEiTv2": (98.8, 94.4)},
-    "cifar100": {"DistilData2Vec2": (87.2, 77.3), "S-SMKE images": (85.2, 71.3), "BEiTv2": (91.1, 78.5)}}
+PUBLISHED_VISION = { # set, images measured on -> top-1 finetuned and of a linear probe
+    ("imagenet", 50_000): {"DistilData2Vec2": (76.1, 71.1), "S-SMKE images": (75.5, 65.0),
+                           "data2vec 2.0": (84.5, None), "BEiTv2": (85.0, 80.1)},
+    ("cifar10", 10_000): {"DistilData2Vec2": (97.7, 93.2), "S-SMKE images": (97.6, 89.7),
+                          "BEiTv2": (98.8, 94.4)},
+    ("cifar100", 10_000): {"DistilData2Vec2": (87.2, 77.3), "S-SMKE images": (85.2, 71.3),
+                           "BEiTv2": (91.1, 78.5)}}
 SMOOTHING = 0.1 # share of each target that is spread evenly over all classes
 MIX_SHARE = 0.9 # of the batches, half of them by mixup, half by cutmix
 
 
 @functools.cache
 def train_transform():
-    """uint8 images to normalised ones, as the thesis trained but for RandAugment: timm's m9-mstd0.5-inc1
+    """The thesis' transform of uint8 images to normalised ones, but for RandAugment: timm's m9-mstd0.5-inc1
     skips every second operation, varies the magnitude, posterizes to 1 bit, not 4, inverts and adds, too."""
     from torchvision.transforms import v2 # here, not above: a second, and the loops import this file
     return v2.Compose([
@@ -662,8 +673,8 @@ def train_transform():
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """Training images; the index is (epoch, position, image), which all randomness is a function of. Items:
-    image (3, H, W) float32, ImageNet-normalised, its class, and its number if it is unreadable, else -1."""
+    """Training images. The index is (epoch, position, number), of which all randomness is a function. Items
+    are a normalised image (3, H, W) float32, its class, and its number if it cannot be read, else -1."""
 
     def __init__(self, images, targets, size, args):
         self.images, self.targets, self.size, self.args = images, targets, size, args
@@ -682,8 +693,8 @@ class LabelledImages(torch.utils.data.Dataset):
 
 
 def mix(images, targets, rng):
-    """Mostly mixup or, as often, cutmix of a whole batch, each image with its neighbour, and of its targets.
-    images (B, 3, H, W) float, targets (B, C) whose rows sum to 1 -> the same shapes."""
+    """Mixes images (B, 3, H, W) with their neighbours, and so their targets (B, C), whose rows sum to 1: by
+    mixup or, as often, by cutmix; one batch in ten stays as it is. Returns both."""
     if rng.random() >= MIX_SHARE:
         return images, targets
     from torchvision.transforms import v2 # here, not above: see train_transform
@@ -693,10 +704,11 @@ def mix(images, targets, rng):
 
 
 def parameter_groups(encoder, head, args):
-    """AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l =
-    1 .. L, a block, learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the head
-    layer L + 1. No decay for biases, norms, positions, tokens. Frozen parameters are left out."""
-    L, groups = encoder.config["depth"], {}
+    """Returns AdamW's groups, one or two a layer, with "layer", "peak_lr" and "weight_decay". Eq. 40: layer l
+    = 1 .. L, a block, learns at lr * decay^(L + 1 - l); all that stands before the blocks is layer 0, the
+    head layer L + 1. No decay for biases, norms, positions, tokens. Frozen parameters are left out."""
+    L = encoder.config["depth"]
+    groups = {}
     # the thesis' code; 0.81, the root of data2vec 2.0's 0.65, elsewhere
     decay = args.layer_decay or (0.75 if args.task in ("cifar10", "cifar100") else 0.81)
     for name, p in [*encoder.named_parameters(), *head.named_parameters("head")]:
@@ -715,8 +727,9 @@ def finetune(args, device, dtype):
     """Finetunes an image encoder with a linear classifier on top (mean of the patch tokens -> LayerNorm ->
     Linear), or trains the classifier alone, and measures how many held-out images it names right."""
     # -- data: the best epoch is chosen on val, and a test set, where there is one, is used once, at the end
-    splits = labelled_splits(args.task, args.data_dir, args.command)
-    train, val, test = splits["train"], list(splits)[1], list(splits)[-1]
+    splits = labelled_splits(args.task, args.data_dir)
+    train = splits["train"]
+    val, test = [*splits][1], [*splits][-1] # names of splits, the same where there is but one
     classes = np.unique(train.labels)
     targets = {s: torch.from_numpy(np.searchsorted(classes, pairs.labels)) for s, pairs in splits.items()}
     N, C, B = len(train.images), len(classes), args.batch_size
@@ -737,8 +750,9 @@ def finetune(args, device, dtype):
         encoder.train().requires_grad_(True)
     groups = parameter_groups(encoder, head, args)
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.999), 1e-8, fused=device.type in ("cuda", "cpu"))
-    print(f"{C:,} classes, images: {', '.join(f'{len(pairs.images):,} {s}' for s, pairs in splits.items())}; "
-          f"learning rates {', '.join(f'{lr:.1e}' for lr in sorted({group['peak_lr'] for group in groups}))}")
+    counts = ", ".join(f"{len(pairs.images):,} {s}" for s, pairs in splits.items())
+    rates = ", ".join(f"{lr:.1e}" for lr in sorted({group["peak_lr"] for group in groups}))
+    print(f"{C:,} classes, images: {counts}; learning rates {rates}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     features_of = lambda split: image_features(encoder, splits[split], B, device, dtype, args.num_workers)
@@ -755,14 +769,15 @@ def finetune(args, device, dtype):
     def batches(step): # images (B, 3, H, W) or features (B, D), classes (B,), numbers of unreadable ones
         order = batch_order(N, B, args.seed, step)
         if is_cached:
-            rows = (torch.tensor(batch)[:, 2] for batch in order)
-            return ((features_of("train")[i], targets["train"][i], torch.tensor([-1])) for i in rows)
+            numbers = (torch.tensor(batch)[:, 2] for batch in order)
+            return ((features_of("train")[i], targets["train"][i], torch.tensor([-1])) for i in numbers)
         images = LabelledImages(train.images, targets["train"], encoder.config["img_size"], args)
         return torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.num_workers,
                                            worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
 
     def loss_of(batch, step):
-        x, target = batch[0].to(device, non_blocking=True), F.one_hot(batch[1], C).float().to(device) # (B, C)
+        x = batch[0].to(device, non_blocking=True)
+        target = F.one_hot(batch[1], C).float().to(device) # (B, C)
         if args.augment == "default":
             x, target = mix(x, target, np.random.default_rng((args.seed, step, 0, 1)))
         with autocast:
@@ -772,13 +787,14 @@ def finetune(args, device, dtype):
 
     best = train_epochs(run, read, encoder, head, optimizer, batches, loss_of, lambda: measure(val),
                         classes=classes.tolist())
-    best_path, metrics = os.path.join(args.out_dir, "best.pt"), {k: best[k] for k in ("top1", "top5")}
+    best_path = os.path.join(args.out_dir, "best.pt")
+    metrics = {k: best[k] for k in ("top1", "top5")}
     if test != val:
         checkpoint = read_checkpoint(best_path)
         encoder.load_state_dict(checkpoint["model"])
         head.load_state_dict(checkpoint["head"])
         metrics = measure(test)
-    published = PUBLISHED_VISION.get(args.task, {})
+    published = PUBLISHED_VISION.get((args.task, len(splits[test].images)), {})
     row = (None, metrics["top1"]) if args.linear_probe else (metrics["top1"], None)
     print(table([args.task, "Finetune", "Linear Probe"], {name: row}, published))
     print(f"{test}: top-1 {metrics['top1']:.2f}, top-5 {metrics['top5']:.2f} after epoch {best['epoch']} of "
@@ -813,12 +829,14 @@ Score: mean without WNLI and -mm (mismatched). (!) Averaged over batches, MRPC o
 
 
 def glue_score(task, predictions, labels, metric=None):
-    """A task's own metric of all examples at once, times 100: F1 of class 1 for mrpc and qqp, Spearman for
-    stsb, Matthews for cola, else accuracy; 0 where undefined, as for constant predictions. metric: another.
-    predictions, labels: (n,) class numbers, for stsb any. ValueError for another task, shape or value."""
+    """Returns a task's own metric of all examples at once, times 100: F1 of class 1 for mrpc and qqp,
+    Spearman for stsb, Matthews for cola, else accuracy; 0 where undefined, as for constant predictions.
+    metric: another than its own. predictions, labels: (n,) class numbers, for stsb any. Raises ValueError for
+    another task, shape or value."""
     if task not in GLUE:
         raise ValueError(f"no GLUE task is called {task!r}{nearest(str(task), GLUE)}")
-    classes, metric = GLUE[task].classes, metric or GLUE[task].metrics[0]
+    classes = GLUE[task].classes
+    metric = metric or GLUE[task].metrics[0]
     p, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     if p.ndim != 1 or p.shape != y.shape or not p.size:
         raise ValueError(f"needs a prediction for each label, not {p.shape} for {y.shape}")
@@ -833,6 +851,21 @@ def glue_score(task, predictions, labels, metric=None):
         p, y = ((counts.cumsum() - (counts - 1) / 2)[inverse] for inverse, counts in unique)
     # Pearson's, of two binary variables Matthews'; not defined where one is constant
     return 100 * float(np.corrcoef(p, y)[0, 1]) if np.ptp(p) and np.ptp(y) else 0.0
+
+
+def read_rows(path):
+    """Yields the rows of a tab-separated or parquet file as cells of text, its columns' names first."""
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet # here, not above: optional
+            contents = parquet.read_table(path)
+            yield contents.column_names
+            yield from zip(*([str(x) for x in column.to_pylist()] for column in contents.columns))
+        else:
+            with open(path, encoding="utf-8-sig", newline="\n") as f: # no quotes; only a newline ends a row
+                yield from (line.rstrip("\r\n").split("\t") for line in f)
+    except (ValueError, OSError) as e: # no UTF-8, no parquet
+        fail(f"{path} cannot be read: {e}")
 
 
 def read_glue(task, glue_dir):
@@ -879,29 +912,32 @@ def read_glue(task, glue_dir):
 
 
 def encode_examples(tokenizer, texts, max_length):
-    """Tuples of one or two texts -> ids, padding_mask and segments (1 for a second text), (B, T) each. BERT:
-    [CLS] a [SEP] b [SEP]; GPT-2's vocabulary, as RoBERTa: <s> a </s></s> b </s>. The longer is cut first."""
+    """Encodes tuples of one or two texts: ids, padding_mask and segments (1 for a second text), (B, T) each.
+    BERT: [CLS] a [SEP] b [SEP]; GPT-2's vocabulary, as RoBERTa: <s> a </s></s> b </s>. The longer is cut
+    first."""
     if isinstance(tokenizer, GPT2Tokenizer):
         rows = []
         for sides in zip(*(tokenizer.ids(side, sys.maxsize) for side in zip(*texts))): # <s> .. </s> each
             while sum(map(len, sides)) > max_length:
                 del max(reversed(sides), key=len)[-2]
-            row = sides[0] + [i for side in sides[1:] for i in (2, *side[1:])]
-            rows.append((row, [0] * len(row)))
+            rows.append(sides[0] + [i for side in sides[1:] for i in (2, *side[1:])])
+        segments = [[0] * len(row) for row in rows]
     else:
         tokenizer.tokenizer.enable_truncation(max_length) # longest first
         encodings = tokenizer.tokenizer.encode_batch([text if len(text) > 1 else text[0] for text in texts])
-        rows = [(e.ids, e.type_ids) for e in encodings]
-    ids, segments = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in side], True, value)
-                     for side, value in zip(zip(*rows), (tokenizer.pad_id, 0)))
-    lengths = torch.tensor([len(row) for row, _ in rows])
-    return ids, torch.arange(ids.shape[1]) >= lengths[:, None], segments
+        rows = [encoding.ids for encoding in encodings]
+        segments = [encoding.type_ids for encoding in encodings]
+    T = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_id] * (T - len(row)) for row in rows]) # (B, T)
+    segments = torch.tensor([row + [0] * (T - len(row)) for row in segments]) # (B, T)
+    return ids, torch.arange(T) >= torch.tensor([[len(row)] for row in rows]), segments
 
 
 def finetune_task(run, read, splits, encoder, dtype):
-    """Trains a text encoder and a new head on one task -> what train_epochs returns."""
-    args, device, (texts, labels) = run.args, run.device, splits["train"]
-    classes, config, D = GLUE[args.task].classes, encoder.config, encoder.config["embed_dim"]
+    """Trains a text encoder and a new head on one task. Returns what train_epochs does."""
+    args, device, config = run.args, run.device, encoder.config
+    texts, labels = splits["train"]
+    classes, D = GLUE[args.task].classes, config["embed_dim"]
     torch.manual_seed(args.seed)
     head = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(), torch.nn.Dropout(0.1),
                                torch.nn.Linear(D, len(classes or "1")))
@@ -927,7 +963,8 @@ def finetune_task(run, read, splits, encoder, dtype):
     def measure():
         result = {}
         with evaluating(encoder), evaluating(head):
-            for split, (held_out, truth) in [*splits.items()][1:]: # mnli: matched and mismatched
+            for split in [*splits][1:]: # of mnli matched and mismatched
+                held_out, truth = splits[split]
                 starts = range(0, len(held_out), args.batch_size)
                 out = torch.cat([logits_of(held_out[i:i + args.batch_size]).cpu() for i in starts])
                 found = out.argmax(1) if classes else out[:, 0]
@@ -937,8 +974,8 @@ def finetune_task(run, read, splits, encoder, dtype):
 
     def batches(step):
         for batch in batch_order(len(texts), args.batch_size, args.seed, step):
-            index = [i for _, _, i in batch]
-            yield [texts[i] for i in index], torch.from_numpy(labels[index]), torch.tensor([-1])
+            numbers = [i for _, _, i in batch]
+            yield [texts[i] for i in numbers], torch.from_numpy(labels[numbers]), torch.tensor([-1])
 
     def loss_of(batch, step):
         torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
@@ -950,8 +987,9 @@ def finetune_task(run, read, splits, encoder, dtype):
 
 
 def glue_row(scores):
-    """dict task -> score, "mismatched" among them -> a row of the table, with the means of eight and nine."""
-    nine = [*map(scores.get, GLUE)]
+    """Makes a row of the table from task -> score, "mismatched" among them; last come the means of eight and
+    of all nine tasks."""
+    nine = [scores.get(task) for task in GLUE]
     return [nine[0], scores.get("mismatched"), *nine[1:], mean(nine[:8]), mean(nine)]
 
 
@@ -959,8 +997,23 @@ def glue(args, device, dtype):
     """Finetunes a text encoder on GLUE's tasks, each from the same weights (CLS token -> pooler, tanh,
     dropout -> linear), and prints the dev scores. The same command again skips finished tasks. Where
     --batch_size, --epochs or --lr is None, it is the thesis' for each task: see GLUE in this script."""
-    tasks = [*GLUE] if args.task == "all" else [args.task]
-    splits = {task: read_glue(task, args.glue_dir) for task in tasks} # before the first is trained
+    # -- flags and examples of all tasks, before the first is trained
+    chosen = ["batch_size", "epochs", "lr"]
+    tasks = {}
+    for task in GLUE if args.task == "all" else [args.task]:
+        flags = argparse.Namespace(**vars(args))
+        for key in chosen:
+            if getattr(args, key) is None:
+                setattr(flags, key, getattr(GLUE[task], key))
+        flags.task = task
+        flags.out_dir = os.path.join(args.out_dir, task)
+        flags.glue_dir = flags.ckpt = flags.text_encoder = "" # what is read from there is hashed
+        flags.resume = args.resume and os.path.exists(os.path.join(flags.out_dir, "ckpt.pt"))
+        splits = read_glue(task, args.glue_dir)
+        N = len(splits["train"][0])
+        if flags.batch_size > N:
+            fail(f"{task}: --batch_size={flags.batch_size}, but there are {N} training examples: too few")
+        tasks[task] = flags, splits, flags.epochs * (N // flags.batch_size)
     encoder, name = one_encoder(args, "text")
     if not hasattr(encoder, "tokenizer"):
         fail(f"{name} has no tokenizer: give a checkpoint of distill_text.py or distill_multimodal.py")
@@ -968,20 +1021,12 @@ def glue(args, device, dtype):
         fail(f"--max_length={args.max_length}, but {name} has {encoder.config['max_length']} positions")
     start = {k: v.clone() for k, v in encoder.state_dict().items()}
     hashes = {"the encoder": hash_of(encoder), "tokenizer": hash_of(encoder.tokenizer.text)}
+
+    # -- the tasks
     results = {}
-    for task in tasks:
-        chosen = {k: getattr(GLUE[task] if getattr(args, k) is None else args, k)
-                  for k in ("batch_size", "epochs", "lr")}
-        flags = argparse.Namespace(**vars(args) | chosen)
-        flags.task, flags.out_dir = task, os.path.join(args.out_dir, task)
-        flags.glue_dir = flags.ckpt = flags.text_encoder = "" # what is read from there is hashed
-        flags.resume = args.resume and os.path.exists(os.path.join(flags.out_dir, "ckpt.pt"))
-        N = len(splits[task]["train"][0])
-        if flags.batch_size > N:
-            fail(f"{task}: --batch_size={flags.batch_size}, but there are {N} training examples: too few")
-        run = Run(flags, __file__, [*chosen, "seed", "max_length", "weight_decay"], device, dtype,
-                  flags.epochs * (N // flags.batch_size))
-        examples = repr([(texts, labels.tolist()) for texts, labels in splits[task].values()])
+    for task, (flags, splits, max_steps) in tasks.items():
+        run = Run(flags, __file__, [*chosen, "seed", "max_length", "weight_decay"], device, dtype, max_steps)
+        examples = repr([(texts, labels.tolist()) for texts, labels in splits.values()])
         read = hashes | {f"the examples of {task}": hash_of(examples)}
         if run.checkpoint and "optimizer" not in run.checkpoint: # best.pt took its place, so the task is done
             run.compare(read)
@@ -989,16 +1034,18 @@ def glue(args, device, dtype):
             print(f"{task} is finished: {run.path}")
             continue
         encoder.load_state_dict(start)
-        results[task] = finetune_task(run, read, splits[task], encoder, dtype)
-        if os.path.exists(best_path := os.path.join(flags.out_dir, "best.pt")):
+        results[task] = finetune_task(run, read, splits, encoder, dtype)
+        best_path = os.path.join(flags.out_dir, "best.pt")
+        if os.path.exists(best_path):
             os.replace(best_path, run.path)
 
+    # -- the table
     scores = {task: next(iter(metrics.values())) for task, metrics in results.items()}
     row = glue_row(scores | {"mismatched": results.get("mnli", {}).get("mismatched")})
-    published = {name: dict(zip(GLUE, values)) for name, values in PUBLISHED_GLUE.items()}
+    published = {title: dict(zip(GLUE, values)) for title, values in PUBLISHED_GLUE.items()}
     mnli, *titles = [task.title for task in GLUE.values()]
     print(table(["Model", mnli, "-mm", *titles, "Score", "+WNLI"], {name: row},
-                {name: glue_row(values) for name, values in published.items()}, 8))
+                {title: glue_row(values) for title, values in published.items()}, 8))
     print(GLUE_NOTE)
     return {"ckpt": name, "split": "dev", "chosen_on": "dev", "tasks": results, "score": row[-2],
             "score_with_wnli": row[-1], "published": published}
@@ -1012,8 +1059,7 @@ CARD = """# {title}
 
 {facts}
 
-Pictures: short side to {size} px, bicubic, centre crop, ImageNet's mean and deviation. Embeddings have
-length 1. In a checkout of the code that made it, whose scripts also take `--ckpt={title}`:
+Embeddings have length 1. In a checkout of the code that made it, whose scripts also take `--ckpt={title}`:
 
 ```python
 from evaluate import eval_image, load_checkpoint, normalize
@@ -1022,21 +1068,25 @@ model = load_checkpoint("{title}")
 ```
 """
 USE = { # modality -> lines of the card
-    "image": 'images = normalize(eval_image(open("picture.jpg", "rb").read(), model.img_size)[None])\n'
+    "image": '# short side to {size} px, bicubic, centre crop, ImageNet\'s mean and deviation\n'
+             'images = normalize(eval_image(open("picture.jpg", "rb").read(), {size})[None])\n'
              "print(model.encode_image(images)) # (1, D)",
     "text": 'print(model.encode_text(*model.tokenizer.encode(["a red apple"], model.max_length))) # (1, D)'}
 
 
 def make_onnx(model, modality):
-    """One tower, which takes any batch size and length, as the bytes of an ONNX file; and the largest
+    """Returns one tower, which takes any batch size and length, as the bytes of an ONNX file, and the largest
     difference of its features (B, D) from torch's, on random input of another batch size than in tracing."""
     import onnxruntime # here, not above: optional
     import onnxscript # noqa: torch.onnx imports it, and says less if it is not there
-    encode, batch = getattr(model, f"encode_{modality}"), torch.export.Dim("batch")
+    encode = getattr(model, f"encode_{modality}")
+    batch = torch.export.Dim("batch")
     if modality == "image":
-        inputs, shapes = {"images": torch.randn(3, 3, model.img_size, model.img_size)}, ({0: batch},)
+        inputs = {"images": torch.randn(3, 3, model.img_size, model.img_size)}
+        shapes = ({0: batch},)
     else:
-        config, longest = getattr(model, "text_encoder", model).config, model.max_length
+        config = getattr(model, "text_encoder", model).config
+        longest = model.max_length
         if config["attn_bias"] != "none": # a whole table is another program than a part of it
             longest = min(longest, config["max_length"] - 1)
         T = min(7, longest)
@@ -1057,11 +1107,11 @@ def make_onnx(model, modality):
     return data, (encode(*inputs.values()) - torch.from_numpy(found)).abs().max().item()
 
 
-def card(args, checkpoint, model):
-    """The README of an export: what it was made from, the run's numbers, licences, how to use it."""
+def facts_of(checkpoint, data_dir):
+    """Returns what the card of an export says: of what the model was made, the run's numbers, licences."""
     settings = checkpoint.get("settings", {})
     facts = settings | {k: checkpoint[k] for k in ("step", "best", "commit") if k in checkpoint}
-    sources = ["image_init", "text_init"]
+    sources = ["image_init", "text_init", "image_encoder"]
     if settings.get("kd_loss") != "none" or settings.get("image_init") == "teacher":
         sources.append("teacher")
     for source in sources:
@@ -1069,13 +1119,12 @@ def card(args, checkpoint, model):
         if name in PRETRAINED:
             facts[f"licence of {name}, which binds this too"] = PRETRAINED[name]["licence"]
     for name in filter(None, settings.get("data", "").split(",")):
-        meta, path = {}, os.path.join(args.data_dir, name, "meta.json")
+        path = os.path.join(data_dir, name, "meta.json")
+        meta = {"license": f"not found, there is no {path}"}
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
             meta = json.load(f)
         facts[f"licence of {name}, which binds this too"] = f"{meta.get('license')}. {meta.get('credit', '')}"
-    return CARD.format(title=os.path.basename(os.path.abspath(args.to)), size=model.img_size,
-                       facts="\n".join(f"- {k}: {v}" for k, v in facts.items()),
-                       lines="\n".join(USE[modality] for modality in towers(model)))
+    return {k: str(v) for k, v in facts.items()} # JSON has no infinity, as the best loss before a validation
 
 
 def export(args, device, dtype):
@@ -1083,20 +1132,26 @@ def export(args, device, dtype):
     from safetensors.torch import save # here, not above: nothing else needs it
     if args.to is None:
         fail("--to=DIR: the folder to write")
+    if os.path.realpath(args.to) == os.path.realpath(args.ckpt):
+        fail(f"--to={args.to} is what --ckpt reads, and would be replaced: give another folder")
     model, checkpoint = load_checkpoint(args.ckpt), read_checkpoint(args.ckpt)
     before = {*os.listdir(args.to)} if os.path.isdir(args.to) else set()
-    if before - {*EXPORTED}:
-        fail(f"{args.to} holds {min(before - {*EXPORTED})}, which no export wrote: give another --to")
+    foreign = before - {*EXPORTED}
+    if foreign:
+        fail(f"{args.to} holds {min(foreign)}, which no export wrote: give another --to")
+    facts = checkpoint.get("facts") or facts_of(checkpoint, args.data_dir) # of an export they come along
+    readme = CARD.format(title=os.path.basename(os.path.abspath(args.to)),
+                         facts="\n".join(f"- {k}: {v}" for k, v in facts.items()),
+                         lines="\n".join(USE[m].format(size=model.img_size) for m in towers(model)))
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    files = {"model.safetensors": save(weights, {"format": "pt"}),
-             "README.md": card(args, checkpoint, model).encode()}
+    files = {"model.safetensors": save(weights, {"format": "pt"}), "README.md": readme.encode()}
     if hasattr(model, "tokenizer"):
         files["tokenizer.json"] = model.tokenizer.text.encode()
     differences = {}
     for modality in towers(model) if args.onnx else []:
         files[f"{modality}.onnx"], differences[modality] = make_onnx(model, modality)
         print(f"{modality}.onnx differs from torch by at most {differences[modality]:.1e}, on random input")
-    config = {k: checkpoint[k] for k in ("format", "kind", "config")}
+    config = {k: checkpoint[k] for k in ("format", "kind", "config")} | {"facts": facts}
     config["tokenizer"] = "tokenizer.json" in files
     files["config.json"] = json.dumps(config, indent=1).encode() # goes first, comes last: it makes an export
     for name in sorted(before, key=EXPORTED.index):
@@ -1119,8 +1174,8 @@ FIGURE = '<figure><img alt="" src="data:image/jpeg;base64,{}"><figcaption>{:.3f}
 
 
 def embed_folder(model, args, device, dtype):
-    """The pictures in the folder args.images: their paths, and embeddings (N, D), NaN where one cannot be
-    read. Those whose size and time have not changed come from a file beside the checkpoint."""
+    """Returns the paths of the pictures in the folder args.images, and their embeddings (N, D), NaN where one
+    cannot be read. Those whose size and time have not changed come from a file beside the checkpoint."""
     stamp = lambda path: [os.stat(path).st_size, os.stat(path).st_mtime_ns]
     stamps = {path: stamp(path) for path in walk(args.images, PICTURES) if os.path.isfile(path)}
     if not stamps:
@@ -1161,7 +1216,8 @@ def search(args, device, dtype):
     tokenizer = model.tokenizer
     unk = 3 if isinstance(tokenizer, GPT2Tokenizer) else tokenizer.tokenizer.token_to_id("[UNK]")
     for query in args.queries:
-        if {i for ids in tokenizer.ids([query], 64) for i in ids[1:-1]} <= {unk}: # or no words at all
+        ids, = tokenizer.ids([query], 64)
+        if {*ids[1:-1]} <= {unk}: # or no words at all
             fail(f"{query!r}: the tokeniser of {args.ckpt} knows no part of it: ask as its captions spell")
     paths, emb = embed_folder(model, args, device, dtype)
     is_read = emb.isfinite().all(1) # (N,)
@@ -1171,17 +1227,19 @@ def search(args, device, dtype):
     scores = embed_texts(model, args.queries, args.batch_size, device, dtype) @ emb.T # (Q, N)
     scores = scores.masked_fill(~is_read, -math.inf)
     results, page = {}, [PAGE]
+    num_shown = min(args.top, len(paths) - len(unreadable))
     for query, row in zip(args.queries, scores):
         print(f"\n{query}")
         page.append(f"<h2>{html.escape(query)}</h2><div>")
         results[query] = []
-        for i in row.argsort(descending=True)[:min(args.top, len(paths) - len(unreadable))].tolist():
-            file, name, score = io.BytesIO(), shown(paths[i]), row[i].item()
+        for i in row.argsort(descending=True)[:num_shown].tolist():
+            name, score = shown(paths[i]), row[i].item()
             print(f"{score:8.3f}  {name}")
             results[query].append({"file": name, "score": score})
             if args.html:
-                thumbnail(paths, i, 256).save(file, "JPEG", quality=85)
-                source = base64.b64encode(file.getvalue()).decode()
+                jpeg = io.BytesIO()
+                thumbnail(paths, i, 256).save(jpeg, "JPEG", quality=85)
+                source = base64.b64encode(jpeg.getvalue()).decode()
                 page.append(FIGURE.format(source, score, html.escape(name)))
         page.append("</div>")
     if args.html:
@@ -1190,30 +1248,29 @@ def search(args, device, dtype):
 
 
 def read_log(run):
-    """A run's folder or log.jsonl -> its records, the settings of its last start, of both the numbers only,
-    and the key by which it chooses its best, which its validations name."""
+    """Reads a run's folder or log.jsonl. Returns its records and the settings of its last start, of both the
+    numbers only, and the key by which it chooses its best, None where no validation was logged."""
     path = os.path.join(run, "log.jsonl") if os.path.isdir(run) else run
     if not os.path.isfile(path):
         fail(f"no log at {path}: --runs are folders of runs, as --out_dir named them, with commas between")
     numbers = lambda record: {k: v for k, v in record.items()
                               if isinstance(v, (int, float)) and abs(v) < math.inf}
-    records, settings, keys = [], {}, []
+    records, settings, key = [], {}, None
     with open(path, encoding="utf-8", errors="replace") as f:
         for n, line in enumerate(f, 1):
             try:
                 record = json.loads(line)
                 settings = numbers(record.get("settings", settings))
                 records.append(numbers(record))
-                keys = [str(record["best"])] if "best" in record else keys
+                key = record["best"] if isinstance(record.get("best"), str) else key
             except (ValueError, AttributeError, RecursionError): # the last may just be written
                 print(f"{path} line {n} is torn, and left out")
-    logged = set().union(*records)
-    keys += ["val_mean", "val_loss", *sorted(k for k in logged if k.startswith("val_"))]
-    return records, settings, next((key for key in keys if key in logged), None)
+    return records, settings, key
 
 
 def draw_curves(arms, path, xlabel, ylabel):
-    """A PNG: a line for each run [(x, y), ..] and a thick one for the mean of an arm, of one colour."""
+    """Draws into a PNG a line for each run, [(x, y), ..], and in the same colour a thick one for the mean of
+    the runs of an arm; arms: label -> runs."""
     from matplotlib.figure import Figure # here, not above: optional
     ax = Figure((7, 4.6), 110, layout="constrained").subplots()
     for n, (label, runs) in enumerate(arms.items()):
@@ -1232,20 +1289,22 @@ def draw_curves(arms, path, xlabel, ylabel):
 
 
 def curves(args, device, dtype):
-    """What runs have logged: first, best and last values, and a picture. A run may still be going."""
+    """Prints what runs have logged, first, best and last values, and draws it. A run may still be going."""
     logs = {os.path.normpath(run): read_log(run) for run in args.runs.split(",") if run}
-    key = args.key or next(filter(None, (best for *_, best in logs.values())), None)
+    keys = [args.key, *(best_key for _, _, best_key in logs.values()), "loss"]
+    key = next(filter(None, keys))
     arms, result = {}, {}
     for run, (records, settings, _) in logs.items():
-        last = max([r.get("step", 0) for r in records], default=0)
+        last = max([record.get("step", 0) for record in records], default=0)
         if last < settings.get("max_steps", 0):
             print(f"{run}: at step {last:,} of {settings['max_steps']:,}, still going or stopped")
-        points = [(r[args.over], r[key]) for r in records if key in r and args.over in r]
+        points = [(record[args.over], record[key]) for record in records if {args.over, key} <= {*record}]
         if not points:
             logged = sorted(set().union(*records) - {"step"})
             print(f"{run}: no {key} over {args.over}; it has {', '.join(logged) or 'no numbers yet'}")
             continue
-        x, y = (min if "loss" in key else max)(points, key=lambda point: point[1])
+        is_loss = re.search("loss|kd_|align|words", key)
+        x, y = (min if is_loss else max)(points, key=lambda point: point[1])
         print(f"{run}: {key} {y:.4g} at best ({args.over} {x:g}), from {points[0][1]:.4g} to "
               f"{points[-1][1]:.4g} ({args.over} {points[-1][0]:g})")
         arm = re.sub(rf"[-_.]?(seed)?{settings.get('seed', '')}$", "", run) or run
@@ -1261,7 +1320,7 @@ def curves(args, device, dtype):
 # -----------------------------------------------------------------------------
 # command line
 
-FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parser.knob takes besides
+FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parser.knob takes besides, if any
     "data": ("openmoji", "name of the prepared pairs: DATA_DIR/NAME"),
     "split": ("test", "which of its splits"),
     "task": ("cifar10", "name of the prepared images with labels, such as imagenet or digits: DATA_DIR/NAME"),
@@ -1289,7 +1348,7 @@ FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parse
     "top": (5, "pictures to show for a query", dict(least=1)),
     "html": (None, "write a page that shows them, with small copies of the pictures in it"),
     "runs": ("out/tiny", "folders of runs, with commas; those that differ by a seed at the end are one arm"),
-    "key": (None, "any number in log.jsonl; None: what the first run chooses its best by"),
+    "key": (None, "any number in log.jsonl; None: what a run chooses its best by, or else the loss"),
     "over": ("step", "what is to the right: steps or minutes", dict(choices=["step", "minutes"])),
     "picture": (None, "draw it, or some of it, as a PNG (curves: pip install matplotlib)"),
     "weights_dir": (cache_folder(), "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and "
@@ -1299,14 +1358,14 @@ FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parse
     "dtype": ("auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
               dict(choices=["auto", "float32", "bfloat16", "float16"])),
     "json": (None, "write the numbers to this file too")}
-RUN, TOWERS = "batch_size num_workers device dtype", "ckpt image_encoder text_encoder weights_dir squash"
-IMAGES = dict(ckpt="out/data2vec2/ckpt.pt")
-COMMANDS = { # name -> its work, its flags, defaults that are others than above
-    "retrieval": (retrieval, f"data split data_dir picture {TOWERS} {RUN}", {}),
-    "zeroshot": (zeroshot, f"task data_dir classes {TOWERS} {RUN}", dict(task="imagenet")),
-    "knn": (knn, f"task data_dir ckpt image_encoder weights_dir {RUN}", IMAGES),
+BOTH = "ckpt image_encoder text_encoder weights_dir squash" # what embeds images and text
+RUN = "batch_size num_workers device dtype"
+COMMANDS = { # name -> its function, its flags, defaults that are others than in FLAGS
+    "retrieval": (retrieval, f"data split data_dir picture {BOTH} {RUN}", {}),
+    "zeroshot": (zeroshot, f"task data_dir classes {BOTH} {RUN}", dict(task="imagenet")),
+    "knn": (knn, f"task data_dir ckpt image_encoder weights_dir {RUN}", dict(ckpt="out/data2vec2/ckpt.pt")),
     "finetune": (finetune, "task data_dir ckpt image_encoder linear_probe augment epochs batch_size lr "
-                 "layer_decay weight_decay", IMAGES),
+                 "layer_decay weight_decay", dict(ckpt="out/data2vec2/ckpt.pt")),
     "glue": (glue, "task glue_dir ckpt text_encoder max_length epochs batch_size lr weight_decay",
              dict(ckpt="out/bert/ckpt.pt", epochs=None, batch_size=None, lr=None)),
     "export": (export, "ckpt data_dir to onnx", {}),
@@ -1315,19 +1374,20 @@ COMMANDS = { # name -> its work, its flags, defaults that are others than above
 
 
 def get_args(argv):
-    """["retrieval", "--key=value", ..] -> Namespace of that subcommand's flags, its name as .command."""
+    """Parses ["retrieval", "--key=value", ..] to a Namespace of that subcommand's flags, its name as
+    .command."""
     first = argparse.ArgumentParser("evaluate.py", "%(prog)s COMMAND [--key=value ..]", __doc__,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     first.add_argument("command", choices=COMMANDS)
     command = first.parse_args(argv[:1]).command
-    work, names, defaults = COMMANDS[command]
-    parser = Parser(inspect.getdoc(work)) # without the indentation
+    function, names, defaults = COMMANDS[command]
+    parser = Parser(inspect.getdoc(function)) # without the indentation
     parser.prog = f"evaluate.py {command}"
     if command == "search":
         parser.add_argument("queries", nargs="*", help='texts in quotes: "a red apple" "a cat"')
     for name in [*names.split(), "json"]:
-        default, words, *limits = FLAGS.get(f"{command} {name}", FLAGS[name])
-        parser.knob(name, defaults.get(name, default), words, **dict(*limits))
+        default, meaning, *limits = FLAGS.get(f"{command} {name}", FLAGS[name])
+        parser.knob(name, defaults.get(name, default), meaning, **dict(*limits))
     if command in ("finetune", "glue"): # GLUE's batches have many lengths, and each is compiled anew
         run_flags(parser, f"out/{command}", compiled="false" if command == "glue" else "auto")
     args = parser.parse(argv[1:])

@@ -1091,7 +1091,7 @@ def save_checkpoint(path, model, **rest):
 
 def read_checkpoint(path):
     """The dictionary that save_checkpoint wrote, on the CPU, without running a pickle; of a folder that
-    `evaluate.py export` wrote what is there of it: format, kind, config, model and tokenizer."""
+    `evaluate.py export` wrote what is there of it: format, kind, config, facts, model and tokenizer."""
     exported = os.path.isdir(path)
     if not os.path.isfile(os.path.join(path, "config.json") if exported else path):
         fail(f"no {'export, with a config.json,' if exported else 'checkpoint'} at {path}. Train one, of "

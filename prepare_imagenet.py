@@ -306,6 +306,22 @@ class Pairs:
             fail(f"data set {name} is damaged: {e}. Remove {folder} and prepare it again. {advice}")
 
 
+class ByLabel:
+    """Labels (n,) -> [k]: the positions of the k-th label in rising order. Two arrays, not a list of millions
+    of small ones: every worker of a loader would end with a copy of those."""
+
+    def __init__(self, labels):
+        self.order = np.argsort(labels, kind="stable") # (n,)
+        first = np.flatnonzero(np.diff(labels[self.order])) + 1
+        self.starts = np.concatenate([[0], first, [len(labels)]]) # (number of labels + 1,)
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, k):
+        return self.order[self.starts[k]:self.starts[k + 1]]
+
+
 # -----------------------------------------------------------------------------
 # files, tars and parquet: read as streams, and nothing in them is ever extracted, so that no name, link or
 # device in an archive can reach the disk

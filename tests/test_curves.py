@@ -32,7 +32,7 @@ def records(values, key="val_mean", **rest):
     lines = []
     for i, value in enumerate(values, 1):
         lines.append({"step": 10 * i - 5, "minutes": 1.5 * i - 1, "loss": 1 / i})
-        lines.append({"step": 10 * i, "minutes": 1.5 * i, key: value, **rest})
+        lines.append({"step": 10 * i, "minutes": 1.5 * i, "best": key, key: value, **rest})
     return lines
 
 
@@ -42,8 +42,7 @@ def curves(*runs, **knobs):
 
 @pytest.mark.parametrize("extra, key", [
     ({"best": "val_i2t_r10", "val_i2t_r10": 7, "val_loss": 1}, "val_i2t_r10"), # its name
-    ({"val_loss": 1, "val_mean": 3}, "val_mean"), ({"val_loss": 1, "val_top1": 3}, "val_loss"),
-    ({"val_top1": 3}, "val_top1")])
+    ({"val_mean": 3, "loss": 2}, "loss")]) # no validation says one
 def test_the_key_is_what_the_run_calls_best(write, extra, key):
     write("a", {"step": 10, **extra})
     result = curves("a")
@@ -58,6 +57,8 @@ def test_points(write, capsys, over, points):
     assert result["runs"] == {"out/a": {"points": points, "best": 5}}
     assert f"val_mean 5 at best ({over} {points[1][0]:g})" in capsys.readouterr().out
     assert curves("out/a/log.jsonl", key="loss", over=over)["runs"]["out/a/log.jsonl"]["best"] == 1 / 3
+    write("b", *records([3, 5], "val_kd_image"))
+    assert curves("b")["runs"]["b"]["best"] == 3 # a loss, too
 
 
 def test_seeds_of_an_arm_have_one_colour(write, monkeypatch):

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageOps
 import prepare_pairs
 from conftest import REPO
 from model import batch_order
-from prepare_imagenet import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image, normalize,
-                              to_tensor, train_image, visible_patches)
+from prepare_imagenet import (ByLabel, Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image,
+                              normalize, to_tensor, train_image, visible_patches)
 from prepare_pairs import openmoji_families, train_wordpiece
 from test_imagenet import files_of
 
@@ -71,6 +71,13 @@ def test_no_sample_draws_from_the_stream_of_its_epochs_order():
     assert order not in [np.random.default_rng(seed).permutation(100).tolist() for seed in others]
     assert order == [unit for *_, unit in next(batch_order(100, 100, seed=3, step=5))]
     assert order != [unit for *_, unit in next(batch_order(100, 100, seed=3, step=6))]
+
+
+def test_positions_of_each_label():
+    by_label = ByLabel(np.array([7, 2, 7, 0, 2, 7]))
+    assert [by_label[k].tolist() for k in range(len(by_label))] == [[3], [1, 4], [0, 2, 5]]
+    # what a spawned worker gets: not an object for each of a million pictures
+    assert len(pickle.dumps(ByLabel(np.arange(10_000)))) < 20 * 10_000
 
 
 # -----------------------------------------------------------------------------

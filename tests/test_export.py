@@ -124,8 +124,14 @@ def test_again_and_beside_other_files(ckpt):
         evaluate.main(["export", f"--ckpt={path}", "--to=export"])
         contents.append({name: open(f"export/{name}", "rb").read() for name in os.listdir("export")})
     assert contents[0] == contents[1]
-    evaluate.main(["export", "--ckpt=export", "--to=second"]) # an export of an export
-    assert open("second/model.safetensors", "rb").read() == contents[0]["model.safetensors"]
+    with pytest.raises(SystemExit, match="--to=./export is what --ckpt reads"):
+        evaluate.main(["export", "--ckpt=export", "--to=./export"])
+    shutil.rmtree("data")
+    evaluate.main(["export", "--ckpt=export", "--to=second"]) # an export of an export, with the same licences
+    for name, data in contents[0].items():
+        with open(f"second/{name}", "rb") as f:
+            assert f.read() == data.replace(b"# export", b"# second").replace(b"=export", b"=second").replace(
+                b'"export"', b'"second"'), name
     with open("export/thesis.tex", "w") as f:
         f.write("years of work")
     with pytest.raises(SystemExit, match="export holds thesis.tex"):

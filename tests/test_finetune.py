@@ -201,7 +201,9 @@ def test_linear_probe(run, tmp_path, monkeypatch, capsys):
     forward = Encoder.forward
     monkeypatch.setattr(Encoder, "forward",
                         lambda self, x, *rest: (calls.append(len(x)), forward(self, x, *rest))[1])
+    monkeypatch.setattr(evaluate, "PUBLISHED_VISION", {("toy", 12): {"theirs": (None, 50.0)}})
     result = run("cached", linear_probe=True, augment="none")
+    assert [*result["published"]] == ["theirs"] # beside a whole test set only
     said = capsys.readouterr().out
     assert sum(calls) == 48 + 12 + 12 # each picture once
     assert same(read_checkpoint("encoder.pt")["model"], read_checkpoint("cached/best.pt")["model"])
@@ -211,7 +213,8 @@ def test_linear_probe(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "train_image", lambda data, size, *_: evaluate.eval_image(data, size)[None])
     monkeypatch.setattr(evaluate, "train_transform", lambda: lambda image: evaluate.normalize(image[None])[0])
     monkeypatch.setattr(evaluate, "MIX_SHARE", 0.0)
-    run("plain", linear_probe=True)
+    monkeypatch.setattr(evaluate, "PUBLISHED_VISION", {("toy", 13): {"theirs": (None, 50.0)}})
+    assert not run("plain", linear_probe=True)["published"]
     assert sum(calls) == 4 * 48 + 12 + 12
     a, b = (read_checkpoint(f"{out}/ckpt.pt") for out in ("cached", "plain"))
     for k in a["head"]:
@@ -255,7 +258,7 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     run(data_dir=data_dir, num_workers=workers)
     log = records(tmp_path / "run")
     assert {i for r in log for i in r.get("unreadable", [])} == {3, 40} and "val_top1" in log[-1]
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     assert said.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
     path.write_bytes(bytes(len(content)))
     with pytest.raises(SystemExit, match="12 of 12 pictures cannot be read: prepare the set again"):
