@@ -74,9 +74,9 @@ PRESETS = {
     "tiny": dict(
         data="openmoji", unit="label", out_dir="out/tiny", teacher="efficientnet_lite0", teacher_size=224,
         standardize=True, cache_targets=True, image_init="random", text_init="minilm", img_size=48,
-        patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=7, rotate=15.0,
-        color=0.2, mask_ratio=0.6, head=True, token_types=True, kd_loss="contrastive", kd_weight=0.5,
-        align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=430,
+        patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=7, crop_min=0.85,
+        rotate=5.0, color=0.1, mask_ratio=0.6, head=True, token_types=True, kd_loss="contrastive",
+        kd_weight=0.5, align_loss="contrastive", label_smoothing=0.1, batch_size=128, lr=5e-4, max_steps=430,
         warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=86, save_interval=86,
         log_interval=43),
 }
