@@ -18,8 +18,8 @@ MiniLM's 20.5. Three times as many pairs (four blocks, higher rate) 33.8: steps 
 
 With text trained from MiniLM's first three blocks, one block above, 430 steps: mean recall 35.0. For about as
 many seconds: the first two text blocks frozen 32.7, the text encoder's rate times 0.3 35.0 and times 0.1
-30.3, a fifth of the words left out 33.8, 40 or 20 % of the patches dropped instead of 60 % 35.2, batches of 64
-33.8. The words are learnt by heart (distillation loss 0.4 in training, 3.1 on validation families), the
+30.3, a fifth of the words left out 33.8, 40 or 20 % of the patches dropped instead of 60 % 35.2, batches of
+64 33.8. The words are learnt by heart (distillation loss 0.4 in training, 3.1 on validation families), the
 pictures are not (2.6 and 2.7): with weaker augmentation, crops from 85 instead of 60 %, turns of 5 instead of
 15 degrees, half the change of colour, they are learnt better (2.5 there) and mean recall is 35.8.
 """
