@@ -26,7 +26,6 @@ official test sets and 500 of the digits are "test". The same command again goes
 import concurrent.futures
 import contextlib
 import csv
-import functools
 import glob
 import io
 import itertools
@@ -42,7 +41,7 @@ import time
 import warnings
 import zlib
 from collections import deque
-from functools import partial
+from functools import cache, partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -66,8 +65,8 @@ COMMIT_SECONDS = 5 # the most work that a kill costs
 
 
 class Growing:
-    """A file that is appended to as <path>.tmp and appears under its name at close(), when it is whole. size:
-    so many bytes are kept of what an earlier writer left; what lies behind them is cut off."""
+    """A file that is appended to as <path>.tmp and appears under its name at close(), when it is whole. Of
+    what an earlier writer left the first `size` bytes are kept, and what lies behind them is cut off."""
 
     def __init__(self, path, size=0):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -142,13 +141,17 @@ class NumberWriter(Growing):
 
 class SetWriter:
     """Appends to the splits of a set. .state, kept in begun.json, says how much of each file counts and, by
-    what the caller puts there, where to go on: both are written at once, by commit(). What lies behind is cut
-    off after a kill. head: what .state begins with; columns: of used.tsv, where one is kept."""
+    what the caller puts there, where to go on: commit() writes both at once. What a killed run wrote behind
+    that is cut off. `head` is what .state begins with; another one later is refused, but for empty {}, which
+    the caller fills. `columns` are those of used.tsv, which is kept if there are any."""
 
     def __init__(self, folder, head, columns=()):
         warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
-        self.folder, self.begun, self.files = folder, os.path.join(folder, "begun.json"), {}
-        self.state, self.committed = {**head, "splits": {}, "used": 0}, time.monotonic()
+        self.folder = folder
+        self.begun = os.path.join(folder, "begun.json")
+        self.files = {} # (split, what) -> its writer
+        self.state = {**head, "splits": {}, "used": 0}
+        self.committed = time.monotonic()
         if os.path.exists(self.begun):
             self.state = json.loads(pathlib.Path(self.begun).read_bytes())
             other = [key for key, value in head.items() if value != {} and self.state.get(key) != value]
@@ -204,8 +207,8 @@ class SetWriter:
             yield from (line.rstrip("\n").split("\t") for line in itertools.islice(f, 1, None))
 
     def commit(self, seconds=0):
-        """Makes what was written count, unless the last time is not so many seconds ago."""
-        if time.monotonic() - self.committed > seconds or not seconds:
+        """Makes what was written count, if the last time is at least so many seconds ago."""
+        if time.monotonic() - self.committed >= seconds:
             for file in self.files.values():
                 file.flush()
             write_json(self.begun, self.state)
@@ -234,11 +237,8 @@ class Records:
 
     def __init__(self, prefix):
         self.path = prefix + ".bin"
-        try:
-            self.offsets = np.fromfile(prefix + ".idx", "<u8")
-            size = os.path.getsize(self.path)
-        except OSError as e:
-            raise ValueError(f"{e.filename or prefix}: {e.strerror}") from None
+        self.offsets = np.fromfile(prefix + ".idx", "<u8")
+        size = os.path.getsize(self.path)
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != size \
                 or (np.diff(self.offsets.astype(np.int64)) < 0).any():
             raise ValueError(f"{self.path} has {size} bytes, its .idx does not describe them: half a copy?")
@@ -380,6 +380,7 @@ def walk(folder, endings=("",)):
 
 
 def read_file(path):
+    """The bytes of a file, MOST_BYTES at most; none of what cannot be read."""
     with contextlib.suppress(OSError): # a bad sector: skipped like a broken picture
         if os.path.isfile(path): # no pipe, no device: they never end
             with open(path, "rb") as f:
@@ -653,25 +654,25 @@ def crop_box(width, height, scale_min, rng):
 
 
 @or_bad()
-def train_image(data, size, scale_min, rng, views=1):
-    """Encoded picture -> that many random resized crops, (views, 3, size, size) uint8. They are drawn from
-    the size in the header, so that a JPEG is decoded no larger than the smallest of them needs. Flip, colour
-    and normalisation come later, a batch at a time on the device: see augment. Raises Bad."""
+def train_image(data, size, scale_min, rng):
+    """Encoded picture -> a random resized crop, (1, 3, size, size) uint8. It is drawn from the size in the
+    header, so that a JPEG is decoded no larger than it needs. Flip, colour and normalisation come later, a
+    batch at a time on the device: see augment. Raises Bad."""
     image = opened(data)
     width, height = image.size
     turn = orientation(image)
     if turn >= 5:
         width, height = height, width
-    boxes = [crop_box(width, height, scale_min, rng) for _ in range(views)]
-    least = min(min(right - left, lower - upper) for left, upper, right, lower in boxes)
-    image = decode(image, max(1, least // size) if turn == 1 else 1) # turned, odd sizes would be off by half
+    box = crop_box(width, height, scale_min, rng)
+    side = min(box[2] - box[0], box[3] - box[1])
+    image = decode(image, max(1, side // size) if turn == 1 else 1) # turned, odd sizes would be off by half
     reduced = round(width / image.width) # 1, 2, 4 or 8 times
-    crops = [to_tensor(image.crop([round(n / reduced) for n in box])) for box in boxes]
+    crop = to_tensor(image.crop([round(n / reduced) for n in box]))
     # five times as fast as Pillow's, and the same to a rounding
-    return torch.cat([F.interpolate(x[None], (size, size), mode="bicubic", antialias=True) for x in crops])
+    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True) # (1, 3, size, size)
 
 
-@functools.cache
+@cache
 def imagenet_statistics(device): # once: to make them there, the host waits for the device
     return [torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)]
 
@@ -736,6 +737,7 @@ class Split(NamedTuple):
 
 @contextlib.contextmanager
 def readable(path):
+    """Around the reading of a file: ends the program, naming it, if it is torn."""
     try:
         yield
     except UNREADABLE as e:
@@ -774,7 +776,8 @@ def class_tars(paths):
 def by_name(path, source):
     """A tar or a folder of pictures of all classes: a name ends in its class, or Kaggle's list says it. All
     names are read once to know which classes there are."""
-    table, kaggle = {}, os.path.join(source, "LOC_val_solution.csv")
+    kaggle = os.path.join(source, "LOC_val_solution.csv")
+    table = {} # name -> class
     if os.path.exists(kaggle):
         with open(kaggle, newline="", encoding="utf-8") as f: # ImageId, "n03995372 85 1 499 272"
             table = {row[0]: row[1].split()[0] for row in csv.reader(f) if len(row) > 1 and row[1].strip()}
@@ -889,7 +892,8 @@ def find_arrays(args):
             from sklearn.datasets import load_digits # the package carries the pictures
         except ImportError as e:
             fail(f"{e}. Run: pip install scikit-learn")
-        layout, data, classes = "scikit-learn's load_digits, drawn 32 x 32", load_digits(), list("0123456789")
+        layout, classes = "scikit-learn's load_digits, drawn 32 x 32", list("0123456789")
+        data = load_digits()
         images = np.stack([Image.fromarray(np.uint8(x * 15.9)).resize((32, 32), Image.BICUBIC)
                            for x in data.images]) # (1797, 8, 8), 0 .. 16 -> (1797, 32, 32)
         order = np.random.RandomState(0).permutation(len(images)) # the generator whose numbers never change
@@ -899,7 +903,8 @@ def find_arrays(args):
         from torchvision import datasets # here, since it takes a second; downloads, and compares checksums
         reader = getattr(datasets, args.data.upper())
         root = args.source or os.path.join(cache_folder(), "cifar")
-        if args.source and not {reader.base_folder, reader.filename} & set(os.listdir(root)):
+        names = (reader.filename, reader.base_folder)
+        if args.source and not any(os.path.exists(os.path.join(root, name)) for name in names):
             fail(f"{root} holds neither {reader.filename} nor {reader.base_folder}/: leave --source out")
         try:
             parts = {split: reader(root, split == "train", download=True) for split in ("train", "test")}
@@ -956,10 +961,12 @@ def write_split(writer, split, found, classes, args):
 
     def convert(item):
         (*_, label), data = item
+        if label < 0:
+            return b"", "no known class"
         try: # ImageNet's files are known to be sound when they are whole
             return to_record(data, args.resize, verify=args.data != "imagenet"), ""
         except Bad as e:
-            return b"", "no known class" if label < 0 else f"{e} ({e.__cause__})" if e.__cause__ else str(e)
+            return b"", f"{e} ({e.__cause__})" if e.__cause__ else str(e)
 
     total = args.limit or (NUM_IMAGES[split] if args.data == "imagenet" else None)
     files = stream(found, classes, at, args.limit)
@@ -984,10 +991,9 @@ def write_split(writer, split, found, classes, args):
 def prepare(folder, args, options, found, classes):
     """Makes a set."""
     writer = SetWriter(folder, {**options, "classes": classes, "at": {}})
-    with going_on(folder): # the small ones first: what is wrong shows early
-        for split in reversed(found):
-            write_split(writer, split, found[split], classes, args)
-        splits = writer.close()
+    for split in reversed(found): # the small ones first: what is wrong shows early
+        write_split(writer, split, found[split], classes, args)
+    splits = writer.close()
     for split, counts in splits.items():
         at = writer.state["at"][split]
         counts |= {"skipped": at["skipped"], "skipped_files": at["skipped_files"],
@@ -1043,7 +1049,7 @@ def main(args):
         found, classes = find(args)
         for split, f in found.items():
             print(f"{split}: found {f.layout}")
-        with lock(os.path.join(folder, "lock"), folder):
+        with lock(os.path.join(folder, "lock"), folder), going_on(folder):
             if not os.path.exists(done): # by now, another process may have made it
                 prepare(folder, args, options, found, classes)
     print(f"{'split':8}{'images':>12}{'classes':>10}{'GB':>10}{'skipped':>10}")

@@ -71,20 +71,19 @@ def load_tokenizer(name, path=None, weights_dir=None):
     """The tokeniser of a text teacher, "bert", "data2vec2_text" or "minilm", with .encode(texts, max_length)
     -> ids, padding_mask. path: a folder that holds its files, or a file beside which they lie; None takes
     those in weights_dir/NAME (default: the cache folder), where what is missing is downloaded once."""
-    names, own = TOKENIZER_FILES[name], os.path.join(weights_dir or cache_folder(), name)
-    if path is None and any(os.path.exists(os.path.join(own, n)) for n in [*names, "tokenizer.json"]):
-        path = own
-    path = path or package_folder(name)
-    if path is None or path == own and name != "bert": # bert: its tokenizer.json does as well
-        path = own
-        source = PRETRAINED[name]["url"].rpartition("/")[0]
-        for n in names:
-            if not os.path.exists(os.path.join(path, n)):
-                print(f"fetching {source}/{n}; licence: as of the weights, {PRETRAINED[name]['licence']}")
-                download(f"{source}/{n}", os.path.join(path, n))
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    if name == "bert" and not os.path.exists(os.path.join(folder, "vocab.txt")):
-        names = ["tokenizer.json"]
+    names, folder = TOKENIZER_FILES[name], os.path.join(weights_dir or cache_folder(), name)
+    if path is None and not any(os.path.exists(os.path.join(folder, n)) for n in [*names, "tokenizer.json"]):
+        path = package_folder(name)
+    if path is not None:
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    if name == "bert" and "tokenizer.json" in present and "vocab.txt" not in present:
+        names = ["tokenizer.json"] # does as well
+    source = PRETRAINED[name]["url"].rpartition("/")[0]
+    for n in names:
+        if path is None and n not in present:
+            print(f"fetching {source}/{n}; licence: as of the weights, {PRETRAINED[name]['licence']}")
+            download(f"{source}/{n}", os.path.join(folder, n))
     files = [os.path.join(folder, n) for n in names]
     try:
         if name == "data2vec2_text":
@@ -212,10 +211,12 @@ def documents(piece):
 
 
 def share(pieces, low, high, part=0, parts=1):
-    """The documents in the 21sts low to high of a corpus, of whose equal parts pieces is the part-th."""
-    count, before, wanted = sum(p.count for p in pieces), 0, []
+    """The pieces, and of each the documents, that lie in the 21sts from low to high of a corpus. Of the equal
+    parts of that corpus, such as files, pieces are the part-th."""
+    count = sum(p.count for p in pieces)
     first, last = (min(max(-(-count * (edge * parts - CHUNKS * part) // CHUNKS), 0), count)
                    for edge in (low, high))
+    before, wanted = 0, []
     for p in pieces:
         a, b = max(first - before, 0), min(last - before, p.count)
         if a < b:
@@ -225,20 +226,24 @@ def share(pieces, low, high, part=0, parts=1):
 
 
 def find_parquet(files, args, splits):
-    """Of files named -of-00080 only those are needed, or else downloaded, that hold the shares asked for."""
+    """Takes all files, or, of files named train-00000-of-00080 and so on, those that hold the shares asked
+    for: the others need not be there. Without any file these are downloaded."""
     try:
         from pyarrow import parquet
     except ImportError as e:
         fail(f"{e}, which reads parquet. Run: pip install pyarrow")
-    numbers, total, found = dict(enumerate(files)), len(files) or 80, {}
+    numbers, total = dict(enumerate(files)), len(files) or 80
     matches = [re.search(r"([a-z]+)-(\d+)-of-(\d+)(-\w+)?\.parquet$", path) for path in files]
     if files and all(matches): # of other splits none must come into train
         train = [m for m in matches if m[1] == "train"]
-        print(f"note: {len(files) - len(train)} files that are not of train are left out")
-        numbers, totals = {int(m[2]): m.string for m in train}, {int(m[3]) for m in train}
+        if len(train) < len(files):
+            print(f"note: {len(files) - len(train)} files that are not of train are left out")
+        numbers = {int(m[2]): m.string for m in train}
+        totals = {int(m[3]) for m in train}
         if len(totals) != 1 or len(numbers) < len(train):
             fail(f"{args.source} holds no train-*.parquet, or more than one set of them: leave one")
         total, = totals
+    found = {}
     for split, (low, high) in splits.items():
         found[split] = []
         for i in range(low * total // CHUNKS, -(-high * total // CHUNKS)):
@@ -263,9 +268,11 @@ def find_parquet(files, args, splits):
 
 
 def find_texts(files, args, splits):
+    """A document a line, in pieces of about PIECE bytes; a small .txt file in a folder is one document."""
     pieces = []
     for path in files:
-        size, start, end, count = os.path.getsize(path), 0, 0, 0
+        size = os.path.getsize(path)
+        start, end, count = 0, 0, 0 # of the piece: its bytes, its lines
         if path.lower().endswith(".txt") and path != args.source and size <= PIECE:
             pieces.append(Piece("file", path, 0, size))
             continue
@@ -280,8 +287,8 @@ def find_texts(files, args, splits):
 
 def find(args):
     """What was found, in words, and {split: its pieces}."""
-    middle = args.train_chunks
-    splits = {"train": (0, middle), "val": (middle, middle + args.val_chunks)}
+    splits = {"train": (0, args.train_chunks),
+              "val": (args.train_chunks, args.train_chunks + args.val_chunks)}
     if args.data == "pydoc":
         found = {split: [Piece("pydoc", split, 0, 0)] for split in splits}
         return f"pydoc_data of Python {platform.python_version()}", found
@@ -347,7 +354,8 @@ class Encode(torch.utils.data.Dataset):
         return np.array(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, "<u2")
 
     def __getitem__(self, piece):
-        parts, sizes, end, cleaned = [], [], np.array([self.end_id], "<u2"), dict.fromkeys(CLEANED, 0)
+        parts, sizes, cleaned = [], [], dict.fromkeys(CLEANED, 0)
+        end = np.array([self.end_id], "<u2")
         try:
             for raw in itertools.islice(documents(piece), piece.first, piece.last):
                 text = raw.replace(b"\0", b"").decode("utf-8", "replace")
@@ -377,14 +385,16 @@ def start_worker(worker):
 
 def write_split(path, pieces, encode, args, counts, save):
     """Appends to path what is missing by counts, an entry of meta.json; save() keeps counts for later."""
+    whole = path.removesuffix(".tmp")
+    if os.path.exists(whole): # it has its name, but then the run was killed
+        os.replace(whole, path)
     if counts["documents"] == args.limit > 0: # before a kill
         return
-    todo, saved = pieces[counts["pieces"]:], time.time()
+    todo = pieces[counts["pieces"]:]
+    saved = time.time()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = torch.utils.data.DataLoader(encode, sampler=todo, batch_size=None, worker_init_fn=start_worker,
                                          num_workers=min(args.num_workers or cores, len(todo)))
-    if os.path.exists(path.removesuffix(".tmp")): # whole, but then the run was killed
-        os.replace(path.removesuffix(".tmp"), path)
     with open(path, "ab") as file, progress(desc=os.path.basename(path), total=len(pieces), unit=" pieces",
                                             initial=counts["pieces"]) as bar:
         if file.tell() < 2 * counts["tokens"]:
@@ -424,13 +434,13 @@ def prepare(folder, args, meta, tokenizer):
         entry = meta["splits"].setdefault(split, {"source_sha256": source_hash, **counts})
         if entry["source_sha256"] != source_hash:
             fail(f"the source has changed since {folder} was begun. Bring it back, or remove {folder}.")
-    meta["layout"], encode = layout, Encode(tokenizer)
-    with going_on(folder):
-        for split in ("val", "train"): # the small one first: what is wrong shows early
-            counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
-            write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
-            if not counts["documents"]:
-                fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more")
+    meta["layout"] = layout
+    encode = Encode(tokenizer)
+    for split in ("val", "train"): # the small one first: what is wrong shows early
+        counts, path = meta["splits"][split], os.path.join(folder, split + ".bin.tmp")
+        write_split(path, found[split], encode, args, counts, lambda: write_json(begun, meta))
+        if not counts["documents"]:
+            fail(f"no text for {split} ({layout}; {counts['empty']:,} empty documents). Give more")
     for split in found:
         os.replace(os.path.join(folder, split + ".bin.tmp"), os.path.join(folder, split + ".bin"))
     write_json(os.path.join(folder, "meta.json"), meta)
@@ -485,7 +495,7 @@ def main(args):
     if os.path.exists(done):
         print(f"{folder} is already prepared; remove it to do it again")
     else:
-        with lock(os.path.join(folder, "lock"), folder):
+        with lock(os.path.join(folder, "lock"), folder), going_on(folder):
             begun = prepared(folder, args, options)
             if not os.path.exists(done): # by now, another process may have made it
                 prepare(folder, args, begun or new, tokenizer)

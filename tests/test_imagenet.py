@@ -359,7 +359,8 @@ def test_wrong_sources(victim, data, said, at, tmp_path):
     (dict(source="odd", data="own"), "has 1 classes that .*train.* lacks: tulips"),
     (dict(source="single", data="own"), "1 class, at least 2"),
     (dict(data_dir="file", data="digits"), "cannot write file/digits"),
-    (dict(source="it", data="cifar10"), "holds neither cifar-10-python.tar.gz")])
+    (dict(source="it", data="cifar10"), "it holds neither cifar-10-python.tar.gz"),
+    (dict(source="none", data="cifar10"), "none holds neither")])
 def test_wrong_flags(flags, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("./file", "")

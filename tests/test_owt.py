@@ -380,6 +380,21 @@ def test_wrong_flags(prepare, prepared, tmp_path, capsys):
 # going on
 
 
+def test_stopped_while_files_get_their_names(prepare, prepared, tmp_path, bert, monkeypatch):
+    """Some are there and the set is not; with a limit no split has more to do."""
+    write_json = prepare_owt.write_json
+
+    def stopping(path, value):
+        if path.endswith("meta.json"):
+            raise KeyboardInterrupt
+        write_json(path, value)
+    monkeypatch.setattr(prepare_owt, "write_json", stopping)
+    assert "same command again" in refusal(prepare, prepared[0], "--limit=4")
+    monkeypatch.setattr(prepare_owt, "write_json", write_json)
+    prepare(prepared[0], "--limit=4")
+    assert same(tmp_path / "data", "train", bert, TEXTS[:4])
+
+
 @pytest.mark.slow
 def test_kill(prepared, tmp_path, weights):
     """kill -9 three times, then let it end: the bytes of an unbroken run, and no worker lives on."""

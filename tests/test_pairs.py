@@ -231,6 +231,9 @@ TABLES = { # what -> name and content of the table, {split: {picture: captions}}
         '"[\'a\', \'b\']",1.png,train\n'
         '[CLS] x,3.png,val\n', {"train": {0: ["a dog", "it's a dog"], 1: ["a", "b"]},
                                 "val": {3: ["[CLS] x"]}}),
+    "a caption in quotation marks": ("t.csv", 'image,caption,split\n0.png,"""Hi!""",train\n3.png,b,val\n',
+                                     {"train": {0: ['"Hi!"']}, "val": {3: ["b"]}}),
+    "a .json that is no list": ("t.json", "5", "cannot be read as the list"),
     "tabs in a .csv, open_clip's names": ("t.csv", "filepath\ttitle\tsplit\n" + ROWS.replace(",", "\t"),
                                           THREE),
     "Flickr's bars and blanks": ("t.csv", "image_name| comment_number| comment| split\n" + "".join(
