@@ -589,6 +589,7 @@ def is_public(address):
 class Checked:
     """A connection that looks at the address it has connected to, before it sends anything: a name that leads
     elsewhere the next time it is looked up gains nothing."""
+    is_connected = False # for the pool: never used twice, since a server may hang up and not say so
 
     def _new_conn(self):
         sock = super()._new_conn()

@@ -285,7 +285,7 @@ EACH = ["mask", "text", "queue"] # one of each loop
 
 
 def flags(knobs):
-    return [f"--{k}={v}" for k, v in knobs.items()]
+    return [f"--{k}={v}" for k, v in knobs.items() if v is not None]
 
 
 @pytest.fixture(scope="session")

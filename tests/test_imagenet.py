@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import prepare_imagenet
+from conftest import flags, refused
 from prepare_imagenet import Pairs, RecordWriter, decode
 from test_shards import tar_bytes, write
 
@@ -88,16 +89,14 @@ def at(tmp_path):
     return make
 
 
-def prepare(data_dir, source=None, data="imagenet", **flags):
-    words = [f"--data={data}", f"--data_dir={data_dir}", *([f"--source={source}"] if source else [])]
-    prepare_imagenet.main(prepare_imagenet.get_args(words + [f"--{k}={v}" for k, v in flags.items()]))
+def prepare(data_dir, source=None, data="imagenet", **changes):
+    words = flags(dict(data=data, data_dir=data_dir, source=source) | changes)
+    prepare_imagenet.main(prepare_imagenet.get_args(words))
     return os.path.join(data_dir, data)
 
 
 def message(*args, **kwargs):
-    with pytest.raises(SystemExit, match="^error: ") as e:
-        prepare(*args, **kwargs)
-    return str(e.value)
+    return refused(prepare, *args, **kwargs)
 
 
 def content(pairs):
@@ -194,12 +193,8 @@ def test_links_and_names_that_are_no_text(tmp_path, capsys):
 EXIF = (b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
         b"\x69\x87\x04\0\x01\0\0\0\xff\xff\xff\x0f\0\0\0\0")
 ODD = {"n02105855_2933.JPEG": picture(1, format="PNG"), "n01739381_1309.JPEG": picture(2, mode="CMYK"),
-       "gray.JPEG": picture(3, mode="L"), "exif.JPEG": picture(4, exif=EXIF),
-       "junk_exif.JPEG": picture(5, exif=b"Exif\0\0junk"), "padded.JPEG": picture(6) + bytes(40),
-       "trailing.JPEG": picture(7) + b"written by a camera", "progressive": picture(8, progressive=True)}
-BROKEN = {"cut.JPEG": picture(10, (90, 90))[:-300], "cut.PNG": picture(11, (90, 90), format="PNG")[:-300],
-          "page.JPEG": b"<html>", "zeros.JPEG": bytes(3000), "empty.JPEG": b"",
-          "cut_padded.JPEG": picture(12)[:700] + bytes(500), "head.JPEG": picture(13)[:9]}
+       "gray.JPEG": picture(3, mode="L"), "exif.JPEG": picture(4, exif=EXIF)} # more in tests/test_hostile.py
+BROKEN = {"cut.JPEG": picture(10, (90, 90))[:-300], "page.JPEG": b"<html>", "empty.JPEG": b""}
 
 
 def with_odd_files(source):
@@ -214,16 +209,16 @@ def with_odd_files(source):
     return source
 
 
-@pytest.mark.parametrize("layout, resize", [("official", 0), ("folders", 0), ("folders", 24)])
+@pytest.mark.parametrize("layout, resize", [("official", 0), ("folders", 24)])
 def test_odd_and_broken_files(layout, resize, at, tmp_path, capsys):
     """CMYK, grayscale, a PNG named .JPEG, corrupt EXIF: taken. Cut off, empty, no picture: skipped, counted
     and named."""
     prepare(tmp_path, with_odd_files(at(layout)), resize=resize)
     out, pairs = capsys.readouterr().out, Pairs(str(tmp_path), "imagenet", "train")
-    broken = {*BROKEN, *(["link.JPEG"] if layout == "folders" else [])}
     counts = pairs.meta["splits"]["train"]
-    assert counts["skipped"] == len(broken) == len(counts["skipped_files"])
-    assert {os.path.basename(s.partition(":")[0]) for s in counts["skipped_files"]} == broken
+    broken = [*BROKEN, "link.JPEG"] if layout == "folders" else [*BROKEN]
+    assert counts["skipped"] == len(counts["skipped_files"])
+    assert sorted(os.path.basename(s.partition(":")[0]) for s in counts["skipped_files"]) == sorted(broken)
     assert not [s for s in counts["skipped_files"] if " at 0x" in s] # the same text in each run
     assert all(f"skipped {s}" in out for s in counts["skipped_files"])
     assert len(pairs.images) == sum(EXPECTED["train"].values()) + len(ODD) == counts["images"]
@@ -255,7 +250,7 @@ def test_resize(tmp_path, at):
 # kills
 
 
-@pytest.mark.parametrize("layout, limit", [("official", 0), ("folders", 0), ("official", 9), ("names", 9)])
+@pytest.mark.parametrize("layout, limit", [("official", 0), ("folders", 0), ("names", 9)])
 def test_stopped_anywhere(layout, limit, at, tmp_path, monkeypatch, capsys):
     """Stopped after any number of records, in the middle of one: the next run makes what an undisturbed one
     makes."""
@@ -299,8 +294,7 @@ def test_stopped_while_files_get_their_names(at, tmp_path, monkeypatch):
         with contextlib.suppress(KeyError):
             prepare(tmp_path / str(count), at("folders"))
         if count < 6:
-            with pytest.raises(SystemExit, match="half-written.*python prepare_imagenet.py --data=imagenet"):
-                Pairs(str(tmp_path / str(count)), "imagenet", "val")
+            assert "half-written" in refused(Pairs, str(tmp_path / str(count)), "imagenet", "val")
         monkeypatch.setattr(prepare_imagenet.Growing, "close", close)
         assert files_of(prepare(tmp_path / str(count), at("folders"))) == whole
 
@@ -325,10 +319,8 @@ def test_torn_archives_are_named_and_mended(at, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("victim, data, said", [
     ("official/ILSVRC2012_img_train.tar", b"<html>sign in</html>" * 99, "img_train.tar.* cannot be read"),
-    ("official/ILSVRC2012_img_train.tar", tar({"x.txt": b"x", "y.txt": b"y"}), "img_train.tar.* 0 classes"),
     ("official/ILSVRC2012_img_train.tar", tar(dict(list(TRAIN_TARS.items())[:3])),
      r"img_train.tar.* 3 classes \(n01440764.*has 4"),
-    ("official/ILSVRC2012_img_train.tar", tar(TRAIN_TARS)[:30_000], r"img_train\.tar.* cannot be read"),
     ("official/ILSVRC2012_img_val.tar", tar({"ILSVRC2012_val_00000001.JPEG": picture(1)}),
      r"img_val.tar.* 1 classes"),
     ("official/ILSVRC2012_img_val.tar", tar({"other.txt": b"x"}), "nothing says which class"),
@@ -351,23 +343,23 @@ def test_wrong_sources(victim, data, said, at, tmp_path):
     assert not os.path.exists(tmp_path / "data")
 
 
-@pytest.mark.parametrize("flags, said", [
+@pytest.mark.parametrize("changes, said", [
     (dict(), "needs --source=DIR.*--help"), (dict(data="cifra10"), "did you mean --data=cifar10"),
     (dict(source="file"), "is no folder"), (dict(source="none"), "is no folder"),
     (dict(data="../x"), "no name for a folder"),
     (dict(source="it/train", data="own"), "no pictures of train, val or test in"),
     (dict(source="odd", data="own"), "has 1 classes that .*train.* lacks: tulips"),
     (dict(source="single", data="own"), "1 class, at least 2"),
-    (dict(data_dir="file", data="digits"), "cannot write file/digits"),
+    (dict(data_dir="file", source="it", data="own"), "cannot write file/own"),
     (dict(source="it", data="cifar10"), "it holds neither cifar-10-python.tar.gz"),
     (dict(source="none", data="cifar10"), "none holds neither")])
-def test_wrong_flags(flags, said, tmp_path, monkeypatch):
+def test_wrong_flags(changes, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("./file", "")
     own_folders("it")
     own_folders(own_folders("odd", ["train"]), ["test"], ["tulips"])
     own_folders("single", ["train"], ["a"])
-    assert re.search(said, message(**{"data_dir": ".", **flags}), re.S)
+    assert re.search(said, message(**{"data_dir": ".", **changes}), re.S)
 
 
 def test_prepared_twice(at, tmp_path, capsys):
@@ -375,9 +367,7 @@ def test_prepared_twice(at, tmp_path, capsys):
     before = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
     prepare(tmp_path, limit=8) # the source may be gone by now
     assert "already prepared" in (out := capsys.readouterr().out) and re.search(r"^train +8 +4 ", out, re.M)
-    for flags, said in ((dict(limit=4), "limit=8.*Remove it.*limit=4"),
-                        (dict(limit=8, resize=20), "resize=0.*Remove it.*resize=20")):
-        assert re.search(said, message(tmp_path, at("folders"), **flags))
+    assert re.search("limit=8.*Remove it.*limit=4", message(tmp_path, at("folders"), limit=4))
     assert "was prepared with --source=" in message(tmp_path, at("official"), limit=8)
     assert {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)} == before
 
