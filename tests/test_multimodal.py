@@ -181,6 +181,15 @@ def caches(folder):
     return sorted(name for name in os.listdir(folder) if "targets" in name)
 
 
+@pytest.fixture
+def targets_seen(monkeypatch):
+    """Grows by the targets of each batch that a loss is computed of."""
+    seen, loss_terms = [], distill_multimodal.loss_terms
+    monkeypatch.setattr(distill_multimodal, "loss_terms", lambda outputs, target, *rest: (
+        seen.append(target), loss_terms(outputs, target, *rest))[1])
+    return seen
+
+
 @pytest.mark.parametrize("teacher", ["dino", "dinov3"])
 def test_dino_as_teacher_and_start(teacher, small, small_weights, tmp_path, capsys):
     """The target is the normed CLS token; a student that starts from it has its registers, frozen, and leaves
@@ -188,8 +197,7 @@ def test_dino_as_teacher_and_start(teacher, small, small_weights, tmp_path, caps
     checkpoint = small("smke", teacher=teacher, final_norm=True, image_init=teacher, mask_ratio=0.5,
                        freeze_embeddings=True)
     images = normalize(torch.randint(0, 256, (2, 3, 32, 32)))
-    args = distill_multimodal.get_args([f"--teacher={teacher}", f"--weights_dir={small_weights}",
-                                        "--embed_dim=32", "--img_size=32"])
+    args = distill_multimodal.get_args(flags(dict(WIDTH, teacher=teacher, weights_dir=small_weights)))
     target = distill_multimodal.teacher_target(distill_multimodal.load_teacher(args)[0], images, args,
                                                torch.autocast("cpu", enabled=False))
     encoder = load_pretrained(teacher, str(small_weights / teacher), final_norm=True)
@@ -203,7 +211,7 @@ def test_dino_as_teacher_and_start(teacher, small, small_weights, tmp_path, caps
 
 
 @pytest.mark.parametrize("preset, dim", [("smke", 32), slow("shre", 1000)])
-def test_cached_targets(preset, dim, cached, small_weights, tmp_path, monkeypatch):
+def test_cached_targets(preset, dim, cached, small_weights, targets_seen, tmp_path, monkeypatch):
     """What the teacher says of each picture, whole, in half precision; a later run with other losses and
     another student decodes none for it."""
     name, = cached(preset)
@@ -215,16 +223,10 @@ def test_cached_targets(preset, dim, cached, small_weights, tmp_path, monkeypatc
         expected = load_encoder(f"beitv2:{small_weights / 'beitv2'}", "image")(normalize(images))[:, 0]
     assert stored.dtype == np.float16 and stored.shape == (48, dim)
     assert np.abs(stored - expected.numpy()).max() < 2e-3 * expected.abs().max().item()
-
-    seen, loss_terms = [], distill_multimodal.loss_terms
-
-    def spy(outputs, target, *rest):
-        seen.append(target)
-        return loss_terms(outputs, target, *rest)
-    monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
     monkeypatch.setattr(distill_multimodal, "save_atomic", None) # would fail if targets were written
+    targets_seen.clear()
     assert cached(preset, "other", depth=3, align_loss="none") == [name]
-    assert {tuple(x) for x in seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
+    assert {tuple(x) for x in targets_seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
 
 
 def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
@@ -261,18 +263,12 @@ def test_a_half_cache_never_counts(cached, tmp_path, monkeypatch):
     assert name in refused(cached, "smke", "other")
 
 
-def test_standardized_targets(run, monkeypatch):
+def test_standardized_targets(run, targets_seen):
     """Over an epoch of all images every channel has mean 0 and standard deviation 1."""
-    seen, loss_terms = [], distill_multimodal.loss_terms
-
-    def spy(outputs, target, *rest):
-        seen.append(target)
-        return loss_terms(outputs, target, *rest)
-    monkeypatch.setattr(distill_multimodal, "loss_terms", spy)
     run("both", cache_targets=True, standardize=True, unit="image", max_steps=3, eval_interval=100)
-    target = torch.cat(seen[:3]) # 48 images; after them the validation
+    target = torch.cat(targets_seen[:3]) # 48 images; after them the validation
     assert target.mean(0).abs().max() < 1e-4 and (target.std(0) - 1).abs().max() < 1e-3
-    assert 0.3 < seen[3].std() < 3
+    assert 0.3 < targets_seen[3].std() < 3
 
 
 def test_the_teacher_sees_its_own_size(run, teacher, monkeypatch):

@@ -12,15 +12,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import prepare_owt
-from conftest import REPO, carried, refused as refusal
+from conftest import carried, end, refused as refusal, start, wait_for
 from prepare_owt import EMPTY_LINES, Encode, Piece, Tokens, load_tokenizer
 from test_imagenet import files_of
 from test_tokenizers import strings
@@ -119,8 +117,7 @@ def test_parquet_gives_the_same_shares(prepare, tmp_path, bert):
     texts = [f"document {i} {words(random.Random(i), 3)}" for i in range(80 * 21)]
     for i in range(27): # ends in the 27th
         write_parquet(f"{tmp_path}/source/plain_text/train-{i:05}-of-00080.parquet", texts[i * 21:][:21])
-    meta = prepare(tmp_path / "source")
-    assert meta["layout"] == "80 parquet files, 27 of them before"
+    prepare(tmp_path / "source")
     for split, part in (("train", texts[:480]), ("val", texts[480:560])):
         assert same(tmp_path / "data", split, bert, part)
     os.remove(tmp_path / "source" / "plain_text" / "train-00022-of-00080.parquet")
@@ -316,7 +313,7 @@ def test_the_hash_is_of_tokens_not_of_a_file(bert, weights, tmp_path):
 
 
 @pytest.mark.parametrize("files, said", [
-    ({}, "holds no text in a layout that --help lists"), ({"openwebtext.tar.xz": b""}, "have to be unpacked"),
+    ({}, "holds no text"), ({"openwebtext.tar.xz": b""}, "have to be unpacked"),
     ({f"{i}.txt": b" \n" for i in range(21)}, r"no text for val \(.*1 empty documents\)"),
     ({"a.jsonl": b'{"body": "no text"}\n' * 21},
      "a.jsonl cannot be read, or not to its end: ValueError: a line is no"),
@@ -347,16 +344,21 @@ def test_another_source_is_not_gone_on_with(prepare, tmp_path, monkeypatch):
     assert prepare(path)["splits"]["train"]["documents"] == 12
 
 
+def hold(path, reached):
+    file = prepare_owt.lock(path, "it")
+    reached.touch()
+    time.sleep(600)
+    file.close()
+
+
 def test_two_at_once(prepare, prepared, tmp_path):
     folder = tmp_path / "data" / "owt_bert"
     folder.mkdir(parents=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, prepare_owt\nfile = prepare_owt.lock(sys.argv[1], 'it')\n"
-         "print('held', flush=True)\ninput()", str(folder / "lock")],
-        cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
+    holder = start(hold, str(folder / "lock"), tmp_path / "reached")
+    wait_for((tmp_path / "reached").exists, holder)
     assert f"process {holder.pid} is writing" in refusal(prepare, prepared[0])
-    holder.communicate("\n")
+    holder.kill()
+    holder.join()
     assert prepare(prepared[0])["splits"]["val"]["documents"] > 0
 
 
@@ -395,31 +397,30 @@ def test_stopped_while_files_get_their_names(prepare, prepared, tmp_path, bert, 
     assert same(tmp_path / "data", "train", bert, TEXTS[:4])
 
 
+def prepare_slowly(*words):
+    documents, prepare_owt.COMMIT_SECONDS = prepare_owt.documents, -1
+    prepare_owt.documents = lambda piece: (time.sleep(0.1), documents(piece))[1]
+    prepare_owt.main(prepare_owt.get_args(list(words)))
+
+
 @pytest.mark.slow
 def test_kill(prepared, tmp_path, weights):
     """kill -9 three times, then let it end: the bytes of an unbroken run, and no worker lives on."""
-    slow = "import sys, time, prepare_owt as p; p.COMMIT_SECONDS = -1; one = p.documents\n" \
-           "def documents(piece):\n    time.sleep(0.1)\n    yield from one(piece)\n" \
-           "p.documents = documents; p.main(p.get_args(sys.argv[1:]))"
-    command = [sys.executable, "-c", slow, f"--source={prepared[0]}", f"--weights_dir={weights}",
-               f"--data_dir={tmp_path}", "--num_workers=2"]
-    env = {**os.environ, "PYTHONPATH": REPO}
+    words = [f"--source={prepared[0]}", f"--weights_dir={weights}", f"--data_dir={tmp_path}",
+             "--num_workers=2"]
     begun, done = tmp_path / "owt_bert" / "begun.json", tmp_path / "owt_bert" / "meta.json"
-    for kill in range(3):
-        process = subprocess.Popen(command, cwd=REPO, env=env, stderr=subprocess.DEVNULL)
-        before, deadline = begun.read_bytes() if begun.exists() else b"", time.time() + 60
-        workers = []
-        while (not begun.exists() or begun.read_bytes() == before or not (kill or workers)) \
-                and time.time() < deadline:
+    for _ in range(3):
+        before, workers = begun.read_bytes() if begun.exists() else b"", []
+        process = start(prepare_slowly, *words)
+        while process.is_alive() and (not workers or not begun.exists() or begun.read_bytes() == before):
             time.sleep(0.02)
             with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
-                workers = [int(p) for p in f.read().split()]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert begun.exists() and not done.exists() and (kill or workers)
+                workers = f.read().split() or workers
+        process.kill()
+        assert end(process) == -signal.SIGKILL and begun.exists() and not done.exists()
         deadline = time.time() + 10
-        while any(os.path.exists(f"/proc/{w}") for w in workers) and time.time() < deadline:
+        while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.time() < deadline:
             time.sleep(0.05)
-        assert not [w for w in workers if os.path.exists(f"/proc/{w}")]
-    subprocess.run(command, cwd=REPO, env=env, check=True)
+        assert workers and not [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
+    prepare_owt.main(prepare_owt.get_args(words))
     assert files_of(tmp_path / "owt_bert") == files_of(f"{prepared[1]}/owt_bert")

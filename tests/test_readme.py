@@ -18,9 +18,9 @@ import experiments
 import prepare_imagenet
 import prepare_owt
 import prepare_pairs
+from conftest import HERE, REPO
 from model import Encoder, save_checkpoint
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = {f"{m.__name__}.py": m for m in (distill_image, distill_multimodal, distill_text, evaluate,
                                            prepare_imagenet, prepare_owt, prepare_pairs)}
 
@@ -40,22 +40,20 @@ def commands():
 
 def test_commands():
     """Every command that starts a script of ours parses with that script's flags."""
-    scripts = set()
+    parsed = []
     for words in commands():
         words = words[1:] if "=" in words[0] else words
         if words[0] == "pytest" or words[1:3] == ["-m", "pytest"]:
             paths = [w for w in words[words.index("pytest") + 1:] if not w.startswith("-") and w != "slow"]
             assert all(os.path.exists(os.path.join(REPO, path)) for path in paths), words
+            parsed.append("pytest")
         elif words[1] in ("-m", "-c", "tests/bench.py", "tests/experiments.py"):
             continue # venv, pip; what is only measured
         else:
             assert words[1] in MODULES, words
-            MODULES[words[1]].get_args(words[2:])
-            scripts.add(words[1])
-    assert {"distill_multimodal.py", "evaluate.py"} <= scripts
-    tiny = [MODULES[w[1]].get_args(w[2:]) for w in commands() if w[1] == "distill_multimodal.py"]
-    assert any(args.preset == "tiny" for args in tiny)
-    assert any(words[0] == "pytest" or words[1:3] == ["-m", "pytest"] for words in commands())
+            args = MODULES[words[1]].get_args(words[2:])
+            parsed.append((words[1], getattr(args, "preset", None)))
+    assert {"pytest", ("distill_multimodal.py", "tiny"), ("evaluate.py", None)} <= {*parsed}
 
 
 def test_commands_of_the_experiments():
@@ -89,9 +87,8 @@ def test_the_worked_change(tmp_path, tiny_data):
 
 def test_tests_named_in_the_text_exist():
     """`test_name` in the prose is a function of some test file."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    text = "".join(open(os.path.join(here, name), encoding="utf-8").read()
-                   for name in os.listdir(here) if name.startswith("test_"))
+    text = "".join(open(os.path.join(HERE, name), encoding="utf-8").read()
+                   for name in os.listdir(HERE) if name.startswith("test_"))
     named = set(re.findall(r"`(test_\w+)`", readme()))
     assert named and all(f"def {name}(" in text for name in named)
 
