@@ -380,6 +380,8 @@ def test_signals_save_and_leave(run, tmp_path, monkeypatch, name, number, worker
     """The step under way is finished and saved; the same command gives the weights of an uninterrupted run.
     No handler is left."""
     knobs = dict(max_steps=11, eval_interval=4, num_workers=workers)
+    if signal.getsignal(number) == signal.SIG_IGN: # as these tests under nohup
+        signal.signal(number, signal.SIG_DFL)
     handlers = [signal.getsignal(number) for number in SIGNALS]
     whole = run(name, "whole", **knobs)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as ended:
