@@ -388,8 +388,8 @@ def test_the_hub_is_read_tar_by_tar(tmp_path, monkeypatch):
 
 
 def prepare_slowly(*words):
-    record, prepare_pairs.COMMIT_SECONDS = prepare_pairs.to_record, 0.01
-    prepare_pairs.to_record = lambda *args: (time.sleep(0.02), record(*args))[1]
+    note, prepare_pairs.COMMIT_SECONDS = prepare_pairs.SetWriter.note, 0.01
+    prepare_pairs.SetWriter.note = lambda *args: (time.sleep(0.03), note(*args))[1] # of every row
     prepare_pairs.main(prepare_pairs.get_args(list(words)))
 
 
