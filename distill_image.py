@@ -177,7 +177,7 @@ class TrainImages(torch.utils.data.Dataset):
         i = int(rng.choice(self.images_of[unit])) if self.images_of else unit
         bad = -1
         try:
-            crop = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng)[0]
+            crop = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng)
         except Bad:
             crop, bad = torch.full((3, self.size, self.size), 128, dtype=torch.uint8), i
         return crop, torch.from_numpy(rng.random(7 + self.num_patches, np.float32)), bad

@@ -296,7 +296,7 @@ class TrainPairs(torch.utils.data.Dataset):
             caption = rng.choice(self.captions_of[i])
         size, bad = self.args.img_size, -1
         try:
-            image = train_image(self.pairs.images[i], size, self.args.crop_min, rng)[0]
+            image = train_image(self.pairs.images[i], size, self.args.crop_min, rng)
         except Bad:
             image, bad = torch.full((3, size, size), 128, dtype=torch.uint8), int(i)
         noise = torch.from_numpy(rng.random(7 + self.num_patches, np.float32))

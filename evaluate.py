@@ -685,7 +685,7 @@ class LabelledImages(torch.utils.data.Dataset):
         try:
             if self.args.augment == "none":
                 return normalize(eval_image(self.images[i], self.size)[None])[0], self.targets[i], -1
-            image, = train_image(self.images[i], self.size, 0.08, rng)
+            image = train_image(self.images[i], self.size, 0.08, rng)
         except Bad:
             return torch.zeros(3, self.size, self.size), self.targets[i], i
         torch.default_generator.manual_seed(int(rng.integers(2 ** 63))) # torchvision draws from it

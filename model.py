@@ -475,13 +475,15 @@ class VisionLanguageModel(nn.Module):
             return [x[:, 0]]
         *others, last = self.blocks
         if self.config["shared_kind"] == "mlp":
-            mlp, mlp_in = last, x[:, 0]
+            mlp = last
+            mlp_in = x[:, 0]
             cls = mlp(mlp_in)
         else:
             attend = None if padding_mask is None else ~padding_mask[:, None, None] # (B, 1, 1, T)
             for block in others:
                 x = block(x, attend)
-            mlp, (cls, mlp_in) = last.mlp, last(x, attend, cls_only=True)
+            mlp = last.mlp
+            cls, mlp_in = last(x, attend, cls_only=True)
         # the first layer is computed again, which for one token of T costs little
         return [cls, mlp.fc1(mlp_in)] if self.config["align_levels"] == 2 else [cls]
 

@@ -655,7 +655,7 @@ def crop_box(width, height, scale_min, rng):
 
 @or_bad()
 def train_image(data, size, scale_min, rng):
-    """Encoded picture -> a random resized crop, (1, 3, size, size) uint8. It is drawn from the size in the
+    """Encoded picture -> a random resized crop, (3, size, size) uint8. It is drawn from the size in the
     header, so that a JPEG is decoded no larger than it needs. Flip, colour and normalisation come later, a
     batch at a time on the device: see augment. Raises Bad."""
     image = opened(data)
@@ -669,7 +669,7 @@ def train_image(data, size, scale_min, rng):
     reduced = round(width / image.width) # 1, 2, 4 or 8 times
     crop = to_tensor(image.crop([round(n / reduced) for n in box]))
     # five times as fast as Pillow's, and the same to a rounding
-    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True) # (1, 3, size, size)
+    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0] # (3, size, size)
 
 
 @cache

@@ -208,7 +208,7 @@ def test_linear_probe(run, tmp_path, monkeypatch, capsys):
     assert "learning rates 3.0e-03\n" in said # the head's alone
     assert ["encoder.pt", "-", f"{result['metrics']['top1']:.2f}"] in [x.split() for x in said.splitlines()]
     calls.clear()
-    monkeypatch.setattr(evaluate, "train_image", lambda data, size, *_: evaluate.eval_image(data, size)[None])
+    monkeypatch.setattr(evaluate, "train_image", lambda data, size, *_: evaluate.eval_image(data, size))
     monkeypatch.setattr(evaluate, "train_transform", lambda: lambda image: evaluate.normalize(image[None])[0])
     monkeypatch.setattr(evaluate, "MIX_SHARE", 0.0)
     monkeypatch.setattr(evaluate, "PUBLISHED_VISION", {("toy", 13): {"theirs": (None, 50.0)}})
