@@ -96,7 +96,7 @@ CNNS = {"resnet50": 1000, "efficientnet_lite0": 1280} # teachers that are no Enc
 # what makes the model: cannot change when a run goes on
 MODEL_KNOBS = ["img_size", "patch_size", "embed_dim", "num_heads", "depth", "text_depth", "shared",
                "shared_depth", "shared_init", "max_length", "shared_norm_first", "head", "token_types",
-               "image_init", "text_init", "freeze_embeddings", "align_levels", "word_weight"]
+               "image_init", "text_init", "freeze_embeddings", "align_levels"]
 
 
 def get_args(argv=None):
@@ -121,8 +121,6 @@ def get_args(argv=None):
            "distill_image.py; for --kd_loss=kl resnet50")
     p.knob("teacher_size", 0, "side in pixels at which the teacher sees the images, 0: IMG_SIZE")
     p.knob("final_norm", True, "beitv2, dino ..: the target is normed as in the teacher's pretraining")
-    p.knob("kd_target", "cls", "what is predicted: the teacher's CLS token or the mean of its patch tokens",
-           choices=["cls", "mean"])
     p.knob("standardize", False, "with --cache_targets: every channel of the target has mean 0 and standard "
            "deviation 1 over the training images (the first 65,536 of them)")
     p.knob("cache_targets", False, "compute the target of each training image once, from the evaluation "
@@ -166,8 +164,6 @@ def get_args(argv=None):
            least=1, most=2)
     p.knob("align_weight", 1.0, "weight of the alignment loss")
     p.knob("label_smoothing", 0.0, "contrastive align_loss: share of the target for all the batch", most=1)
-    p.knob("word_weight", 0.0, "weight of the word loss: each embedding predicts the tokens of its caption, "
-           "which ties captions that share a word; helps where pairs are few")
     p.knob("margin", 0.2, "ranking align_loss: margin in cosine")
     train_flags(p, "pairs", max_steps=40000, warmup_steps=4000)
     run_flags(p, "out/mmd2v2_beit", eval_interval=1000)
@@ -221,20 +217,9 @@ def contrastive_kd_loss(student_out, target, group, queue, scale):
     return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
 
 
-def word_targets(ids, padding_mask, vocab_size):
-    """What the word loss predicts, (B, vocab_size) float32: the distinct tokens of each caption, without CLS
-    and SEP, all equally likely."""
-    real = ~padding_mask # (B, T)
-    real.scatter_(1, real.sum(1, keepdim=True) - 1, False) # SEP
-    real[:, 0] = False # CLS
-    words = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_add_(
-        1, ids, real.float()).clamp(max=1)
-    return words / words.sum(1, keepdim=True).clamp(min=1)
-
-
-def loss_terms(outputs, target, group, queue, words, student, args):
+def loss_terms(outputs, target, group, queue, student, args):
     """The terms of the loss by name, unweighted, and their weighted sum. outputs: what VisionLanguageModel
-    returns, for the whole batch; words: from word_targets, None without word loss."""
+    returns, for the whole batch."""
     image_cls, text_cls, image_out, text_out, *inner = (x.float() for x in outputs)
     terms, total = {}, 0.0
     for name, out in (("kd_image", image_out), ("kd_text", text_out)):
@@ -256,10 +241,6 @@ def loss_terms(outputs, target, group, queue, words, student, args):
                           contrastive_loss(image, text, scale, args.label_smoothing))
         terms["align"] = sum(losses) / len(losses)
         total = total + args.align_weight * terms["align"]
-    if words is not None: # Joulin et al. 2016, for the image and for the text
-        terms["words"] = (F.cross_entropy(student.words(image_cls), words) +
-                          F.cross_entropy(student.words(text_cls), words)) / 2
-        total = total + args.word_weight * terms["words"]
     return total, terms
 
 
@@ -352,9 +333,7 @@ def teacher_target(teacher, images, args, autocast):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     with autocast:
         x = teacher(images) # (n, T, D); of a CNN (n, D)
-    if x.ndim == 2:
-        return x.float()
-    return (x[:, 0] if args.kd_target == "cls" else x[:, 1:].mean(1)).float()
+    return (x if x.ndim == 2 else x[:, 0]).float()
 
 
 def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_size):
@@ -362,7 +341,7 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
     the images' index, so that no run reads what was made from others."""
     size = teacher_side(args)
-    made_from = hash_of(f"{args.kd_target} {size} {dtype}", teacher, *offsets(images))
+    made_from = hash_of(f"{size} {dtype}", teacher, *offsets(images))
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
@@ -441,7 +420,7 @@ def validate(student, pairs, held_out, args, device, dtype, autocast, micro):
             with evaluate.evaluating(student), autocast:
                 outputs.append(student(normalize(images.to(device)), ids.to(device), padding_mask.to(device)))
         group = torch.arange(len(target), device=device)
-        _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], target, group, None, None, student, args)
+        _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], target, group, None, student, args)
         record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
     return record
 
@@ -474,7 +453,7 @@ def check(args):
              f"--num_heads={args.num_heads} and 4 must divide --embed_dim={args.embed_dim}")
     split_batch(args)
     has_kd, has_align = args.kd_loss != "none", args.align_loss != "none"
-    if not (has_kd and args.kd_weight or has_align and args.align_weight or args.word_weight):
+    if not (has_kd and args.kd_weight or has_align and args.align_weight):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
     if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
@@ -593,8 +572,7 @@ def build_student(args, sources, vocab_size, target_width):
         shared = {k: sources["text"].config[k] for k in ("num_heads", "mlp_ratio", "norm_first", "eps")}
     student = VisionLanguageModel(
         starts["image"][0], starts["text"][0], args.shared_depth, shared, args.token_types,
-        target_width if args.head else 0, args.max_length, bool(args.word_weight), shared_kind=args.shared,
-        token_scale=token_scale, align_levels=args.align_levels)
+        target_width if args.head else 0, args.max_length, args.shared, token_scale, args.align_levels)
     if args.shared_init == "text":
         student.blocks.load_state_dict(sources["text"].blocks[-args.shared_depth:].state_dict())
     for modality, (_, weights) in starts.items():
@@ -684,22 +662,20 @@ def main(args):
         parts = [[None if x is None else x[c] for x in (images, ids, padding_mask, visible)] for c in chunks]
 
         # what the loss reads besides the student's outputs is of the whole batch, (B, ..), on every rank
-        group, target, words = all_gather(group), None, None
+        group, target = all_gather(group), None
         if bank is not None:
             target = bank[index] # (n, D) float16; pinned, so that the host does not wait for the copy
             target = (target.pin_memory() if device.type == "cuda" else target).to(device, non_blocking=True)
             target = all_gather((target.float() - shift) / scale)
         elif width:
             target = all_gather(torch.cat([teacher_target(teacher, x, args, autocast) for x, *_ in parts]))
-        if args.word_weight:
-            words = all_gather(word_targets(ids, padding_mask, student.text_encoder.config["vocab_size"]))
 
         # the student's outputs, 4 or 6 x (n, ..); with a graph if one micro-batch is all
         with torch.set_grad_enabled(len(parts) == 1), autocast:
             outputs = [student(*part) for part in parts]
         # the loss of all B pairs, on leaves; its gradient for each output, and for what only the loss reads
         leaves = [all_gather(torch.cat(x).detach().float()).requires_grad_() for x in zip(*outputs)] # (B, ..)
-        loss, terms = loss_terms(leaves, target, group, queue, words, student, args)
+        loss, terms = loss_terms(leaves, target, group, queue, student, args)
         scaler.scale(loss / world).backward() # each rank has the whole loss: gradients are summed over ranks
         # from there back through the student. Micro-batches run again, with graph: the memory of one, the
         # gradient of all (gradient caching, Gao et al. 2021)

@@ -1303,7 +1303,7 @@ def curves(args, device, dtype):
             logged = sorted(set().union(*records) - {"step"})
             print(f"{run}: no {key} over {args.over}; it has {', '.join(logged) or 'no numbers yet'}")
             continue
-        is_loss = re.search("loss|kd_|align|words", key)
+        is_loss = re.search("loss|kd_|align", key)
         x, y = (min if is_loss else max)(points, key=lambda point: point[1])
         print(f"{run}: {key} {y:.4g} at best ({args.over} {x:g}), from {points[0][1]:.4g} to "
               f"{points[-1][1]:.4g} ({args.over} {points[-1][0]:g})")

@@ -424,13 +424,12 @@ class VisionLanguageModel(nn.Module):
     head_dim      LN -> Linear(D, head_dim) on the CLS token for the distillation loss; 0: the CLS token
                   itself
     max_length    text tokens it was trained with, if fewer than its text encoder takes
-    words         a linear classifier of the vocabulary on the CLS token, for the word loss
     align_levels  where the alignment loss compares image and text: 1, the embedding; 2, also the first layer
                   of the MLP, shared or in the last shared block, before GELU
     """
 
     def __init__(self, image, text, shared_depth=1, shared=None, token_types=False, head_dim=0,
-                 max_length=None, words=False, shared_kind="transformer", token_scale=None, align_levels=1):
+                 max_length=None, shared_kind="transformer", token_scale=None, align_levels=1):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         assert align_levels == 1 or shared_kind != "projection" and shared_depth, "no MLP to align in"
@@ -448,16 +447,12 @@ class VisionLanguageModel(nn.Module):
                                  nn.Parameter(torch.full((D,), float(token_scale))))
         self.head = (nn.Sequential(nn.LayerNorm(D, eps=1e-6), nn.Linear(D, head_dim)) if head_dim else
                      nn.Identity())
-        self.words = nn.Linear(D, self.text_encoder.config["vocab_size"]) if words else None
         # its exponential multiplies the cosines of the contrastive loss, one for each level; CLIP starts at
         # 1 / 0.07
         self.log_scale = nn.Parameter(torch.full((align_levels,) if align_levels > 1 else (),
                                                  math.log(1 / 0.07)))
         init_weights(self.blocks, D)
         init_weights(self.head, D)
-        if words: # all words are as likely at first
-            nn.init.zeros_(self.words.weight)
-            nn.init.zeros_(self.words.bias)
         if token_types:
             nn.init.normal_(self.token_type, std=0.02)
         self.img_size = self.image_encoder.config["img_size"]

@@ -22,7 +22,7 @@ import evaluate
 import model
 from conftest import (REPO, assert_same_state, end, logged, records, refused, script, slow, start, steps_done,
                       wait_for)
-from distill_multimodal import TrainPairs, load_teacher, loss_terms, teacher_target, word_targets
+from distill_multimodal import TrainPairs, load_teacher, loss_terms, teacher_target
 from model import batch_order, load_checkpoint, read_checkpoint, split_batch
 from prepare_imagenet import augment, visible_patches
 from prepare_pairs import open_pairs
@@ -35,9 +35,7 @@ KD = {"mse": {}, "l1": dict(head=True, unit="image"), "contrastive": dict(queue_
 ALIGN = {"none": {}, "contrastive": dict(align_levels=2, shared_norm_first=True, token_types=True),
          "ranking": dict(align_weight=0.1)}
 LOSSES = {f"{kd}-{align}": FIXED | dict(kd_loss=kd, align_loss=align) | KD[kd] | ALIGN[align]
-          for kd in KD for align in ALIGN}
-LOSSES["none-none"] |= dict(word_weight=2.0)
-LOSSES["mse-ranking"] |= dict(word_weight=0.5)
+          for kd in KD for align in ALIGN if (kd, align) != ("none", "none")}
 LOSSES["contrastive-contrastive"] |= dict(mask_ratio=0.5)
 LOSSES["kl-ranking"] |= dict(shared="mlp", align_levels=2)
 LOSSES["none-contrastive"] |= dict(shared="projection", align_levels=1)
@@ -78,10 +76,9 @@ def direct(words, student):
         target, group = None, torch.from_numpy(pairs.group)[index]
         if args.kd_loss != "none":
             target = teacher_target(teacher, images, args, torch.autocast("cpu", enabled=False))
-        targets = word_targets(ids, padding_mask, student.tokenizer.vocab_size) if args.word_weight else None
         student.zero_grad()
         outputs = student(images, ids, padding_mask, visible_patches(noise[:, 7:], args.mask_ratio))
-        loss, _ = loss_terms(outputs, target, group, queue, targets, student, args)
+        loss, _ = loss_terms(outputs, target, group, queue, student, args)
         loss.backward()
         if args.queue_size:
             new = F.normalize(target, dim=-1), group

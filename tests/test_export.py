@@ -23,7 +23,7 @@ SHAPE = dict(embed_dim=32, num_heads=2, depth=2)
 IMAGE, TEXT = dict(SHAPE, img_size=32, patch_size=8), dict(SHAPE, vocab_size=40, max_length=16)
 MODELS = { # name -> a model of random weights
     "student": lambda: VisionLanguageModel(IMAGE, dict(TEXT, token_types=2), token_types=True, token_scale=1,
-                                           head_dim=8, words=True, align_levels=2, max_length=9),
+                                           head_dim=8, align_levels=2, max_length=9),
     "mlp": lambda: VisionLanguageModel(IMAGE, TEXT, shared_kind="mlp"),
     "projection": lambda: VisionLanguageModel(IMAGE, dict(TEXT, attn_bias="alibi"), shared_kind="projection"),
     "image": lambda: Encoder("image", pool="mean", positions="none", attn_bias="relative", layer_scale=0.1,

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from distill_image import feature_loss, hidden_patches, masked_loss
-from distill_multimodal import (contrastive_kd_loss, contrastive_loss, kl_loss, loss_terms, ranking_loss,
-                                word_targets)
+from distill_multimodal import contrastive_kd_loss, contrastive_loss, kl_loss, loss_terms, ranking_loss
 from model import Encoder, feature_target
 
 
@@ -118,29 +117,13 @@ def test_loss_terms(kd_loss, align_loss, levels):
         expected["align"] = sum(each) / levels
     args = settings(kd_loss=kd_loss, align_loss=align_loss, kd_weight=2.0, align_weight=3.0, margin=0.4,
                     label_smoothing=0.1, temperature=2.0)
-    student = SimpleNamespace(log_scale=torch.tensor([1.5, 2.5] if levels == 2 else 1.5), words=None)
+    student = SimpleNamespace(log_scale=torch.tensor([1.5, 2.5] if levels == 2 else 1.5))
     outputs = [image_cls, text_cls, image_out, text_out, *inner][:2 + 2 * levels]
-    total, terms = loss_terms(outputs, target, group, queue, None, student, args)
+    total, terms = loss_terms(outputs, target, group, queue, student, args)
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(
         {k: v.item() for k, v in expected.items()}, abs=1e-5)
     weighted = sum((3 if k == "align" else 2) * v.item() for k, v in expected.items())
     assert total.item() == pytest.approx(weighted, abs=1e-4) and total.dtype == torch.float32
-
-
-def test_word_loss_by_hand():
-    """Captions of tokens (4, 5, 5) and of none: a half each for 4 and 5, nothing for the other; the mean of
-    image and text."""
-    ids = torch.tensor([[2, 4, 5, 5, 3, 0], [2, 3, 0, 0, 0, 0]])
-    words = word_targets(ids, torch.tensor([[False] * 5 + [True], [False] * 2 + [True] * 4]), 6)
-    assert words.tolist() == [[0, 0, 0, 0, 0.5, 0.5], [0] * 6]
-    args = settings(kd_loss="none", word_weight=3.0)
-    outputs = [unit(2, 8, seed=i) for i in range(4)]
-    student = SimpleNamespace(words=lambda x: 10 * x[:, :6])
-    total, terms = loss_terms(outputs, None, None, None, words, student, args)
-    by_hand = [-(words * (10 * x[:, :6]).log_softmax(1)).sum() / 2 for x in outputs[:2]]
-    assert list(terms) == ["words"]
-    assert terms["words"].item() == pytest.approx(sum(by_hand).item() / 2, abs=1e-5)
-    assert total.item() == pytest.approx(3 * sum(by_hand).item() / 2, abs=1e-5)
 
 
 # -----------------------------------------------------------------------------

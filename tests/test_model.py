@@ -274,16 +274,14 @@ def test_shared_mlp_and_projections_by_hand():
 
 @torch.no_grad()
 def test_where_a_student_starts():
-    """S-SMKE's LayerScale of 1e-5 on the token types; a word classifier that gives all words the same chance;
-    weights as BERT's, with the same gain at other widths."""
-    scaled = VisionLanguageModel(IMAGE, TEXT, token_types=True, words=True, **S_SMKE)
+    """S-SMKE's LayerScale of 1e-5 on the token types; weights as BERT's, with the same gain at other widths."""
+    scaled = VisionLanguageModel(IMAGE, TEXT, token_types=True, **S_SMKE)
     plain, x = VisionLanguageModel(IMAGE, TEXT, **{**S_SMKE, "token_scale": None}), randn(2, 5, 48)
     plain.blocks.load_state_dict(scaled.blocks.state_dict())
     assert scaled.token_type_scale.tolist() == pytest.approx([1e-5] * 48)
     for modality in (0, 1):
         typed = plain.shared_levels(x + 1e-5 * scaled.token_type[modality], modality)
         assert_close(scaled.shared_levels(x, modality)[0], typed[0], 1e-6)
-    assert_close(scaled.words(randn(4, 48)).log_softmax(1), torch.full((4, 50), -math.log(50)), 1e-6)
     for D, std in ((768, 0.02), (192, 0.04)):
         for m in Encoder("image", D, 1, 3, img_size=32, patch_size=8).modules():
             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):

@@ -236,7 +236,7 @@ def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
     weights = torch.load(small_weights / "beitv2" / "pytorch_model.bin", weights_only=True)
     weights["blocks.11.norm2.bias"][0] += 1
     torch.save(weights, other)
-    changes = dict(kd_target="mean"), dict(dtype="bfloat16"), dict(teacher=f"beitv2:{other}"), {}
+    changes = dict(final_norm=True), dict(dtype="bfloat16"), dict(teacher=f"beitv2:{other}"), {}
     for n, change in enumerate(changes):
         if not change:
             lengthen_last_picture(tmp_path / "data" / "toy")

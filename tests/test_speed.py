@@ -225,7 +225,7 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
         ids, padding_mask = torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4, 9, dtype=torch.bool)
         imagenet_statistics(raw.device)
         if name == "multimodal":
-            student = VisionLanguageModel(IMAGE, TEXT, words=bool(args.word_weight), head_dim=48 * args.head,
+            student = VisionLanguageModel(IMAGE, TEXT, head_dim=48 * args.head,
                                           align_levels=args.align_levels, shared_kind=args.shared)
         heads = torch.nn.ModuleDict({"predict": torch.nn.Linear(48, 48)})
         heads.register_parameter("mask_token", torch.nn.Parameter(torch.zeros(1, 1, 48)))
@@ -236,9 +236,8 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
         if name == "text":
             loss = distill_text.feature_loss(text, text, ids, padding_mask, args, autocast)
         elif name == "multimodal":
-            words = distill_multimodal.word_targets(ids, padding_mask, 50) if args.word_weight else None
             loss, _ = distill_multimodal.loss_terms(student(images, ids, padding_mask, visible),
-                                                    image(images)[:, 0], group, queue, words, student, args)
+                                                    image(images)[:, 0], group, queue, student, args)
         else:
             loss = distill_image.loss_of(image, heads, image, images, noise[:, 7:], args, autocast)
     imagenet_statistics.cache_clear()
