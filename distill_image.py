@@ -179,7 +179,8 @@ class TrainImages(torch.utils.data.Dataset):
         try:
             crop = train_image(self.pairs.images[i], self.size, self.args.crop_min, rng)
         except Bad:
-            crop, bad = torch.full((3, self.size, self.size), 128, dtype=torch.uint8), i
+            crop = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+            bad = i
         return crop, torch.from_numpy(rng.random(7 + self.num_patches, np.float32)), bad
 
 
@@ -332,7 +333,7 @@ def main(args):
         total = torch.zeros((), device=device)
 
         # the batch: flip, turn, colour and hidden patches follow from each picture's noise
-        crops, noise = crops.to(device, non_blocking=True), noise.to(device, non_blocking=True)
+        crops, noise = (x.to(device, non_blocking=True) for x in (crops, noise))
         x = augment(crops, noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
 
         # a mean over images: each micro-batch has its share, and their sum is that of the batch

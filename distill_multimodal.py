@@ -275,11 +275,13 @@ class TrainPairs(torch.utils.data.Dataset):
         else:
             i = rng.choice(self.images_of[unit]) if self.args.unit == "label" else unit
             caption = rng.choice(self.captions_of[i])
-        size, bad = self.args.img_size, -1
+        size = self.args.img_size
+        bad = -1
         try:
             image = train_image(self.pairs.images[i], size, self.args.crop_min, rng)
         except Bad:
-            image, bad = torch.full((3, size, size), 128, dtype=torch.uint8), int(i)
+            image = torch.full((3, size, size), 128, dtype=torch.uint8)
+            bad = int(i)
         noise = torch.from_numpy(rng.random(7 + self.num_patches, np.float32))
         return image, self.pairs.captions[caption], int(i), noise, bad
 
@@ -315,7 +317,8 @@ def load_teacher(args):
     else:
         final_norm = args.final_norm and CONFIGS.get(name, {}).get("final_norm", False)
         teacher = load_encoder(args.teacher, "image", args.weights_dir, final_norm)
-        width, size = teacher.config["embed_dim"], teacher_side(args)
+        width = teacher.config["embed_dim"]
+        size = teacher_side(args)
         if args.kd_loss != "none" and size != teacher.config["img_size"]:
             fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
@@ -564,7 +567,8 @@ def build_student(args, sources, vocab_size, target_width):
     """The student. sources: for "image" and "text" the Encoder whose embeddings and first blocks it starts
     from, or None; target_width: of the teacher's target."""
     starts = {m: start_encoder(m, source, args, vocab_size) for m, source in sources.items()}
-    shared, token_scale = {"norm_first": args.shared_norm_first}, None
+    shared = {"norm_first": args.shared_norm_first}
+    token_scale = None
     if args.shared_norm_first: # BEiT's blocks
         shared |= dict(layer_scale=0.2, key_bias=False)
         token_scale = 1e-5 if args.token_types else None
@@ -645,7 +649,8 @@ def main(args):
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=pairs.collate,
                                          num_workers=args.num_workers, worker_init_fn=ignore_signals,
                                          pin_memory=device.type == "cuda")
-    group_of, step = torch.from_numpy(pairs.group), run.step
+    group_of = torch.from_numpy(pairs.group)
+    step = run.step
     student.train()
     for images, ids, padding_mask, index, noise, bad in run.batches(loader):
         lr = get_lr(step, args)
@@ -662,7 +667,8 @@ def main(args):
         parts = [[None if x is None else x[c] for x in (images, ids, padding_mask, visible)] for c in chunks]
 
         # what the loss reads besides the student's outputs is of the whole batch, (B, ..), on every rank
-        group, target = all_gather(group), None
+        group = all_gather(group)
+        target = None
         if bank is not None:
             target = bank[index] # (n, D) float16; pinned, so that the host does not wait for the copy
             target = (target.pin_memory() if device.type == "cuda" else target).to(device, non_blocking=True)

@@ -131,7 +131,9 @@ class Attention(nn.Module):
         if rope is not None: # each channel turns with the one d / 2 after it, in float32
             q, k = (z * rope[0] + torch.cat([-z.chunk(2, -1)[1], z.chunk(2, -1)[0]], -1) * rope[1]
                     for z in (q, k))
-        q, bias = q[:, :, :queries], None if bias is None else bias[:, :, :queries]
+        q = q[:, :, :queries]
+        if bias is not None:
+            bias = bias[:, :, :queries]
         # on a CPU torch's bfloat16 attention is several times slower backward than its float32 one
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         if bias is not None and bias.dtype != torch.bool:
@@ -337,8 +339,8 @@ class Encoder(nn.Module):
         """Yields every block's output, so that who needs no list of them keeps none; arguments of forward."""
         if not embedded:
             x = self.embed(x, token_type_ids, patch_mask, mask_token)
-        tokens, T, rope = None, x.shape[1], getattr(self, "rope", None)
-        first = 1 + self.config["registers"]
+        T, first = x.shape[1], 1 + self.config["registers"]
+        tokens, rope = None, getattr(self, "rope", None)
         if kept is not None:
             tokens = torch.arange(first, device=x.device).expand(x.shape[0], -1) # CLS and registers
             tokens = torch.cat([tokens, kept + first], dim=1) # (B, 1 + R + K)
@@ -392,7 +394,8 @@ def feature_target(layers, padding_mask=None, instance_norm=True, first=0):
     for i, x in enumerate(layers):
         if i < first:
             continue
-        x, scale, n = x.float(), 1.0, n + 1
+        x, scale = x.float(), 1.0
+        n += 1
         if instance_norm:
             count = x.shape[1] if real is None else real.sum(1, keepdim=True) # tokens per sample
             mean = (x if real is None else x * real).sum(1, keepdim=True) / count # (B, 1, D)
@@ -1034,9 +1037,11 @@ def prepared(folder, args, options):
     if path is None:
         return {}
     meta = json.loads(pathlib.Path(path).read_text("utf-8"))
-    old, new = (", ".join(f"{'--' * (k in args)}{k}={values.get(k)}" for k in options
-                          if meta.get(k) != options[k]) for values in (meta, options))
-    if old:
+    changed = [k for k in options if meta.get(k) != options[k]]
+    if changed:
+        names = [f"--{k}" if k in args else k for k in changed]
+        old, new = (", ".join(f"{name}={values.get(k)}" for name, k in zip(names, changed))
+                    for values in (meta, options))
         fail(f"{folder} was prepared with {old}. Remove it to prepare it with {new}, or give another "
              f"--data_dir.")
     return meta
@@ -1286,7 +1291,8 @@ def sum_over_ranks(tensors):
 
 
 def peak_memory(device):
-    """Most memory this process has used so far, in GB: on the GPU if it runs there, else resident memory."""
+    """Most memory this process has used so far, in GB of 2^30 bytes: on the GPU if it runs there, else
+    resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if sys.platform == "win32":
@@ -1403,7 +1409,8 @@ class Run:
     def __init__(self, args, script, model_knobs, device, dtype, max_steps=None):
         self.args, self.device, self.max_steps = args, device, max_steps or args.max_steps
         self.path, self.log_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
-        self.model_knobs, self.is_first = {*model_knobs, "tokenizer"}, ranks()[0] == 0
+        self.model_knobs = {*model_knobs, "tokenizer"}
+        self.is_first = ranks()[0] == 0
         self.stopped_by, self.exit_code = "", 0 # why it ends before its last step
         self.error = None # what a loader raised
         self.rows, self.names, self.waited = [], [], 0.0 # since the last line: terms of each step; seconds
@@ -1441,7 +1448,8 @@ class Run:
         holds, {} for a new run. read: hashes of what the run reads besides its flags. From here on there is
         self.step."""
         self.settings |= read
-        self.step, self.unreadable, minutes, is_finished = 0, 0, 0.0, False
+        self.step, self.unreadable = 0, 0
+        minutes, is_finished = 0.0, False
         if self.checkpoint:
             self.compare(read)
             with continuing(self.path):
@@ -1549,14 +1557,16 @@ class Run:
     def means(self, step, unit):
         """Means of the terms since the last line, with the pace; and the pace as text. unit: of what
         batch_size counts."""
-        table, n = self.check(step).double(), step - self.last_line
+        n = step - self.last_line
+        table = self.check(step).double()
         means = dict(zip(self.names, table.mean(0).tolist()))
         self.unreadable += round(means.pop("unreadable", 0.0) * n)
         if self.unreadable > 10 + step * self.args.batch_size / 100:
             self.stop(f"{self.unreadable} pictures that cannot be read (prepare the set again)", 1)
         ms, wait_ms = (1000 * x / n for x in (time.time() - self.since, self.waited))
         rate, memory = 1000 * self.args.batch_size / ms, peak_memory(self.device)
-        self.rows, self.waited, self.since, self.last_line = [], 0.0, time.time(), step
+        self.rows, self.last_line = [], step
+        self.waited, self.since = 0.0, time.time()
         return means | {f"{unit}_per_s": rate, "ms": ms, "wait_ms": wait_ms, "memory_gb": memory}, (
             f"{rate:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  {memory:.2f} GB  "
             f"{(self.max_steps - step) * ms / 60000:.1f} min left")
