@@ -377,14 +377,26 @@ def read_list(path, read):
         fail(f"{shown(path)} cannot be read as the list it should be ({type(e).__name__}: {e})")
 
 
+def add_row(rows, row, path):
+    """Adds a Row of this list to rows, {picture: its Row}; of one that is there, what its captions add."""
+    first = rows.setdefault(row.where or f"\0{path}{row.id}", row)
+    if first.split != row.split:
+        fail(f"{shown(path)}, row {row.id}: {row.where} is in two splits, {first.split} and {row.split}")
+    if first is not row:
+        first.captions.extend(caption for caption in row.captions if caption not in first.captions)
+
+
 def karpathy_rows(path, name):
     """The rows of Karpathy's dataset_<name>.json, which may still be in caption_datasets.zip."""
     def read(path):
         packed = zipfile.is_zipfile(path) # as which a download from the second address is not
         file = zipfile.Path(path, f"dataset_{name}.json") if packed else pathlib.Path(path)
-        return [Row(str(x.get("cocoid", x["imgid"])), f"{x.get('filepath', '')}/{x['filename']}",
-                    list(filter(None, (clean(sentence["raw"]) for sentence in x["sentences"]))),
-                    SPLITS[x["split"]]) for x in json.loads(file.read_bytes())["images"]]
+        rows = {}
+        for x in json.loads(file.read_bytes())["images"]:
+            captions = list(filter(None, (clean(sentence["raw"]) for sentence in x["sentences"])))
+            where = f"{x.get('filepath', '')}/{x['filename']}"
+            add_row(rows, Row(str(x.get("cocoid", x["imgid"])), where, captions, SPLITS[x["split"]]), path)
+        return list(rows.values())
     return read_list(path, read)
 
 
@@ -556,10 +568,7 @@ def find_own(args):
                 where = os.path.normpath(os.path.join(subfolder, where))
                 if os.path.isabs(where):
                     where = os.path.relpath(where, os.path.abspath(folder))
-            row = rows.setdefault(where or f"\0{path}{n}", Row(str(n), where, [], split))
-            if row.split != split:
-                fail(f"{shown(path)}, row {n}: {where} is in two splits")
-            row.captions.extend(captions_of(line, args.caption_key or ()))
+            add_row(rows, Row(str(n), where, captions_of(line, args.caption_key or ()), split), path)
     return Source(args.source, list(rows.values()), partial(read_picture, folder))
 
 
