@@ -753,7 +753,7 @@ def class_folders(folder, names):
         twin = first.setdefault(os.path.realpath(path), name)
         if twin != name:
             print(f"note: {shown(path)} is a link to the class {shown(twin)}, which is there: left out")
-        elif not os.listdir(path):
+        elif all(map(is_junk, os.listdir(path))):
             fail(f"{shown(path)} is a class without pictures. Did the extraction stop? Fill or remove it.")
         else:
             shards.append(Shard(path, partial(folder_members, path), shown(name)))
