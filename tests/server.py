@@ -1,35 +1,99 @@
 """
-A small web server that answers well and badly, for tests/test_download.py.
+What the tests of data share: files, tars and pictures whose colour says which they are, what of them is in a
+prepared set, and a small web server that answers well and badly.
 
-/png/N is a picture whose colour says N, /jpg/N a JPEG of it, /photo/N a large one; every other first part of
-a path names an answer of ANSWERS. A connection ends after its answer.
+/png/N is a picture whose colour says N; every other first part of a path names an answer of ANSWERS. A
+connection ends after its answer.
 """
 import contextlib
-import functools
+import csv
 import gzip
 import io
+import json
+import os
+import pathlib
 import random
 import socket
+import tarfile
 import threading
 import time
 from collections import Counter
-from email.utils import formatdate
 
 from PIL import Image
+
+import prepare_pairs
+from prepare_imagenet import Pairs, decode
+
+
+def encoded(image, kind="PNG", **kwargs):
+    data = io.BytesIO()
+    image.save(data, kind, **kwargs)
+    return data.getvalue()
 
 
 def picture(n, kind="PNG", size=(48, 40)):
     """A picture of noise whose first pixel is (n % 256, n // 256, 7), in a PNG exactly."""
     image = Image.frombytes("RGB", size, random.Random(n).randbytes(3 * size[0] * size[1]))
     image.putpixel((0, 0), (n % 256, n // 256 % 256, 7))
-    data = io.BytesIO()
-    image.save(data, kind, quality=95)
-    return data.getvalue()
+    return encoded(image, kind)
 
 
-@functools.cache
-def photograph(n):
-    return picture(n, "JPEG", (320, 240)) # about 100 kB
+def number(data):
+    r, g, b = decode(data).getpixel((0, 0))
+    assert b == 7
+    return r + 256 * g
+
+
+def write(path, data):
+    """data: bytes, text, or what JSON is to hold."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else
+                json.dumps(data).encode())
+
+
+def tar_bytes(members):
+    """{name: bytes or text}, or such pairs -> a tar."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in dict(members).items():
+            info = tarfile.TarInfo(name)
+            data = data.encode() if isinstance(data, str) else data
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def files_of(folder):
+    """{name: bytes} of what a prepare script leaves."""
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != "lock"}
+
+
+def prepare_pairs_of(data, source, data_dir, *words):
+    flags = [f"--data={data}", f"--source={source}", f"--data_dir={data_dir}", "--threads=4", *words]
+    prepare_pairs.main(prepare_pairs.get_args(flags))
+
+
+def used(data_dir, data):
+    """The lines of used.tsv, also of a run that did not end."""
+    folder, name, size = pathlib.Path(data_dir, data), "used.tsv", None
+    if not (folder / name).exists():
+        name, size = "used.tsv.tmp", json.loads((folder / "begun.json").read_bytes())["used"]
+    lines = (folder / name).read_bytes()[:size].decode().splitlines()
+    return list(csv.DictReader(lines, delimiter="\t"))
+
+
+def content(data_dir, name):
+    """{split: {number of the picture: its captions}}; each picture is there once."""
+    found = {}
+    for split in json.loads(pathlib.Path(data_dir, name, "meta.json").read_bytes())["splits"]:
+        pairs = Pairs(str(data_dir), name, split)
+        numbers = [number(pairs.images[i]) for i in range(len(pairs.images))]
+        assert len(set(numbers)) == len(numbers)
+        found[split] = {n: [] for n in numbers}
+        for j, i in enumerate(pairs.text_to_image):
+            found[split][numbers[i]].append(pairs.captions[j])
+    return found
 
 
 def answer(body=b"", status="200 OK", length=None, **headers):
@@ -37,12 +101,6 @@ def answer(body=b"", status="200 OK", length=None, **headers):
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}"]
     lines += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def chunked(body, tail=b"0\r\n\r\n"):
-    parts = [body[i:i + 50] for i in range(0, len(body), 50)]
-    head = answer().replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + tail
 
 
 def drip_slowly(data):
@@ -59,56 +117,29 @@ def endless(n, seen, connection):
         connection.sendall(bytes(1 << 16))
 
 
-def busy_until(n, seen, connection):
-    if seen:
-        return answer(picture(n))
-    return answer(status="429 Too Many Requests", Retry_After=formatdate(time.time() + 2, usegmt=True))
-
-
 HTML = b"<!DOCTYPE html><html><body>Sorry, this picture is gone.</body></html>"
+BUSY = "429 Too Many Requests"
 # name -> what becomes of a row that gets this answer ("" is a pair), and the answer: bytes, or a function of
 # (n, how often this path was asked for before, connection), which gives bytes, or None where it sent some
 ANSWERS = {
     "png": ("", lambda n, *_: answer(picture(n), Content_Type="image/png")),
-    "jpg": ("", lambda n, *_: answer(picture(n, "JPEG"), Content_Type="image/jpeg")),
-    "photo": ("", lambda n, *_: answer(photograph(n))),
-    "wrong_type": ("", lambda n, *_: answer(picture(n), Content_Type="text/html")),
-    "chunked": ("", lambda n, *_: chunked(picture(n))),
     "moved": ("", lambda n, *_: answer(HTML, "302 Found", Location=f"../png/{n}")),
-    "other_robot": ("", lambda n, *_: answer(picture(n), X_Robots_Tag="otherbot: noai")),
-    "more_than_said": ("", lambda n, *_: answer(picture(n)) + answer(picture(n + 1))),
-    # these come right when they are asked again
-    "busy_once": ("", lambda n, seen, _: answer(picture(n)) if seen else answer(
-        status="503 Service Unavailable", Retry_After="1")),
-    "busy_until": ("", busy_until),
-    "reset_once": ("", lambda n, seen, _: answer(picture(n)) if seen else b""),
-    "cut_once": ("", lambda n, seen, _: answer(picture(n)) if seen else answer(picture(n)[:90], length=900)),
+    "busy_once": ("", lambda n, seen, _: answer(picture(n), "200 OK" if seen else BUSY, Retry_After="1")),
     "none": ("http 404", answer(HTML, "404 Not Found")),
-    "robots_404": ("http 404", answer(HTML, "404 Not Found", X_Robots_Tag="noindex")),
     "broken": ("http 500", answer(HTML, "500 Internal Server Error")),
-    "busy": ("http 429", answer(status="429 Too Many Requests")),
-    "busy_for_long": ("http 429", answer(status="429 Too Many Requests", Retry_After="86400")),
-    "no_content": ("http 204", answer(status="204 No Content")),
-    "nowhere": ("http 302", answer(status="302 Found")),
+    "busy_for_long": ("http 429", answer(status=BUSY, Retry_After="86400")),
     "loop": ("too many redirects", lambda n, seen, _: answer(
         status="301 Moved Permanently", Location=f"/loop/{n}?{seen}")),
     "to_file": ("not http", answer(status="302 Found", Location="file:///etc/passwd")),
     "to_private": ("private address", answer(status="302 Found", Location="http://169.254.169.254/latest")),
-    "to_nonsense": ("broken answer", answer(status="302 Found", Location="http://[::1")),
     "opted_out": ("opted out", lambda n, *_: answer(picture(n), X_Robots_Tag="noindex, noai")),
     "reserved": ("opted out", lambda n, *_: answer(picture(n), TDM_Reservation="1")),
-    "empty": ("empty", answer(Content_Type="image/jpeg")),
-    "html": ("not a picture", answer(HTML, Content_Type="image/jpeg")),
     "gzipped": ("not a picture", lambda n, *_: answer(gzip.compress(picture(n)), Content_Encoding="gzip")),
-    "pixel": ("tiny", answer(picture(0, "GIF", (1, 1)), Content_Type="image/gif")),
-    "half_jpg": ("damaged", lambda n, *_: answer(photograph(n)[:30_000])),
+    "half_jpg": ("damaged", lambda n, *_: answer(picture(n, "JPEG", (320, 240))[:30_000])),
     "too_long": ("too many bytes", answer(picture(0), length=10 ** 12)),
     "endless": ("too many bytes", endless),
     "cut": ("broken answer", answer(picture(0)[:90], length=900)),
-    "bad_chunks": ("broken answer", lambda n, *_: chunked(picture(n), b"zz\r\nxx")),
     "no_http": ("broken answer", b"220 smtp.example.org ready\r\n"),
-    "hang_up": ("broken answer", b""),
-    "bad_length": ("broken answer", answer(picture(0), length="many")),
     "slow": ("too slow", drip_slowly(answer(picture(0)))),
     "slow_head": ("too slow", drip_slowly(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999)),
     "silent": ("time-out", lambda *_: time.sleep(3600))}
