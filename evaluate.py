@@ -1173,6 +1173,9 @@ figure { margin: 0; color: #6e7781 } img { width: 100%; border-radius: 8px }
 FIGURE = '<figure><img alt="" src="data:image/jpeg;base64,{}"><figcaption>{:.3f} {}</figcaption></figure>'
 
 
+SEARCH_CHUNK = 2048 # pictures between two writes of the cache: what a killed search loses at most
+
+
 def embed_folder(model, args, device, dtype):
     """Returns the paths of the pictures in the folder args.images, and their embeddings (N, D), NaN where one
     cannot be read. Those whose size and time have not changed come from a file beside the checkpoint."""
@@ -1197,10 +1200,13 @@ def embed_folder(model, args, device, dtype):
         images, bad = (x.to(device) for x in batch)
         return model.encode_image(normalize(images)).masked_fill(bad[:, None] >= 0, math.nan)
 
-    if todo:
-        pictures = EvalImages(todo, model.img_size, args.squash)
-        known |= zip(todo, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
-        cache = {"made_by": made_by, "stamps": stamps, "emb": torch.stack([known[path] for path in stamps])}
+    starts = range(0, len(todo), SEARCH_CHUNK)
+    for start in tqdm(starts, "embedding", leave=False, disable=len(starts) < 2 or not sys.stderr.isatty()):
+        paths = todo[start:start + SEARCH_CHUNK]
+        pictures = EvalImages(paths, model.img_size, args.squash)
+        known |= zip(paths, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
+        cache = {"made_by": made_by, "stamps": {path: stamps[path] for path in known},
+                 "emb": torch.stack([*known.values()])}
         if os.access(os.path.dirname(cache_path) or ".", os.W_OK):
             save_atomic(cache_path, lambda f: torch.save(cache, f))
     return [*stamps], torch.stack([known[path] for path in stamps])
