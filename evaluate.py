@@ -26,6 +26,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections import namedtuple
@@ -1401,8 +1402,23 @@ def get_args(argv):
     return args
 
 
+def check_outputs(args):
+    """Ends the program, before anything is measured, if a file that is to be written cannot be."""
+    paths = {key: getattr(args, key, None) for key in ("json", "picture", "html")}
+    for key, path in paths.items():
+        if path:
+            try:
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
+            except OSError as e:
+                fail(f"--{key}={path} cannot be written: {e.strerror}")
+            if os.path.isdir(path):
+                fail(f"--{key}={path} cannot be written: it is a folder")
+
+
 def main(argv=None):
     args = get_args(sys.argv[1:] if argv is None else argv)
+    check_outputs(args)
     if "out_dir" in args: # it trains
         if ranks()[1] > 1:
             fail(f"{args.command} runs in one process: start it with python, not with torchrun")
