@@ -509,7 +509,6 @@ def knn(args, device, dtype):
     return {"ckpt": ckpt, "split": name, "images": len(held_out.images), "metrics": metrics}
 
 
-TEMPLATES = ["a photo of a {}.", "a close-up of a {}.", "a drawing of a {}.", "{}"] # without open_clip_torch
 PUBLISHED_ZERO_SHOT = { # top-1 on ImageNet's 50,000, CLIP's 80 prompts; SHRe's teacher has learned its labels
     "SHRe_T, MLP": 40.26, "SHRe_T, Transformer": 44.57, "S-SMKE_CDL_MB": 37.0,
     "S-SMKE_CDL_MB, no teacher": 25.8, "CLIP L/14-336": 76.2}
@@ -553,12 +552,9 @@ def zeroshot(args, device, dtype):
     """Classifies zero-shot, as CLIP does: a picture's class is the one whose prompts, embedded and averaged,
     are closest to it (CLIP's 80 prompts: pip install open_clip_torch). Measured on the split test, or val
     where there is none; for ImageNet's whole val published rows are printed."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES as templates # here, not above: optional
     split, pairs = labelled_splits(args.task, args.data_dir, ("val", "test")).popitem()
     names, named_by = class_names(args.task, pairs.meta.get("classes") or [], args.classes)
-    try:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES as templates # here, not above: optional
-    except ImportError:
-        templates = TEMPLATES
     N, C = len(pairs.images), len(names)
     if pairs.labels.min() < 0 or pairs.labels.max() >= C:
         fail(f"data set {args.task} has the label {pairs.labels.max()}, but {named_by} names {C} classes")
@@ -1276,18 +1272,14 @@ def read_log(run):
 
 
 def draw_curves(arms, path, xlabel, ylabel):
-    """Draws into a PNG a line for each run, [(x, y), ..], and in the same colour a thick one for the mean of
-    the runs of an arm; arms: label -> runs."""
+    """Draws into a PNG a line for each run, the runs of an arm in one colour. arms: label -> its runs, each a
+    list of (x, y)."""
     from matplotlib.figure import Figure # here, not above: optional
     ax = Figure((7, 4.6), 110, layout="constrained").subplots()
     for n, (label, runs) in enumerate(arms.items()):
-        lines = [np.array(points, dtype=float).T for points in runs] # (2, points) each
-        x = min((x for x, _ in lines), key=lambda x: x[-1]) # as far as the shortest goes
-        for line in lines:
-            ax.plot(*line, color=f"C{n}", linewidth=0.8, alpha=0.6)
-        mean_y = np.mean([np.interp(x, *line) for line in lines], axis=0)
-        words = f"{label}, {len(runs)} seeds" if len(runs) > 1 else label
-        ax.plot(x, mean_y, ".-", color=f"C{n}", linewidth=2.5, label=words)
+        for points in runs:
+            line, = ax.plot(*zip(*points), ".-", color=f"C{n}", linewidth=1.5, alpha=0.8)
+        line.set_label(label if len(runs) == 1 else f"{label}, {len(runs)} seeds")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)

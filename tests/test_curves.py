@@ -5,6 +5,7 @@ evaluate.py curves: which number, of which runs, in which colour; logs that are 
 """
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -52,34 +53,29 @@ def test_the_key_is_what_the_run_calls_best(write, extra, key):
 
 @pytest.mark.parametrize("over, points", [("step", [(10, 3), (20, 5), (30, 4)]),
                                           ("minutes", [(1.5, 3), (3.0, 5), (4.5, 4)])])
-def test_points(write, capsys, over, points):
+def test_points(write, over, points):
     write("out/a", *records([3, 5, 4]), max_steps=30)
-    result = curves("out/a/", over=over, json="r.json")
-    assert result["runs"] == {"out/a": {"points": points, "best": 5}}
-    assert f"val_mean 5 at best ({over} {points[1][0]:g})" in capsys.readouterr().out
+    assert curves("out/a/", over=over, json="r.json")["runs"] == {"out/a": {"points": points, "best": 5}}
     assert curves("out/a/log.jsonl", key="loss", over=over)["runs"]["out/a/log.jsonl"]["best"] == 1 / 3
-    write("b", *records([3, 5], "val_kd_image"))
-    assert curves("b")["runs"]["b"]["best"] == 3 # a loss, too
 
 
 def test_seeds_of_an_arm_have_one_colour(write, monkeypatch):
     """Arms are told by the seed at the end of their names, if it is their seed."""
-    for arm in "both", "words":
-        for seed in range(3):
-            write(f"out/{arm}_{seed}", *records([seed, seed + 3]), seed=seed)
+    for seed in range(3):
+        write(f"out/both_{seed}", *records([seed, seed + 3]), seed=seed)
     write("out/v1", *records([1, 2]))
     write("out/v2", *records([1, 2]))
     drawn, plain = [], evaluate.draw_curves
     monkeypatch.setattr(evaluate, "draw_curves", lambda *args: drawn.append(args) or plain(*args))
-    names = [f"out/{arm}_{seed}" for arm in ("both", "words") for seed in range(3)]
-    curves(*names, "out/v1", "out/v2", picture="new/curves.png")
+    curves(*(f"out/both_{seed}" for seed in range(3)), "out/v1", "out/v2", picture="new/curves.png")
     (arms, path, xlabel, ylabel), = drawn
-    assert {label: len(runs) for label, runs in arms.items()} == {
-        "out/both": 3, "out/words": 3, "out/v1": 1, "out/v2": 1}
+    assert {label: len(runs) for label, runs in arms.items()} == {"out/both": 3, "out/v1": 1, "out/v2": 1}
     assert arms["out/both"][2] == [(10, 2), (20, 5)] and (xlabel, ylabel) == ("step", "val_mean")
     with Image.open("new/curves.png") as image:
         colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
-    assert (0xd6, 0x27, 0x28) in colours and (0x94, 0x67, 0xbd) not in colours # a fourth, and no fifth
+    # the lines are somewhat transparent: of matplotlib's colours the third is there, and no fourth
+    blended = lambda *colour: tuple(round(0.8 * x + 51) for x in colour)
+    assert blended(0x2c, 0xa0, 0x2c) in colours and blended(0xd6, 0x27, 0x28) not in colours
 
 
 def test_a_run_that_goes_on_and_torn_lines(write, capsys):
@@ -91,8 +87,7 @@ def test_a_run_that_goes_on_and_torn_lines(write, capsys):
     assert len(curves("a")["runs"]["a"]["points"]) == 2
     said = capsys.readouterr().out
     assert "a: at step 20 of 50, still going or stopped" in said
-    torn = [line for line in said.splitlines() if line.startswith("a/log.jsonl line ")]
-    assert [int(line.split()[2]) for line in torn] == [6, 7, 9, 10, 11]
+    assert re.findall(r"(?m)^a/log.jsonl line (\d+)", said) == ["6", "7", "9", "10", "11"]
 
 
 def test_runs_without_the_key(write, capsys):
