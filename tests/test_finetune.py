@@ -1,12 +1,11 @@
 """
-evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers, timm and plain
+evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers and plain
 formulas; then the whole subcommand on toy pictures, killed, resumed and given wrong input.
 
     pytest tests/test_finetune.py
     pytest tests/test_finetune.py -m slow      # more of the places where it may stop, and workers
 """
 import json
-import math
 import os
 import re
 import shutil
@@ -60,20 +59,12 @@ def test_learning_rates_of_seeds_table_3():
 # augmentation
 
 
-def test_augmentation():
-    """RandAugment(2, 9): rotations by up to 27 degrees, brightness times 1 +- 0.81; see its docstring."""
-    flip, augment, _, erase = evaluate.train_transform().transforms
-    assert (augment.num_ops, augment.magnitude, augment.num_magnitude_bins) == (2, 9, 11)
-    assert flip.p == 0.5 and erase.p == 0.25
-    at_9 = {name: values(11, 224, 224) for name, (values, _) in augment._AUGMENTATION_SPACE.items()}
-    assert float(at_9["Rotate"][9]) == pytest.approx(27) and float(at_9["Posterize"][9]) == 4
-    assert float(at_9["Brightness"][9]) == pytest.approx(0.81)
-
-
 def test_training_images_are_functions_of_their_index(tiny_data):
+    flip, augment, _, erase = evaluate.train_transform().transforms
+    assert (augment.num_ops, augment.magnitude, flip.p, erase.p) == (2, 9, 0.5, 0.25)
     pairs = Pairs(tiny_data, "toy", "train")
-    dataset = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults())
-    torch.manual_seed(1)
+    plain, dataset = (evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32, defaults(
+        augment=augment)) for augment in ("none", "default"))
     first = [dataset[0, p, p] for p in range(24)]
     torch.rand(7)
     for p, (image, label, bad) in enumerate(first):
@@ -81,28 +72,24 @@ def test_training_images_are_functions_of_their_index(tiny_data):
         assert torch.equal(again[0], image) and again[1] == label == pairs.labels[p]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
         assert not torch.equal(dataset[1, p, p][0], image)
-    plain = evaluate.LabelledImages(pairs.images, torch.from_numpy(pairs.labels), 32,
-                                    defaults(augment="none"))
-    assert torch.equal(plain[0, 0, 5][0],
-                       evaluate.normalize(evaluate.eval_image(pairs.images[5], 32)[None])[0])
+    unchanged = evaluate.normalize(evaluate.eval_image(pairs.images[5], 32)[None])[0]
+    assert torch.equal(plain[0, 0, 5][0], unchanged)
 
 
 def test_mixed_targets():
     images = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16).contiguous() # image i is all i
-    one_hot = torch.eye(8)
     kinds = []
     for seed in range(300):
-        mixed, targets = evaluate.mix(images, one_hot, np.random.default_rng(seed))
-        again = evaluate.mix(images, one_hot, np.random.default_rng(seed))
+        mixed, targets = evaluate.mix(images, torch.eye(8), np.random.default_rng(seed))
+        again = evaluate.mix(images, torch.eye(8), np.random.default_rng(seed))
         assert torch.equal(mixed, again[0]) and torch.equal(targets, again[1])
         assert torch.allclose(targets.sum(1), torch.ones(8)) and (targets >= 0).all()
         # each pixel is a mixture of two images, the mean of all pixels the mixture that the target names
         assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(8.0), atol=1e-4)
         kinds.append("none" if torch.equal(mixed, images) else
                      "cutmix" if torch.equal(mixed, mixed.round()) else "mixup")
-    assert kinds.count("none") == pytest.approx(30, abs=20) # cutmix of an empty box among them
-    assert kinds.count("mixup") == pytest.approx(135, abs=35) \
-        and kinds.count("cutmix") == pytest.approx(135, abs=35)
+    shares = [kinds.count(kind) / 300 for kind in ("none", "mixup", "cutmix")]
+    assert shares == pytest.approx([0.1, 0.45, 0.45], abs=0.1) # cutmix of an empty box is none
 
 
 # -----------------------------------------------------------------------------
@@ -150,58 +137,43 @@ def stop_at(monkeypatch, step, run):
         run()
 
 
-def test_finetuning_learns(run, tmp_path, capsys):
+def test_finetuning_learns(run, tmp_path, colours, monkeypatch, capsys):
+    """What stays is the first of the best epochs on val, as an Encoder that other scripts read: with its head
+    it gives the reported number. The last epochs, which wreck the weights, change nothing."""
+    share = evaluate.lr_share
+    monkeypatch.setattr(evaluate, "lr_share", lambda step, *rest: share(step, *rest) if step < 69 else 1000.0)
     result = run(augment="none", epochs=25, json="new/result.json")
-    said = capsys.readouterr().out
-    # chance is 17 %
-    assert result["metrics"]["top1"] > 60 and result["metrics"]["top5"] >= result["metrics"]["top1"]
+    said, metrics = capsys.readouterr().out, result["metrics"]
+    assert metrics["top1"] > 60 and metrics["top5"] >= metrics["top1"] # chance is 17 %
     assert result["num_classes"] == 6 and result["split"] == "test" and result["chosen_on"] == "val"
-    assert re.search(r"trained 75 steps in \d+\.\d min", said)
     assert json.loads((tmp_path / "new/result.json").read_text()) == result
     log = records(tmp_path / "run")
     steps, epochs = [r for r in log if "loss" in r], [r for r in log if "epoch" in r]
-    assert [r["step"] for r in steps] == list(range(1, 76)) \
-        and [r["epoch"] for r in epochs] == list(range(1, 26))
-    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"] and steps[-1]["lr"] < 0.01 * max(r["lr"] for r in steps)
-    # the best epoch is kept: the first of highest accuracy on val, and not the last
+    assert len(steps) == 75 and len(epochs) == 25 and steps[65]["loss"] < 0.7 * steps[0]["loss"]
+    assert steps[65]["lr"] < 0.1 * max(r["lr"] for r in steps[:66])
     accuracies = [r["val_top1"] for r in epochs]
-    assert result["epoch"] == 1 + accuracies.index(max(accuracies))
-    lines = said.splitlines()
+    assert result["epoch"] == 1 + accuracies.index(max(accuracies)) < 25
     assert "learning rates " + ", ".join(f"{3e-3 * 0.81 ** (3 - k):.1e}" for k in range(4)) in said
-    assert ["encoder.pt", f"{result['metrics']['top1']:.2f}", "-"] in [line.split() for line in lines]
-    assert not result["published"] # nobody published anything on this set
-
-
-def test_best_checkpoint_is_an_encoder(run, colours, monkeypatch):
-    """best.pt is of the best epoch, and an Encoder that other scripts read: with its head it gives the
-    reported number. The last epoch, which wrecks the weights, changes nothing."""
-    monkeypatch.setattr(evaluate, "lr_share", lambda step, *_: 1.0 if step < 60 else 1000.0)
-    result = run(augment="none", epochs=21)
-    assert result["epoch"] < 21 and result["metrics"]["top1"] > 50
-    kept = read_checkpoint("run/best.pt")
+    assert ["encoder.pt", f"{metrics['top1']:.2f}", "-"] in [line.split() for line in said.splitlines()]
+    kept, pairs = read_checkpoint("run/best.pt"), Pairs(colours, "toy", "test")
     assert kept["best"]["epoch"] == result["epoch"] and kept["step"] == 3 * result["epoch"]
-    encoder = load_checkpoint("run/best.pt")
-    before, last = load_checkpoint("encoder.pt"), read_checkpoint("run/ckpt.pt")
-    assert not any(torch.equal(a, b) for a, b in zip(encoder.parameters(), before.parameters()) if a.ndim > 1)
-    assert last["step"] == last["max_steps"] == 63
-    pairs = Pairs(colours, "toy", "test")
-    features = evaluate.image_features(encoder, pairs, 5, torch.device("cpu"), torch.float32)
+    features = evaluate.image_features(load_checkpoint("run/best.pt"), pairs, 5, torch.device("cpu"),
+                                       torch.float32)
     head = kept["head"]
     x = torch.nn.functional.layer_norm(features, (32,), head["0.weight"], head["0.bias"], eps=1e-6)
     found = np.array(kept["classes"])[(x @ head["1.weight"].T + head["1.bias"]).argmax(1)]
-    assert 100 * (found == pairs.labels).mean() == pytest.approx(result["metrics"]["top1"])
+    assert 100 * (found == pairs.labels).mean() == pytest.approx(metrics["top1"])
 
 
 def test_linear_probe(run, tmp_path, monkeypatch, capsys):
     """The encoder stays as it was, bit for bit. --augment=none extracts the features once. Augmentation that
     does nothing goes through the encoder at each step, and learns the same."""
-    calls = []
-    forward = Encoder.forward
+    calls, forward = [], Encoder.forward
     monkeypatch.setattr(Encoder, "forward",
                         lambda self, x, *rest: (calls.append(len(x)), forward(self, x, *rest))[1])
     monkeypatch.setattr(evaluate, "PUBLISHED_VISION", {("toy", 12): {"theirs": (None, 50.0)}})
     result = run("cached", linear_probe=True, augment="none")
-    assert [*result["published"]] == ["theirs"] # beside a whole test set only
+    assert [*result["published"]] == ["theirs"] # of this set, and of as many images
     said = capsys.readouterr().out
     assert sum(calls) == 48 + 12 + 12 # each picture once
     assert same(read_checkpoint("encoder.pt")["model"], read_checkpoint("cached/best.pt")["model"])
@@ -211,12 +183,9 @@ def test_linear_probe(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "train_image", lambda data, size, *_: evaluate.eval_image(data, size))
     monkeypatch.setattr(evaluate, "train_transform", lambda: lambda image: evaluate.normalize(image[None])[0])
     monkeypatch.setattr(evaluate, "MIX_SHARE", 0.0)
-    monkeypatch.setattr(evaluate, "PUBLISHED_VISION", {("toy", 13): {"theirs": (None, 50.0)}})
-    assert not run("plain", linear_probe=True)["published"]
+    run("plain", linear_probe=True)
     assert sum(calls) == 4 * 48 + 12 + 12
     a, b = (read_checkpoint(f"{out}/ckpt.pt") for out in ("cached", "plain"))
-    for k in a["head"]:
-        assert torch.allclose(a["head"][k], b["head"][k], atol=1e-5), k
     assert a["best"] == b["best"]
     losses = [[r["loss"] for r in records(tmp_path / out) if "loss" in r] for out in ("cached", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -242,7 +211,7 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, capsys, step, changes):
     capsys.readouterr()
     assert run("killed", **changes)["metrics"] == result["metrics"] # finished: the table comes again
     said = capsys.readouterr().out
-    assert "is there: finished" in said and "\nencoder.pt " in said and "\nstep " not in said
+    assert "\nencoder.pt " in said and "\nstep " not in said
 
 
 @pytest.mark.parametrize("workers", [0, slow(2)])
@@ -254,10 +223,8 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
     content = path.read_bytes()
     path.write_bytes(bytes(20) + content[20:])
     run(data_dir=data_dir, num_workers=workers)
-    log = records(tmp_path / "run")
-    assert {i for r in log for i in r.get("unreadable", [])} == {3, 40} and "val_top1" in log[-1]
-    said = capfd.readouterr().err
-    assert said.count("val_images.bin: picture 0 of 12 cannot be read: grey in its place") == 1
+    assert {i for r in records(tmp_path / "run") for i in r.get("unreadable", [])} == {3, 40}
+    assert capfd.readouterr().err.count("val_images.bin: picture 0 of 12 cannot be read") == 1
     path.write_bytes(bytes(len(content)))
     assert "12 of 12 pictures cannot be read" in refused(run, "second", data_dir=data_dir)
 
@@ -265,18 +232,16 @@ def test_bad_pictures(run, tmp_path, colours, capfd, workers):
 def test_loss_by_hand(run, tmp_path, monkeypatch):
     """Minus sum of t log p, t the mixed targets smoothed by 0.1, mean over the batch: of the six classes and
     the pictures given here, by the weights that --lr=0 leaves as they are."""
-    images, generator = torch.randn(48, 3, 32, 32), torch.Generator().manual_seed(1)
-    targets = torch.softmax(3 * torch.randn(48, 6, generator=generator), 1)
+    images, targets = torch.randn(48, 3, 32, 32), torch.softmax(3 * torch.randn(48, 6), 1)
     monkeypatch.setattr(evaluate, "mix", lambda *_: (images, targets))
     run(batch_size=48, epochs=1, lr=0)
-    kept, model = read_checkpoint("run/ckpt.pt"), load_checkpoint("run/ckpt.pt")
-    head = torch.nn.Sequential(torch.nn.LayerNorm(32, eps=1e-6), torch.nn.Linear(32, 6))
-    head.load_state_dict(kept["head"])
-    p = torch.softmax(head(model(images)[:, 1:].mean(1)), 1).tolist()
-    smooth = (0.9 * targets + 0.1 / 6).tolist()
-    by_hand = -sum(t * math.log(q) for row in zip(smooth, p) for t, q in zip(*row)) / 48 # not / 288
+    model, head = load_checkpoint("run/ckpt.pt"), torch.nn.Sequential(torch.nn.LayerNorm(32, eps=1e-6),
+                                                                      torch.nn.Linear(32, 6))
+    head.load_state_dict(read_checkpoint("run/ckpt.pt")["head"])
+    p = torch.softmax(head(model(images)[:, 1:].mean(1)), 1)
+    by_hand = -((0.9 * targets + 0.1 / 6) * p.log()).sum() / 48 # not / 288
     loss, = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
-    assert loss == pytest.approx(by_hand, rel=1e-5)
+    assert loss == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("command", ["finetune", "glue"])
@@ -303,13 +268,12 @@ def test_other_settings(run, monkeypatch):
 WRONG = [ # flags, what the message says
     ("knn", dict(ckpt="text.pt"), "text.pt is an encoder for text.*distill_image.py"),
     ("knn", dict(ckpt=None, image_encoder="beitv2:none.pth"), "no weights at none.pth"),
-    ("knn", dict(image_encoder="beitv2"), "are each an encoder"), ("knn", dict(device="gpu"), "is no device"),
+    ("knn", dict(image_encoder="beitv2"), "are each an encoder"),
     ("finetune", dict(ckpt="none.pt"), "at none.pt"), ("finetune", dict(task="cifar10"), "data set cifar10"),
     ("finetune", dict(data_dir="no_labels"), "has no labels in its split val"),
-    ("finetune", dict(data_dir="strange"), r"no training image has the labels \[7, 8\] of its split test"),
+    ("finetune", dict(data_dir="strange"), r"the labels \[7, 8\] of its split test"),
     ("finetune", dict(data_dir="alone"), "neither a val nor a test split"),
-    ("finetune", dict(batch_size=100), "--batch_size=100, but there are 48"),
-    ("finetune", dict(resume=True), "no run/ckpt.pt")]
+    ("finetune", dict(batch_size=100), "--batch_size=100, but there are 48")]
 
 
 @pytest.mark.parametrize("command, changes, said", WRONG)
