@@ -7,6 +7,7 @@ damaged ones, pairs as BERT and RoBERTa see them, the whole subcommand on toy ta
 import os
 import re
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -118,24 +119,19 @@ def test_metrics_are_those_of_the_libraries(task, n):
         else:
             y, p = rng.integers(0, len(GLUE[task].classes), (2, n))
         for metric in GLUE[task].metrics:
-            score = glue_score(task, p, y, metric)
-            assert type(score) is float and score == pytest.approx(100 * THEIRS[metric](p, y), abs=1e-9)
+            assert glue_score(task, p, y, metric) == pytest.approx(100 * THEIRS[metric](p, y), abs=1e-9)
         assert glue_score(task, p, y) == glue_score(task, p, y, GLUE[task].metrics[0])
 
 
-@pytest.mark.parametrize("task, p, y", [("cola", [0, 0], [1, 1]), ("mrpc", [0, 0], [1, 1]),
-                                        ("stsb", [0.1] * 3, [0, 1, 2]), ("stsb", [1], [2])])
 @pytest.mark.filterwarnings("error")
-def test_metrics_that_are_not_defined_are_0(task, p, y):
-    assert glue_score(task, p, y) == 0
-
-
-@pytest.mark.parametrize("task, p, y", [
-    ("colla", [1], [1]), ("sst2", [], []), ("sst2", [1, 1], [1]), ("sst2", [2], [1]), ("mnli", [0], [3]),
-    ("stsb", [np.nan, 1], [1, 2])])
-def test_metrics_refuse(task, p, y):
-    with pytest.raises(ValueError):
-        glue_score(task, p, y)
+@pytest.mark.parametrize("task, p, y, score", [
+    ("cola", [0, 0], [1, 1], 0), ("mrpc", [0, 0], [1, 1], 0), ("stsb", [0.1] * 3, [0, 1, 2], 0),
+    ("stsb", [1], [2], 0), # not defined; what follows is wrong
+    ("colla", [1], [1], None), ("sst2", [], [], None), ("sst2", [1, 1], [1], None),
+    ("sst2", [2], [1], None), ("mnli", [0], [3], None), ("stsb", [np.nan, 1], [1, 2], None)])
+def test_metrics_of_odd_input(task, p, y, score):
+    with nullcontext() if score == 0 else pytest.raises(ValueError):
+        assert glue_score(task, p, y) == score
 
 
 # -----------------------------------------------------------------------------
@@ -177,17 +173,16 @@ def test_text_is_taken_as_it_is(tmp_path):
 
 
 def test_torn_rows_of_qqp(tmp_path, capsys):
-    """Up to one in a thousand is left out and counted; more are an error."""
+    """Up to one in a thousand is left out and named; more are an error."""
     write_raw(tmp_path, "qqp", (2000, 8))
     train = tmp_path / "QQP" / "train.tsv"
     lines = train.read_text().splitlines()
-    lines[700:701] = [lines[700][:20], "rest"] # a newline within a question
-    train.write_text("\n".join(lines[:701] + lines[702:]) + "\n")
+    train.write_text("\n".join([*lines[:700], lines[700][:20], *lines[701:]]) + "\n")
     assert len(read_glue("qqp", str(tmp_path))["train"][0]) == 1999
-    assert "1 lines without 6 columns are left out: [701]" in capsys.readouterr().out
-    train.write_text("\n".join(lines) + "\n")
+    assert "left out: [701]" in capsys.readouterr().out
+    # a newline within a question
+    train.write_text("\n".join([*lines[:700], lines[700][:20], "rest", *lines[701:]]) + "\n")
     assert "train.tsv is damaged" in refused(read_glue, "qqp", str(tmp_path))
-    assert "[701, 702]" in capsys.readouterr().out
 
 
 DAMAGED = [ # file, what happens to its lines, what is said
@@ -212,12 +207,10 @@ def test_damaged_files(run, raw, tmp_path, file, change, said):
 
 WRONG = [
     (dict(glue_dir="none"), "GLUE's sst2: no none/SST-2/train.tsv, none/SST-2/dev.tsv. .*hf download"),
-    (dict(ckpt="none.pt"), "at none.pt"),
     (dict(ckpt="image.pt"), "image.pt is an encoder for image, and glue needs one for text"),
     (dict(ckpt="mute.pt"), "mute.pt has no tokenizer"),
     (dict(max_length=128), "--max_length=128, but text.pt has 64 positions"),
-    (dict(task="all", glue_dir="few", batch_size=16), "wnli: --batch_size=16, but there are 8"), # the last
-    (dict(ckpt=None, text_encoder="bert:none"), "no weights at none")]
+    (dict(task="all", glue_dir="few", batch_size=16), "wnli: --batch_size=16, but there are 8")] # the last
 
 
 @pytest.mark.parametrize("changes, said", WRONG)
@@ -362,20 +355,6 @@ def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
     assert "the encoder has changed" in refused(run, **command)
 
 
-def test_killed_before_the_best_takes_the_last_ones_place(run, monkeypatch):
-    train = evaluate.finetune_task
-
-    def killed(*args):
-        train(*args)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(evaluate, "finetune_task", killed)
-        run()
-    best = read_checkpoint("run/sst2/best.pt")
-    assert run()["tasks"]["sst2"] == best["best"]
-    assert same(read_checkpoint("run/sst2/ckpt.pt")["model"], best["model"])
-
-
 def test_changes_after_a_task_is_done(run, capsys):
     """Settings that decide its score are refused, even with --resume; so are other examples without it."""
     run(task="rte")
@@ -387,14 +366,11 @@ def test_changes_after_a_task_is_done(run, capsys):
 
 
 def test_text_tower_of_a_multimodal_checkpoint(run):
-    """The text encoder alone learns, as if it had a checkpoint of its own. What comes out is an encoder."""
-    torch.manual_seed(0)
+    """Learns as if it had a checkpoint of its own."""
     model = VisionLanguageModel(dict(depth=1, embed_dim=32, num_heads=2, img_size=32, patch_size=8),
                                 dict(SHAPE, pooler=True), shared_depth=1, token_types=True, head_dim=8)
-    save_checkpoint("both.pt", model, tokenizer=tokenizer_text())
-    save_checkpoint("alone.pt", model.text_encoder, tokenizer=tokenizer_text())
-    results = [run(ckpt=f"{name}.pt", out_dir=name, epochs=1, task="rte")["tasks"]
-               for name in ("both", "alone")]
+    for name, part in ("both", model), ("alone", model.text_encoder):
+        save_checkpoint(f"{name}.pt", part, tokenizer=tokenizer_text())
+        run(ckpt=f"{name}.pt", out_dir=name, epochs=1, task="rte")
     both, alone = (read_checkpoint(f"{name}/rte/ckpt.pt")["model"] for name in ("both", "alone"))
-    assert results[0] == results[1] and same(both, alone)
-    assert load_checkpoint("both/rte/ckpt.pt").encode_text(torch.tensor([[2, 6, 3]])).shape == (1, 32)
+    assert same(both, alone)
