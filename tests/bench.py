@@ -96,7 +96,6 @@ def table(args):
     print(*filter(None, machines), sep="\n")
     for part, rows in parts.items():
         columns = list(dict.fromkeys(key for values in rows.values() for key in values))
-        columns.sort(key=("kernels", "reason").__contains__) # texts come last
         cells = [[part, *columns]]
         cells += [[row, *(shown(values.get(key, "")) for key in columns)] for row, values in rows.items()]
         widths = [max(map(len, column)) for column in zip(*cells)]
@@ -134,8 +133,7 @@ class AnyText:
         return torch.randint(4, self.vocab_size, mask.shape).masked_fill(mask, self.pad_id), mask
 
 
-class AnyTokens(np.ndarray):
-    """Stands in for prepare_owt.Tokens: random ids."""
+class AnyTokens(np.ndarray): # stands in for prepare_owt.Tokens
     end_id, meta = 3, {"splits": 0}
 
 
@@ -151,8 +149,7 @@ def noise_jpegs(width, height, n):
 
 
 def write_noise(folder, n):
-    """A prepared set: n records of 8 small pictures, with captions as long as COCO's: 9 tokens or more with
-    CLS and SEP, 12 in the mean; as many for validation."""
+    """A prepared set of n records, with captions as long as COCO's: 9 tokens or more, 12 in the mean."""
     rng, pictures = np.random.default_rng(0), noise_jpegs(96, 96, 8)
     for split in "train", "val":
         images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
@@ -206,8 +203,7 @@ def step_flops(args, knobs, teacher, T):
     return student_flops + (0 if knobs.cache_targets or knobs.kd_loss == "none" else teacher_flops)
 
 
-def encoder_settings(args, name):
-    """Of a published encoder, which need not be there."""
+def encoder_settings(args, name): # of a published one, which need not be there
     return CONFIGS[name] | (SMALL if args.small else {})
 
 
@@ -283,9 +279,7 @@ def plain_side(args, loop, knobs, device):
                 return F.mse_loss(target(student(x, return_layers=True)), target(layers))
             outputs = student(x, ids, padding_mask)
         return loop.loss_terms(outputs, layers[-1][:, 0].float(), group, queue, None, student, knobs)[0]
-
-    # a small run does without a compiler
-    compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor")
+    compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor") # eager: no compiler
 
     def run(batch, compiled):
         # of images crops, noise and numbers come; of texts ids, and a mask that hides nothing
@@ -390,12 +384,12 @@ def machine(args):
     record(args, "matrix product, as autocast does it", rate=matmul_peak(device) / 1e12, unit="TFLOP/s")
     source = torch.zeros(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
-    seconds = best_seconds(lambda: copy.copy_(source))
-    record(args, "memory, read and written", rate=2 * len(source) / seconds / 1e9, unit="GB/s")
+    rate = 2e-9 * len(source) / best_seconds(lambda: copy.copy_(source))
+    record(args, "memory, read and written", rate=rate, unit="GB/s")
     torch.set_num_threads(1)
     rng, jpegs = np.random.default_rng(0), noise_jpegs(500, 375, 20)
-    seconds = best_seconds(lambda: [train_image(x, 224, 0.08, rng) for x in jpegs])
-    record(args, "JPEG of 500x375 to a crop of 224, one core", rate=20 / seconds, unit="images/s")
+    rate = len(jpegs) / best_seconds(lambda: [train_image(x, 224, 0.08, rng) for x in jpegs])
+    record(args, "JPEG of 500x375 to a crop of 224, one core", rate=rate, unit="images/s")
 
 
 def tests(args):
@@ -432,11 +426,10 @@ def attention(args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 out = encoder(x, **more)
             out.float().sum().backward()
-        seconds = best_seconds(train)
         with torch.profiler.profile() as profiler:
             train()
         names = [e.key.removeprefix(prefix) for e in profiler.key_averages() if e.key.startswith(prefix)]
-        record(args, row, ms=1000 * seconds, kernels=", ".join(sorted(names)))
+        record(args, row, ms=1000 * best_seconds(train), kernels=", ".join(sorted(names)))
 
 
 def tiny(args):
@@ -448,9 +441,9 @@ def tiny(args):
         if args.small: # without a teacher, which is a minute's work
             words += ["--max_steps=2", "--warmup_steps=1", "--batch_size=64", "--kd_loss=none",
                       "--image_init=random"]
+        script = os.path.join(REPO, "distill_multimodal.py")
         start = time.perf_counter()
-        subprocess.run([sys.executable, os.path.join(REPO, "distill_multimodal.py"), *words], cwd=folder,
-                       check=True)
+        subprocess.run([sys.executable, script, *words], cwd=folder, check=True)
         seconds = time.perf_counter() - start
         with open(f"{folder}/out/tiny/retrieval.json", encoding="utf-8") as f:
             metrics = json.load(f)["metrics"]
@@ -496,8 +489,8 @@ def begin(words, log):
     """In a process of its own: a command of this file. What it prints is added to the file log."""
     os.setsid() # whatever it starts ends with it
     sys.stdout = sys.stderr = file = open(log, "a", buffering=1, encoding="utf-8")
-    for descriptor in 1, 2:
-        os.dup2(file.fileno(), descriptor)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
     main(words)
 
 
@@ -514,15 +507,15 @@ def run_parts(parts, args, minutes):
         print(f"{part:10} {row:40}", end="", flush=True)
         process = context.Process(target=begin, args=(words, log))
         process.start()
+        problem = ""
         try:
             process.join(max(5, deadline - start))
         finally: # of its time, or of this process
-            is_late = process.is_alive()
-            if is_late:
+            if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
-        problem = f"ended after {time.time() - start:.0f} s" if is_late else ""
-        if process.exitcode and not is_late:
+                problem = f"ended after {time.time() - start:.0f} s"
+        if process.exitcode and not problem:
             with open(log, encoding="utf-8", errors="replace") as f:
                 *_, last = ["", *f.read().splitlines()]
             problem = f"exit code {process.exitcode}: {last[:100]}"
@@ -580,7 +573,8 @@ def owt(args):
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/text")
         # row groups so small that the processes share it evenly
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), f"{folder}/text/a.parquet", row_group_size=100)
+        rows = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(rows, f"{folder}/text/a.parquet", row_group_size=100)
 
         def ours():
             prepare_owt.main(prepare_owt.get_args([
@@ -642,8 +636,7 @@ def loader(args):
 
 
 # -----------------------------------------------------------------------------
-
-# flags of step for its peak of memory alone, and those that gpu passes on to its parts
+# flags; PEAK: of step for its peak of memory alone, and those that gpu passes on to its parts
 PEAK = ["--part=memory", "--alone", "--warmup=1", "--steps=1", "--rounds=1", "--compile=false"]
 PASSED_ON = ["out", "small", "device", "data_dir", "weights_dir", "memory_fraction"]
 COMMANDS = {f.__name__: f for f in (gpu, table, step, loader, owt, shards, machine, tests, attention, tiny)}
@@ -661,8 +654,7 @@ def get_args(argv):
     p.knob("device", "auto", "as in the loops")
     p.knob("track", "image", "step: the loop", choices=list(LOOPS))
     p.knob("alone", False, "step: without the plain ways")
-    p.knob("padding", "batch", "step: captions are padded to the longest of their batch, or all alike",
-           choices=["batch", "all"])
+    p.knob("padding", "batch", "step: of captions, to the batch's longest or alike", choices=["batch", "all"])
     p.knob("profile", False, "step: name the ten dearest operations")
     p.knob("warmup", 4, "step: steps before the first round")
     p.knob("steps", 10, "step: in a round, even, since two batches alternate", least=1)
