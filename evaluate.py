@@ -26,7 +26,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections import namedtuple
@@ -37,10 +36,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (PRETRAINED, GPT2Tokenizer, Parser, Run, batch_order, cache_folder, fail, hash_of,
-                   ignore_signals, init_weights, load_checkpoint, load_encoder, nearest, number,
-                   optimizer_step, pick_device, pick_dtype, ranks, read_checkpoint, run_flags, save_atomic,
-                   save_checkpoint, set_up, use_compile, write_json)
+from model import (PRETRAINED, GPT2Tokenizer, Parser, Run, batch_order, fail, hash_of, ignore_signals,
+                   init_weights, load_checkpoint, load_encoder, nearest, number, optimizer_step, pick_device,
+                   pick_dtype, ranks, read_checkpoint, run_flags, save_atomic, save_checkpoint, set_up,
+                   use_compile, write_json)
 from prepare_imagenet import Bad, Pairs, eval_image, normalize, read_file, shown, train_image, walk
 from prepare_owt import load_text_encoder
 
@@ -109,11 +108,10 @@ def summary(i2t, t2i):
 
 
 def retrieval_metrics(image_emb, text_emb, text_to_image):
-    """Returns recall at 1, 5 and 10 both ways, in percent, python floats: i2t_rK, the share of images with
-    any own caption among the K captions of highest cosine; t2i_rK, of captions whose image is among the K
-    images; i2t_mean, t2i_mean, over the three K; mean, over all six, the thesis' average. image_emb (N, D),
-    text_emb (M, D): any float dtype, normalised here, compared in float32; text_to_image (M,) integers. Equal
-    scores get chance, not 100%: see gallery_order. ValueError as in checked."""
+    """Returns recall in percent: i2t_rK, the share of images with any own caption among the K = 1, 5, 10 of
+    highest cosine; t2i_rK, of captions whose image is; i2t_mean, t2i_mean and, over all six, mean. image_emb
+    (N, D), text_emb (M, D): any float dtype, normalised here; text_to_image (M,) integers. Equal scores get
+    chance, not 100%: see gallery_order. ValueError as in checked."""
     images, texts, owner = checked(image_emb, text_emb, text_to_image)
     index = torch.arange(len(images))
     i2t, t2i = best_ranks(images, index, texts, owner), best_ranks(texts, owner, images, index)
@@ -131,19 +129,17 @@ def median_rank(image_emb, text_emb):
 def median_rank_chunks(image_emb, text_emb, text_to_image, chunk=1000):
     """Follows the protocol of SHRe's COCO numbers, (i2t, t2i): in pass c = 0 .. 4 (at most as many as an
     image has captions) each image is paired with its caption c, or c modulo their number, the images are cut
-    into chunks of 1,000, without the rest, and the medians are averaged. Arguments as in
-    retrieval_metrics."""
+    into chunks of 1,000, without the rest, and the medians are averaged."""
     images, texts, owner = checked(image_emb, text_emb, text_to_image)
-    N = len(images)
-    chunk = min(chunk, N)
+    chunk = min(chunk, len(images))
     counts = torch.bincount(owner) # captions of each image
     by_image = owner.argsort(stable=True)
     start = counts.cumsum(0) - counts # where each image's captions begin there
     medians = []
     for c in range(min(5, counts.max().item())):
-        caption = by_image[start + c % counts] # (N,) each image's caption c
-        for i in range(0, N - chunk + 1, chunk):
-            medians.append(median_rank(images[i:i + chunk], texts[caption[i:i + chunk]]))
+        own = texts[by_image[start + c % counts]] # (N, D) each image's caption c
+        for i in range(0, len(images) - chunk + 1, chunk):
+            medians.append(median_rank(images[i:i + chunk], own[i:i + chunk]))
     return tuple(float(m) for m in np.mean(medians, axis=0))
 
 
@@ -583,8 +579,7 @@ WARMUP_SHARE = 0.1 # of the steps, in which the learning rate rises; then it fal
 
 
 def lr_share(step, warmup_steps, max_steps, linear=False):
-    """Returns the learning rate over its peak: linear warm-up, then half a cosine or a line to 0. step counts
-    from 0."""
+    """Returns the learning rate over its peak: linear warm-up, then half a cosine or a line to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
@@ -866,8 +861,8 @@ def read_rows(path):
 
 
 def read_glue(task, glue_dir):
-    """The examples of each split, train first: split -> (tuples of one or two texts, labels (n,) int64, of
-    stsb float32). What is missing or malformed ends the program with file and line."""
+    """Reads split -> (tuples of one or two texts, labels (n,) int64, of stsb float32), train first. What is
+    missing or malformed ends the program with file and line."""
     title, columns, classes = GLUE[task][:3]
     splits = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
     paths = [os.path.join(glue_dir, title, f"{split}.tsv") for split in splits]
@@ -910,8 +905,7 @@ def read_glue(task, glue_dir):
 
 def encode_examples(tokenizer, texts, max_length):
     """Encodes tuples of one or two texts: ids, padding_mask and segments (1 for a second text), (B, T) each.
-    BERT: [CLS] a [SEP] b [SEP]; GPT-2's vocabulary, as RoBERTa: <s> a </s></s> b </s>. The longer is cut
-    first."""
+    BERT: [CLS] a [SEP] b [SEP]; GPT-2's, as RoBERTa: <s> a </s></s> b </s>. The longer is cut first."""
     if isinstance(tokenizer, GPT2Tokenizer):
         rows = []
         for sides in zip(*(tokenizer.ids(side, sys.maxsize) for side in zip(*texts))): # <s> .. </s> each
@@ -984,8 +978,7 @@ def finetune_task(run, read, splits, encoder, dtype):
 
 
 def glue_row(scores):
-    """Makes a row of the table from task -> score, "mismatched" among them; last come the means of eight and
-    of all nine tasks."""
+    """Makes a row of the table from task -> score; last come the means of eight and of all nine tasks."""
     nine = [scores.get(task) for task in GLUE]
     return [nine[0], scores.get("mismatched"), *nine[1:], mean(nine[:8]), mean(nine)]
 
@@ -998,13 +991,10 @@ def glue(args, device, dtype):
     chosen = ["batch_size", "epochs", "lr"]
     tasks = {}
     for task in GLUE if args.task == "all" else [args.task]:
-        flags = argparse.Namespace(**vars(args))
-        for key in chosen:
-            if getattr(args, key) is None:
-                setattr(flags, key, getattr(GLUE[task], key))
-        flags.task = task
-        flags.out_dir = os.path.join(args.out_dir, task)
-        flags.glue_dir = flags.ckpt = flags.text_encoder = "" # what is read from there is hashed
+        own = {key: getattr(GLUE[task], key) for key in chosen if getattr(args, key) is None}
+        own |= dict(task=task, out_dir=os.path.join(args.out_dir, task))
+        own |= dict(glue_dir="", ckpt="", text_encoder="") # what is read from there is hashed
+        flags = argparse.Namespace(**vars(args) | own)
         flags.resume = args.resume and os.path.exists(os.path.join(flags.out_dir, "ckpt.pt"))
         splits = read_glue(task, args.glue_dir)
         N = len(splits["train"][0])
@@ -1072,7 +1062,7 @@ USE = { # modality -> lines of the card
 
 
 def make_onnx(model, modality):
-    """Returns one tower, which takes any batch size and length, as the bytes of an ONNX file, and the largest
+    """Returns one tower, for any batch size and length, as the bytes of an ONNX file, and the largest
     difference of its features (B, D) from torch's, on random input of another batch size than in tracing."""
     import onnxruntime # here, not above: optional
     import onnxscript # noqa: torch.onnx imports it, and says less if it is not there
@@ -1197,8 +1187,7 @@ def embed_folder(model, args, device, dtype):
         images, bad = (x.to(device) for x in batch)
         return model.encode_image(normalize(images)).masked_fill(bad[:, None] >= 0, math.nan)
 
-    starts = range(0, len(todo), SEARCH_CHUNK)
-    for start in tqdm(starts, "embedding", leave=False, disable=len(starts) < 2 or not sys.stderr.isatty()):
+    for start in tqdm(range(0, len(todo), SEARCH_CHUNK), "embedding", leave=False, disable=None):
         paths = todo[start:start + SEARCH_CHUNK]
         pictures = EvalImages(paths, model.img_size, args.squash)
         known |= zip(paths, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
@@ -1350,12 +1339,6 @@ FLAGS = { # flag, or subcommand and flag -> its default, its meaning, what Parse
     "key": (None, "any number in log.jsonl; None: what a run chooses its best by, or else the loss"),
     "over": ("step", "what is to the right: steps or minutes", dict(choices=["step", "minutes"])),
     "picture": (None, "draw it, or some of it, as a PNG (curves: pip install matplotlib)"),
-    "weights_dir": (cache_folder(), "published weights are looked for as WEIGHTS_DIR/NAME/<file>, and "
-                    "downloaded to there"),
-    "num_workers": (0, "processes that decode images; 0 decodes between the steps"),
-    "device": ("auto", "cpu, cuda, cuda:1, mps; auto takes what is there"),
-    "dtype": ("auto", "of autocast; auto: bfloat16 where the device is fast with it, else float16 on CUDA",
-              dict(choices=["auto", "float32", "bfloat16", "float16"])),
     "json": (None, "write the numbers to this file too")}
 BOTH = "ckpt image_encoder text_encoder weights_dir squash" # what embeds images and text
 RUN = "batch_size num_workers device dtype"
@@ -1382,10 +1365,13 @@ def get_args(argv):
     function, names, defaults = COMMANDS[command]
     parser = Parser(inspect.getdoc(function)) # without the indentation
     parser.prog = f"evaluate.py {command}"
+    shared = Parser("")
+    run_flags(shared, "") # device, dtype .. are what they are in the loops
+    flags = FLAGS | {x.dest: (x.default, x.help, dict(choices=x.choices)) for x in shared._actions}
     if command == "search":
         parser.add_argument("queries", nargs="*", help='texts in quotes: "a red apple" "a cat"')
     for name in [*names.split(), "json"]:
-        default, meaning, *limits = FLAGS.get(f"{command} {name}", FLAGS[name])
+        default, meaning, *limits = flags.get(f"{command} {name}", flags[name])
         parser.knob(name, defaults.get(name, default), meaning, **dict(*limits))
     if command in ("finetune", "glue"): # GLUE's batches have many lengths, and each is compiled anew
         run_flags(parser, f"out/{command}", compiled="false" if command == "glue" else "auto")
@@ -1396,16 +1382,12 @@ def get_args(argv):
 
 def check_outputs(args):
     """Ends the program, before anything is measured, if a file that is to be written cannot be."""
-    paths = {key: getattr(args, key, None) for key in ("json", "picture", "html")}
-    for key, path in paths.items():
+    for path in (getattr(args, key, None) for key in ("json", "picture", "html")):
+        if path and os.path.isdir(path):
+            fail(f"cannot write {path}: it is a folder")
         if path:
-            try:
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
-            except OSError as e:
-                fail(f"--{key}={path} cannot be written: {e.strerror}")
-            if os.path.isdir(path):
-                fail(f"--{key}={path} cannot be written: it is a folder")
+            save_atomic(f"{path}.tmp", lambda f: None) # ends the program, and says why
+            os.remove(f"{path}.tmp")
 
 
 def main(argv=None):
