@@ -7,7 +7,6 @@ ONNX files.
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -123,10 +122,3 @@ def test_again_and_beside_other_files(ckpt):
     Path("b/student/thesis.tex").write_text("years of work")
     assert "b/student holds thesis.tex" in refused(export, path, "b/student")
     assert {*os.listdir("b/student")} == {*first, "thesis.tex"}
-
-
-def test_onnx_is_optional(ckpt, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    words = ["export", f"--ckpt={ckpt('image')}", "--to=export", "--onnx"]
-    assert "pip install onnxruntime" in refused(evaluate.main, words)
-    assert not os.path.exists("export")

@@ -33,6 +33,7 @@ HEADERS = { # of the raw files, and the columns of texts and label in them
             "sentence2_parse sentence1 sentence2 label1 gold_label"}
 WORDS = {0: ["bad", "awful", "poor"], 1: ["good", "great", "fine"], 2: ["blue", "green", "red"]}
 FILLER = ["the", "film", "is", "a", "story", "of", "two", "people", "and", "their", "long", "way"]
+ODD = ['"no', "a\u2028b\x85c"] # no quotes of the format, and no line ends
 SHAPE = dict(embed_dim=32, num_heads=2, depth=2, norm_first=False, positions="learned", embed_norm=True,
              vocab_size=40, max_length=64, token_types=2)
 
@@ -40,18 +41,20 @@ SHAPE = dict(embed_dim=32, num_heads=2, depth=2, norm_first=False, positions="le
 def example(task, i, rng):
     """Texts whose last one is about its class, and the class, for stsb the score."""
     classes = 2 if task == "stsb" else len(GLUE[task].classes)
-    texts = [" ".join(rng.choice(FILLER, rng.integers(2, 7))) for _ in GLUE[task].columns[:-1]]
+    texts = [" ".join(rng.choice(FILLER + ODD, rng.integers(2, 7))) for _ in GLUE[task].columns[:-1]]
     texts[-1] += " " + rng.choice(WORDS[i % classes])
     return texts, [0.8, 4.6][i % 2] if task == "stsb" else i % classes
 
 
-def write_raw(glue_dir, task, sizes=(32, 12), folder=None, seed=0):
+def write_raw(glue_dir, task, sizes=(32, 12), seed=0):
     """A task as its archive unpacks."""
     rng, columns = np.random.default_rng(seed), GLUE[task].columns
     header = HEADERS.get(task, "source label star sentence")
     header = header.split("|" if task == "mrpc" else " ")
     splits = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
-    os.makedirs(folder := os.path.join(glue_dir, folder or GLUE[task].title), exist_ok=True)
+    folder = os.path.join(glue_dir, GLUE[task].title)
+    end = "\r\n" if task == "wnli" else "\n" # as Windows writes
+    os.makedirs(folder, exist_ok=True)
     for split, size in zip(splits, [*sizes, 10]):
         more = [f"label{k}" for k in range(2, 6)] if split.startswith("dev_") else []
         names = header[:-1] + more + header[-1:]
@@ -61,9 +64,9 @@ def write_raw(glue_dir, task, sizes=(32, 12), folder=None, seed=0):
             label = GLUE[task].classes[label] if GLUE[task].classes else f"{label:.3f}"
             cells = dict(zip(columns, [*texts, label]))
             lines.append("\t".join(cells.get(name, "x") for name in names))
-        with open(os.path.join(folder, f"{split}.tsv"), "w",
-                  encoding="utf-8-sig" if task == "mrpc" else "utf-8") as f:
-            f.write("\n".join(lines) + "\n")
+        encoding = "utf-8-sig" if task == "mrpc" else "utf-8"
+        with open(os.path.join(folder, f"{split}.tsv"), "w", encoding=encoding, newline="") as f:
+            f.write(end.join(lines) + end)
 
 
 @pytest.fixture(scope="session")
@@ -162,21 +165,11 @@ def test_raw_and_parquet_are_the_same(task, raw, tmp_path):
         assert ours[split][1].dtype == theirs[split][1].dtype
 
 
-def test_text_is_taken_as_it_is(tmp_path):
-    """Quotes are text, other line ends are text, Windows' are not."""
-    os.mkdir(tmp_path / "SST-2")
-    odd = ['he said "no', "a\u2028b\x85c\rd", "'' \"quoted\" ''"]
-    for split in "train", "dev":
-        text = "sentence\tlabel\r\n" + "".join(f"{t}\t1\r\n" for t in odd)
-        (tmp_path / "SST-2" / f"{split}.tsv").write_bytes(text.encode())
-    assert [t for t, in read_glue("sst2", str(tmp_path))["dev"][0]] == odd
-
-
 def test_torn_rows_of_qqp(tmp_path, capsys):
     """Up to one in a thousand is left out and named; more are an error."""
     write_raw(tmp_path, "qqp", (2000, 8))
     train = tmp_path / "QQP" / "train.tsv"
-    lines = train.read_text().splitlines()
+    lines = train.read_text().strip().split("\n")
     train.write_text("\n".join([*lines[:700], lines[700][:20], *lines[701:]]) + "\n")
     assert len(read_glue("qqp", str(tmp_path))["train"][0]) == 1999
     assert "left out: [701]" in capsys.readouterr().out
@@ -198,7 +191,7 @@ DAMAGED = [ # file, what happens to its lines, what is said
 def test_damaged_files(run, raw, tmp_path, file, change, said):
     """Refused with file and line before anything is trained or written, whichever of the tasks it is."""
     path = shutil.copytree(raw, tmp_path / "data") / file
-    lines = path.read_text("latin-1").splitlines()
+    lines = path.read_text("latin-1").strip().split("\n")
     path.write_text("\n".join(change(lines)) + "\n", "latin-1")
     error = refused(run, task="all", glue_dir="data")
     assert file in error and said in error

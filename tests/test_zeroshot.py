@@ -134,7 +134,8 @@ def test_command(run, capsys, changes):
     assert run(ckpt=None, image_encoder="image.pt", text_encoder="text.pt")["ckpt"] == "image.pt + text.pt"
 
 
-def test_without_open_clip(run, monkeypatch):
+def test_a_package_that_is_not_there(run, monkeypatch):
+    """As main() says of every optional one."""
     monkeypatch.setitem(sys.modules, "open_clip", None)
     assert "pip install open_clip_torch" in refused(run)
 
