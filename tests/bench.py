@@ -589,12 +589,24 @@ def owt(args):
                 args.rounds, {"tokenizers' encode_batch": theirs, "prepare_owt.py": ours})
 
 
+def peak_of(command):
+    """Peak memory in MB of the largest process of a Python command."""
+    # started by a small process, since a child's peak begins with what its parent had
+    measure = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=2, check=True); "
+               "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)")
+    done = subprocess.run([sys.executable, "-c", measure, sys.executable, *command], check=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return float(done.stdout)
+
+
 def shards(args):
     import prepare_pairs
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]) # one core for both sides
     jpegs, each = noise_jpegs(341, 256, 64), 500
     with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/train-{s:05}.tar" for s in range(20)]
+        paths = [f"{folder}/{'few' if s < 4 else 'more'}/train-{s:05}.tar" for s in range(20)]
+        os.makedirs(f"{folder}/few")
+        os.makedirs(f"{folder}/more")
         for path in paths: # as the hub's: 256 pixels on their shorter side, with captions
             with tarfile.open(path, "w") as tar:
                 for n in range(each):
@@ -617,6 +629,10 @@ def shards(args):
                             Image.open(io.BytesIO(data)).load()
         compare("shards to records", len(paths) * each, "pictures", args.rounds, {
             "tarfile, and Pillow decoding each picture": theirs, "prepare_pairs.py": ours})
+        for name, source in ("four", f"{folder}/few"), ("all twenty", folder):
+            peak = peak_of([os.path.join(REPO, "prepare_pairs.py"), f"--data={name[:3]}", f"--source={source}",
+                            f"--data_dir={folder}/data", "--threads=1"])
+            print(f"peak memory, {name} shards of {each} pictures: {peak:.0f} MB")
 
 
 def loader(args):

@@ -228,6 +228,30 @@ def test_a_set_that_is_there_stays_as_it_is(at, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).iterdir()} == before
 
 
+def test_cifar(tmp_path, monkeypatch):
+    """What torchvision reads, each picture under its label; a file that it cannot read is named."""
+    from torchvision import datasets
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+
+    class Reader:
+        base_folder, filename, url, classes = "it", "it.tar.gz", "http://it", ["cat", "dog"]
+
+        def __init__(self, root, train, download):
+            if not os.path.getsize(os.path.join(root, self.filename)):
+                raise RuntimeError("half of it")
+            self.data = pixels[:20] if train else pixels[20:]
+            self.targets = [i % 2 for i in range(len(self.data))]
+    monkeypatch.setattr(datasets, "CIFAR10", Reader)
+    write(f"{tmp_path}/src/it.tar.gz", "all of it")
+    prepare(tmp_path, tmp_path / "src", data="cifar10")
+    for split, images in ("train", pixels[:20]), ("test", pixels[20:]):
+        pairs = Pairs(str(tmp_path), "cifar10", split)
+        assert pairs.labels.tolist() == [i % 2 for i in range(len(images))]
+        assert all((np.asarray(decode(pairs.images[i])) == x).all() for i, x in enumerate(images))
+    write(f"{tmp_path}/src/it.tar.gz", "")
+    assert "it.tar.gz cannot be had at" in refused(prepare, tmp_path / "new", tmp_path / "src", data="cifar10")
+
+
 def test_digits(tmp_path):
     prepare(tmp_path, data="digits")
     splits = {split: Pairs(str(tmp_path), "digits", split) for split in ("train", "test")}
