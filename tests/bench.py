@@ -278,7 +278,7 @@ def plain_side(args, loop, knobs, device):
             if args.track != "multimodal":
                 return F.mse_loss(target(student(x, return_layers=True)), target(layers))
             outputs = student(x, ids, padding_mask)
-        return loop.loss_terms(outputs, layers[-1][:, 0].float(), group, queue, None, student, knobs)[0]
+        return loop.loss_terms(outputs, layers[-1][:, 0].float(), group, queue, student, knobs)[0]
     compiled_loss = torch.compile(loss_of, backend="eager" if args.small else "inductor") # eager: no compiler
 
     def run(batch, compiled):
