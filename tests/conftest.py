@@ -1,13 +1,12 @@
 """
-What several test files share: the repository on sys.path, one torch thread, processes that start in no time,
-prepared data sets, and toy settings of the three loops with what their runs leave.
+What several test files share: the repository on sys.path, processes that start in no time, and
 
     tiny_data     DATA_DIR that holds "toy": 48 / 12 / 12 pictures of coloured shapes, 32 px, in the packed
                   format
     text_data     DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
     openmoji      DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
     gpt2_folder   the files of data2vec 2.0's text tokenizer
-    run, begin    a loop with SETTINGS, in this process or in one of its own
+    run, begin    a loop with toy SETTINGS, in this process or in one of its own
 """
 import importlib.util
 import io
@@ -111,40 +110,35 @@ def end(process, timeout=60):
 # -----------------------------------------------------------------------------
 # data
 
-
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
-SHAPES = ["square", "circle", "triangle", "cross"]
+CORNERS = {"square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+           "circle": [(0.3, 0), (0.7, 0), (1, 0.3), (1, 0.7), (0.7, 1), (0.3, 1), (0, 0.7), (0, 0.3)],
+           "triangle": [(0, 1), (1, 1), (0.5, 0)], "cross": [(0, 0), (1, 0), (0, 1), (1, 1)]}
+SHAPES = list(CORNERS)
 
 
 def shape_png(colour, shape, rng):
     """A coloured shape somewhere on white, 32 x 32, as PNG bytes."""
     image = Image.new("RGB", (32, 32), "white")
-    draw, side = ImageDraw.Draw(image), int(rng.integers(12, 20))
+    side = int(rng.integers(12, 20))
     x, y = (int(v) for v in rng.integers(2, 30 - side, 2))
-    if shape == "square":
-        draw.rectangle([x, y, x + side, y + side], fill=colour)
-    elif shape == "circle":
-        draw.ellipse([x, y, x + side, y + side], fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(x, y + side), (x + side, y + side), (x + side // 2, y)], fill=colour)
-    else:
-        draw.line([x, y, x + side, y + side], fill=colour, width=4)
-        draw.line([x, y + side, x + side, y], fill=colour, width=4)
+    ImageDraw.Draw(image).polygon([(x + side * a, y + side * b) for a, b in CORNERS[shape]], fill=colour)
     png = io.BytesIO()
     image.save(png, "PNG")
     return png.getvalue()
 
 
 def write_toy(data_dir):
-    """data_dir/toy: 24 kinds (labels) of coloured shapes, two training pictures of each, the second with two
-    captions; 12 kinds in val, the other 12 in test, in new positions and with one caption."""
-    folder, rng = os.path.join(data_dir, "toy"), np.random.default_rng(0)
+    """data_dir/toy: 24 kinds (labels) of coloured shapes, twice in train, the second with two captions."""
+    folder = os.path.join(data_dir, "toy")
+    rng = np.random.default_rng(0)
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
     members = {"train": [*range(24), *range(24)], "val": range(0, 24, 2), "test": range(1, 24, 2)}
-    meta, train_captions = {"data": "toy", "credit": "drawn by tests/conftest.py", "splits": {}}, []
+    meta = {"data": "toy", "credit": "drawn by tests/conftest.py", "splits": {}}
+    train_captions = []
     for split, labels in members.items():
-        images, captions = (RecordWriter(os.path.join(folder, f"{split}_{what}"))
-                            for what in ("images", "captions"))
+        images = RecordWriter(os.path.join(folder, f"{split}_images"))
+        captions = RecordWriter(os.path.join(folder, f"{split}_captions"))
         text_to_image = []
         for n, label in enumerate(labels):
             name = " ".join(kinds[label])
@@ -152,12 +146,12 @@ def write_toy(data_dir):
             for caption in [name, f"a {name}"][:1 + n // 24]:
                 captions.write(caption.encode())
                 text_to_image.append(i)
-                train_captions += [caption] * (split == "train")
+                if split == "train":
+                    train_captions.append(caption)
         images.close()
         captions.close()
         for what, values in (("text_to_image", text_to_image), ("labels", list(labels))):
-            save_atomic(os.path.join(folder, f"{split}_{what}.npy"),
-                        lambda f: np.save(f, np.asarray(values, np.int64)))
+            np.save(os.path.join(folder, f"{split}_{what}.npy"), np.asarray(values, np.int64))
         meta["splits"][split] = {"families": len(set(labels)), "images": len(labels),
                                  "captions": len(text_to_image)}
     text = prepare_pairs.train_wordpiece(train_captions, 200)
@@ -182,33 +176,36 @@ def tiny_data(tmp_path_factory):
     return data_dir
 
 
-def write_toy_text(data_dir):
-    """data_dir/toy_text: lines such as "a red circle and a blue cross ." in documents of one to five, ids as
-    prepare_owt.py leaves them; data_dir/teacher.pt: four random blocks, 32 wide, and their tokeniser."""
-    rng, folder = np.random.default_rng(0), os.path.join(data_dir, "toy_text")
-    names = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
-    lines = [" and ".join(rng.choice(names, rng.integers(2, 5))) + " ." for _ in range(600)]
-    tokenizer = Tokenizer(prepare_pairs.train_wordpiece(lines, 200))
-    name, sha256, end_id = vocabulary(tokenizer)
-    stream = []
-    for line in lines:
-        stream += tokenizer.ids([line], 100)[0][1:-1] + [end_id] * (rng.random() < 0.3)
-    splits = {"train": stream[:3005], "val": stream[3005:3605]}
+def write_ids(folder, tokenizer, train, val):
+    """A text of these ids as prepare_owt.py leaves it."""
+    vocabulary_name, sha256, end_id = vocabulary(tokenizer)
+    splits = {"train": np.array(train, "<u2"), "val": np.array(val, "<u2")}
     for split, ids in splits.items():
-        save_atomic(os.path.join(folder, f"{split}.bin"), lambda f: f.write(np.array(ids, "<u2").tobytes()))
+        save_atomic(os.path.join(folder, f"{split}.bin"), lambda f: f.write(ids.tobytes()))
     write_json(os.path.join(folder, "meta.json"), {
         "splits": {split: {"tokens": len(ids)} for split, ids in splits.items()}, "end_id": end_id,
-        "vocabulary": name, "vocab_sha256": sha256})
-    torch.manual_seed(0)
-    teacher = Encoder("text", 32, 4, 2, norm_first=False, positions="learned", embed_norm=True, token_types=2,
-                      vocab_size=tokenizer.vocab_size, max_length=32, pooler=True)
-    save_checkpoint(os.path.join(data_dir, "teacher.pt"), teacher, tokenizer=tokenizer.text)
+        "vocabulary": vocabulary_name, "vocab_sha256": sha256})
 
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory):
+    """toy_text: lines such as "a red circle and a blue cross ." in documents of one to five; teacher.pt: four
+    random blocks, 32 wide, and their tokeniser."""
     data_dir = str(tmp_path_factory.mktemp("text_data"))
-    write_toy_text(data_dir)
+    rng = np.random.default_rng(0)
+    names = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
+    lines = [" and ".join(rng.choice(names, rng.integers(2, 5))) + " ." for _ in range(600)]
+    tokenizer = Tokenizer(prepare_pairs.train_wordpiece(lines, 200))
+    stream = []
+    for line in lines:
+        stream += tokenizer.ids([line], 100)[0][1:-1]
+        if rng.random() < 0.3:
+            stream.append(vocabulary(tokenizer)[2]) # a document ends
+    write_ids(os.path.join(data_dir, "toy_text"), tokenizer, stream[:3005], stream[3005:3605])
+    torch.manual_seed(0)
+    teacher = Encoder("text", 32, 4, 2, norm_first=False, positions="learned", embed_norm=True, token_types=2,
+                      vocab_size=tokenizer.vocab_size, max_length=32, pooler=True)
+    save_checkpoint(os.path.join(data_dir, "teacher.pt"), teacher, tokenizer=tokenizer.text)
     return data_dir
 
 
@@ -267,18 +264,15 @@ SETTINGS = { # name -> (loop, knobs); "TEACHER" becomes the path of the loop's t
                              attn_bias="alibi", target="last", instance_norm=False, criterion="l1")),
     "text": ("text", TEXT),
     "text_cls": ("text", dict(TEXT, target="cls", init="alternate", agreement=40)),
-    "text_l1": ("text", dict(TEXT, target="last", instance_norm=False, criterion="l1", init="random",
-                             attn_bias="alibi")),
     "mse": ("multimodal", MULTIMODAL),
-    "l1": ("multimodal", dict(MULTIMODAL, kd_loss="l1", shared_depth=2, head=True)),
     "queue": ("multimodal", dict(MULTIMODAL, kd_loss="contrastive", queue_size=24, align_loss="contrastive",
                                  unit="image")),
     "clip": ("multimodal", dict(MULTIMODAL, kd_loss="none", align_loss="contrastive", image_init="random",
                                 unit="label", label_smoothing=0.1, shared="projection")),
     "both": ("multimodal", dict(MULTIMODAL, align_loss="ranking", align_weight=0.01, rotate=10, color=0.2,
                                 token_types=True, freeze_embeddings=True)),
-    "levels": ("multimodal", dict(MULTIMODAL, align_loss="contrastive", align_levels=2, token_types=True,
-                                  shared_norm_first=True)),
+    "levels": ("multimodal", dict(MULTIMODAL, kd_loss="l1", align_loss="contrastive", align_levels=2,
+                                  token_types=True, shared_norm_first=True, shared_depth=2, head=True)),
     "mlp": ("multimodal", dict(MULTIMODAL, align_loss="ranking", align_levels=2, align_weight=0.01,
                                shared="mlp", head=True))}
 EACH = ["mask", "text", "queue"] # one of each loop
@@ -313,7 +307,7 @@ def knobs_of(tiny_data, text_data, teacher, tmp_path):
 def run(knobs_of, tmp_path):
     """run(name, out, **changes) -> the checkpoint, after a run of SETTINGS[name] into tmp_path/out."""
     def run(name, out="run", **changes):
-        module = LOOPS[SETTINGS[name][0]]
+        module = loop_of(name)
         module.main(module.get_args(knobs_of(name, out, **changes)[1]))
         return read_checkpoint(tmp_path / out / "ckpt.pt")
     return run
@@ -328,19 +322,27 @@ def begin(knobs_of, tmp_path):
     return begin
 
 
+def loop_of(name):
+    return LOOPS[SETTINGS[name][0]]
+
+
+def at_step(monkeypatch, module, step, function, *args):
+    """From now on the loop calls function(*args) when it begins this step."""
+    get_lr = module.get_lr
+
+    def calling(now, settings):
+        if now == step:
+            function(*args)
+        return get_lr(now, settings)
+    monkeypatch.setattr(module, "get_lr", calling)
+
+
 @pytest.fixture
 def run_until(run, monkeypatch):
     """run_until(step, name, out, **changes): a run that ends at the start of this step, as if by a kill."""
     def run_until(step, name, *rest, **changes):
-        module = LOOPS[SETTINGS[name][0]]
-        get_lr = module.get_lr
-
-        def stopping(now, args):
-            if now == step:
-                raise KeyboardInterrupt
-            return get_lr(now, args)
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(module, "get_lr", stopping)
+            at_step(m, loop_of(name), step, signal.default_int_handler, signal.SIGINT, None)
             run(name, *rest, **changes)
     return run_until
 
@@ -354,8 +356,7 @@ def refused(call, *args, **kwargs):
 
 
 def records(folder, starts=False):
-    """The lines of log.jsonl; with starts those that a start writes. JSON has no NaN: a line with one is no
-    record."""
+    """The lines of log.jsonl, or those that a start writes. JSON has no NaN."""
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
     with open(folder / "log.jsonl") as f:
