@@ -1,32 +1,21 @@
 """
-What makes a step fast and small, as far as a machine without a GPU can tell: the target takes no more memory
-than two layers, torch.compile finds one graph and stays with it, CUDA's kernels will take the attention bias,
-and nothing in a step waits for the GPU. Last, what only a GPU can tell, and the benchmark that runs it.
+What makes a step fast, as far as a machine without a GPU can tell: torch.compile finds one graph and stays
+with it, and nothing in a step waits for the GPU. Last, what only a GPU can tell.
 
     pytest tests/test_speed.py
     pytest tests/test_speed.py -m gpu       # on a card
 """
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import weakref
 
 import pytest
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
                                            FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
-import distill_image
-import distill_multimodal
-import distill_text
-from conftest import EACH, LOOPS, REPO, SETTINGS, assert_same_state, records, slow
+from conftest import EACH, LOOPS, loop_of, records
 from model import Encoder, VisionLanguageModel, feature_target
 from prepare_imagenet import augment, imagenet_statistics, visible_patches
 from test_model import IMAGE, TEXT, assert_close, randn, shake
@@ -39,10 +28,6 @@ def ids_of(B, T):
     generator = torch.Generator().manual_seed(T)
     lengths = torch.randint(2, T + 1, (B, 1), generator=generator)
     return torch.randint(1, 50, (B, T), generator=generator), torch.arange(T) >= lengths
-
-
-# -----------------------------------------------------------------------------
-# the encoders
 
 
 @pytest.mark.parametrize("n, instance_norm", [(1, True), (2, False), (3, True)])
@@ -67,81 +52,42 @@ def test_target_in_passing_equals_that_of_the_list(n, instance_norm):
             assert_close(a, b, 1e-5 * b.abs().max().item())
 
 
-def test_target_keeps_two_layers_at_most():
-    encoder, layers, most = Encoder("image", **{**IMAGE, "depth": 6}), [], 0
-
-    def note(module, args, out):
-        nonlocal most
-        layers.append(weakref.ref(out))
-        most = max(most, sum(layer() is not None for layer in layers))
-    for block in encoder.blocks:
-        block.register_forward_hook(note)
-    with torch.no_grad():
-        encoder(randn(2, 3, 32, 32), target_layers=6)
-        assert len(layers) == 6 and most == 2
-        encoder(randn(2, 3, 32, 32), return_layers=True)
-        assert most == 6
-
-
-@pytest.mark.parametrize("modality, attn_bias", [
-    ("image", "alibi"), ("image", "relative"), ("text", "alibi")])
-def test_bias_is_one_that_fused_kernels_take(modality, attn_bias):
-    """On CUDA memory-efficient attention (flash takes no bias) wants the keys next to each other in memory;
-    else torch writes out all logits. Nothing is repeated for each sample that is the same for all."""
-    encoder = Encoder(modality, **{**(IMAGE if modality == "image" else TEXT), "attn_bias": attn_bias})
-    T = 17 if modality == "image" else 9
-    bias = encoder.attention_bias(T)
-    assert bias.shape == (1, 3, T, T) and bias.stride()[-2:] in ((T, 1), (12, 1))
-    bias = encoder.attention_bias(T, torch.zeros(4, T, dtype=torch.bool))
-    assert bias.shape == (4, 3, T, T) and bias.stride(-1) == 1
-    if modality == "image":
-        kept = visible_patches(torch.rand(4, 16), 0.5)
-        assert encoder.attention_bias(T, None, F.pad(kept + 1, (1, 0))).stride(-1) == 1
-
-
-# -----------------------------------------------------------------------------
-# torch.compile: Dynamo alone, so no compiler is needed
-
 IMAGES = [(randn(4, 3, 32, 32, seed=i),) for i in range(3)]
 # captions are padded to the longest of their batch: the second length makes a graph for all lengths, so there
 # is nothing to gain from padding further
-PAIRS = [(randn(4, 3, 32, 32), *ids_of(4, T)) for T in (9, 12, 5, 7, 10, 9, 3)]
+PAIRS = [(randn(4, 3, 32, 32), *ids_of(4, T)) for T in (9, 12, 5, 7, 3)]
+KEPT = torch.arange(7).expand(4, -1)
 CALLS = { # class, settings, batches, other arguments, graphs
     "image": (Encoder, dict(modality="image", **IMAGE), IMAGES, dict(target_layers=2), 1),
     "patches left out": (Encoder, dict(modality="image", **IMAGE, attn_bias="relative"), IMAGES,
-                         dict(kept=torch.arange(7).expand(4, -1)), 1),
+                         dict(kept=KEPT), 1),
     "registers": (Encoder, dict(modality="image", **IMAGE, positions="rope", registers=2), IMAGES,
-                  dict(kept=torch.arange(7).expand(4, -1)), 1),
+                  dict(kept=KEPT), 1),
     "text": (Encoder, dict(modality="text", **TEXT, attn_bias="alibi"), [ids_of(4, 9)] * 3,
              dict(target_layers=2), 1),
     "student": (VisionLanguageModel, dict(image=IMAGE, text=TEXT, token_types=True, align_levels=2), PAIRS,
-                {}, 2),
-    "shared MLP": (VisionLanguageModel, dict(image=IMAGE, text=TEXT, shared_kind="mlp"), PAIRS, {}, 2),
-    "projections": (VisionLanguageModel, dict(image=IMAGE, text=TEXT, shared_kind="projection"), PAIRS, {},
-                    2)}
+                {}, 2)}
 
 
-@pytest.mark.parametrize("name, grad", [
-    ("image", True), ("image", False), ("patches left out", True), ("registers", True), ("text", True),
-    ("student", True),
-    slow("shared MLP", True), slow("projections", True)])
-def test_graphs(name, grad):
-    """How many graphs torch.compile makes, backward included. It raises where a graph would break, for
-    instance where the host waits for a number."""
+@pytest.mark.parametrize("name", CALLS)
+def test_graphs(name):
+    """Backward included. Where a graph would break, or the host wait for a number, torch.compile raises."""
     kind, settings, batches, more, number = CALLS[name]
     net, counter = kind(**settings), CompileCounter()
     torch._dynamo.reset()
     expected = [net(*batch, **more) for batch in batches]
     net.compile(fullgraph=True, backend=counter)
     for batch, right in zip(batches, expected):
-        with torch.set_grad_enabled(grad):
-            outs, rights = ((x,) if torch.is_tensor(x) else x for x in (net(*batch, **more), right))
+        outs, rights = ((x,) if torch.is_tensor(x) else x for x in (net(*batch, **more), right))
         for a, b in zip(outs, rights, strict=True):
             assert_close(a, b, 1e-5)
-        if grad:
-            sum(x.sum() for x in outs).backward()
+        sum(x.sum() for x in outs).backward()
     torch._dynamo.reset()
     assert counter.frame_count == number
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder) if "loss" in r]
 
 
 @pytest.mark.slow
@@ -160,13 +106,8 @@ def test_loops_compile_each_model_once(run, tmp_path, monkeypatch, name, knobs, 
     torch._dynamo.reset()
     for compiled in ("false", "true"):
         run(name, compiled, max_steps=9, eval_interval=4, compile=compiled, **knobs)
-    losses = [[r["loss"] for r in records(tmp_path / out) if "loss" in r] for out in ("false", "true")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
     assert [c.frame_count for c in counters] == most
-
-
-# -----------------------------------------------------------------------------
-# what the host waits for
 
 
 class Waits(TorchDispatchMode):
@@ -210,14 +151,13 @@ def test_waits_are_found():
 
 
 @pytest.mark.parametrize("name, words", [
-    ("image", ["--target=cls"]), ("image", ["--teacher=ema"]),
-    ("text", ["--target=cls"]), ("multimodal", []), ("multimodal", ["--preset=tiny"]),
-    ("multimodal", ["--preset=smke"]), ("multimodal", ["--preset=clip"]),
+    ("image", ["--target=cls"]), ("image", ["--teacher=ema"]), ("text", ["--target=cls"]),
+    ("multimodal", []), ("multimodal", ["--preset=smke"]), ("multimodal", ["--preset=clip"]),
     ("multimodal", ["--kd_loss=none", "--align_loss=ranking"])])
 def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
     """Augmentation, forward and loss on GPU tensors that have no data, which needs no GPU."""
-    loops = {"image": distill_image, "text": distill_text, "multimodal": distill_multimodal}
-    args, autocast = loops[name].get_args(words), contextlib.nullcontext()
+    loop, autocast = LOOPS[name], contextlib.nullcontext()
+    args = loop.get_args(words)
     imagenet_statistics.cache_clear() # what it holds is of another test
     with FakeTensorMode() as fake, torch.device("cuda"):
         image, text = Encoder("image", **IMAGE), Encoder("text", **TEXT)
@@ -234,12 +174,12 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
         images = augment(raw, noise[:, :7], getattr(args, "flip", 0.5), getattr(args, "rotate", 9.0), 0.1)
         visible = visible_patches(noise[:, 7:], 0.5)
         if name == "text":
-            loss = distill_text.feature_loss(text, text, ids, padding_mask, args, autocast)
+            loss = loop.feature_loss(text, text, ids, padding_mask, args, autocast)
         elif name == "multimodal":
-            loss, _ = distill_multimodal.loss_terms(student(images, ids, padding_mask, visible),
-                                                    image(images)[:, 0], group, queue, student, args)
+            outputs = student(images, ids, padding_mask, visible)
+            loss, _ = loop.loss_terms(outputs, image(images)[:, 0], group, queue, student, args)
         else:
-            loss = distill_image.loss_of(image, heads, image, images, noise[:, 7:], args, autocast)
+            loss = loop.loss_of(image, heads, image, images, noise[:, 7:], args, autocast)
     imagenet_statistics.cache_clear()
     assert not waits.found and loss.device.type == "cuda"
 
@@ -248,7 +188,6 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
 # on a GPU
 
 ON_GPU = dict(device="cuda", compile=False, num_workers=0)
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # read once; without it cuBLAS promises nothing
 
 
 def on_gpu(test):
@@ -256,16 +195,12 @@ def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
 
 
-def losses(folder):
-    return [r["loss"] for r in records(folder) if "loss" in r]
-
-
 @on_gpu
 @pytest.mark.parametrize("name, compiled", [*((name, False) for name in EACH), ("features", False),
                                             ("queue", True)])
 def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled):
     """In float32. Compiled, no graph breaks, and after four steps none is made any more."""
-    module, graphs = LOOPS[SETTINGS[name][0]], []
+    module, graphs = loop_of(name), []
     get_lr, counters = module.get_lr, torch._dynamo.utils.counters
 
     def counted(step, args):
@@ -283,20 +218,10 @@ def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled)
 
 
 @on_gpu
-@pytest.mark.parametrize("name", EACH)
-def test_float16_learns_as_float32_does(run, tmp_path, name):
-    for dtype in ("float32", "float16"):
-        checkpoint = run(name, dtype, **ON_GPU, dtype=dtype, eval_interval=30)
-    assert checkpoint["scaler"]["_growth_tracker"] > 0 # steps in a row that did not overflow
-    full, half = (sum(losses(tmp_path / dtype)[-8:]) / 8 for dtype in ("float32", "float16"))
-    assert half == pytest.approx(full, rel=0.1)
-
-
-@on_gpu
 @pytest.mark.parametrize("name, dtype", [(name, "float32") for name in EACH] + [("queue", "float16")])
 def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype):
     """Of these two whole steps torch would raise an error."""
-    module = LOOPS[SETTINGS[name][0]]
+    module = loop_of(name)
     get_lr = module.get_lr
 
     def watched(step, args):
@@ -307,88 +232,3 @@ def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype):
         run(name, **ON_GPU, dtype=dtype, max_steps=8, log_interval=8, eval_interval=8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@on_gpu
-@pytest.mark.parametrize("name", EACH)
-def test_going_on_is_exact_on_a_gpu(run, run_until, name):
-    """With torch's deterministic algorithms, which is where it promises that."""
-    knobs = dict(ON_GPU, max_steps=8, save_interval=3, eval_interval=4)
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole = run(name, "whole", **knobs)
-        run_until(5, name, "parts", **knobs)
-        assert_same_state(whole, run(name, "parts", **knobs))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-# -----------------------------------------------------------------------------
-# the benchmark of a card
-
-
-def read_table(path):
-    """The records of bench.py by part and row."""
-    with open(path) as f:
-        return {(r["part"], r["row"]): r for r in map(json.loads, f)}
-
-
-def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
-    def hang(args):
-        bench.record(args, "before", seconds=1.5)
-        subprocess.run(["sleep", "1000"])
-
-    def crash(args):
-        raise ValueError("this part is broken")
-    works = {"machine": hang, "tests": crash, "tiny": lambda args: bench.record(args, "works", seconds=2.25)}
-    monkeypatch.setattr(bench, "COMMANDS", bench.COMMANDS | works)
-    args = bench.get_args(["gpu", f"--out={tmp_path}/out.jsonl", "--device=cpu"])
-    assert bench.run_parts([(part, 1, [part]) for part in works], args, minutes=0.5) == ["machine", "tests"]
-    found = read_table(tmp_path / "out.jsonl")
-    assert {*found} == {("machine", "before"), ("failed", "machine: machine"), ("failed", "tests: tests"),
-                        ("tiny", "works")}
-    assert "this part is broken" in found["failed", "tests: tests"]["reason"]
-    with open(tmp_path / "out.jsonl", "a") as f:
-        f.write('{"part": "tiny", "row": "cut sh')
-    capsys.readouterr()
-    bench.main(["table", str(tmp_path / "out.jsonl")])
-    assert "2.25" in capsys.readouterr().out
-
-
-def test_parts_whose_packages_or_data_are_missing_are_left_out(tmp_path, monkeypatch):
-    """Data that are there need no package that makes them."""
-    find_spec = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec",
-                        lambda name: None if name in ("pytest", "resvg_py") else find_spec(name))
-    args = bench.get_args(["gpu", f"--data_dir={tmp_path}", f"--out={tmp_path}/out.jsonl"])
-    assert bench.lacking(args) == {"tests": ["pytest"], "tiny": ["resvg_py"]}
-    os.makedirs(tmp_path / "openmoji")
-    (tmp_path / "openmoji" / "meta.json").write_text("{}")
-    assert bench.lacking(args)["tiny"] == []
-    started = []
-    monkeypatch.setattr(bench, "run_parts", lambda parts, *rest: started.extend(parts))
-    bench.gpu(args)
-    assert {words[0] for _, _, words in started} == {"machine", "step", "attention", "tiny"}
-    assert {*read_table(tmp_path / "out.jsonl")} == {("left out", "tests")}
-
-
-@pytest.mark.slow
-def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, openmoji):
-    """Every row is there, with numbers; the tests of CUDA are skipped for one reason."""
-    out = tmp_path / "out.jsonl"
-    flags = ["--small", "--device=cpu", f"--out={out}", f"--data_dir={openmoji}"]
-    done = subprocess.run([sys.executable, os.path.join(REPO, "tests", "bench.py"), "gpu", *flags], text=True,
-                          capture_output=True)
-    found = read_table(out)
-    assert not done.returncode and not {"failed", "left out"} & {part for part, _ in found}, done.stdout
-    rows = {part: [row for p, row in found if p == part] for part, _ in found}
-    expected = {"steps": 15, "memory": 4, "dearest of smke 16": 10, "machine": 3, "tiny": 1}
-    assert {part: len(rows[part]) for part in expected} == expected
-    assert all("attention" in found["attention", row]["kernels"] for row in rows["attention"])
-    for row in rows["steps"]:
-        r = found["steps", row]
-        assert r["samples/s"] > 0 and r["MFU %"] > 0 and 0 < r["ms"] <= r["slowest"] and r["GB"] > 0
-    whole, padded, half = (found["steps", row]["tokens"] for row in rows["steps"][-3:])
-    assert whole == 32 > padded == half # captions padded to their batch; then half of the patches, too
-    outcomes = {(found["tests", row]["outcome"], found["tests", row]["reason"]) for row in rows["tests"]}
-    assert outcomes == {("passed", "") if torch.cuda.is_available() else ("skipped", "Skipped: no GPU")}
