@@ -1,11 +1,16 @@
 """
 What makes a step fast, as far as a machine without a GPU can tell: torch.compile finds one graph and stays
-with it, and nothing in a step waits for the GPU. Last, what only a GPU can tell.
+with it, and nothing in a step waits for the GPU. Last, what only a GPU can tell, and the benchmark that runs
+it.
 
     pytest tests/test_speed.py
     pytest tests/test_speed.py -m gpu       # on a card
 """
 import contextlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +20,8 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException, Dynamic
                                            FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import EACH, LOOPS, loop_of, records
+import bench
+from conftest import EACH, LOOPS, REPO, assert_same_state, loop_of, records
 from model import Encoder, VisionLanguageModel, feature_target
 from prepare_imagenet import augment, imagenet_statistics, visible_patches
 from test_model import IMAGE, TEXT, assert_close, randn, shake
@@ -188,6 +194,7 @@ def test_no_operation_of_the_loss_waits_for_the_gpu(name, words):
 # on a GPU
 
 ON_GPU = dict(device="cuda", compile=False, num_workers=0)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # read once; without it cuBLAS promises nothing
 
 
 def on_gpu(test):
@@ -218,6 +225,16 @@ def test_losses_are_those_of_the_cpu(run, tmp_path, monkeypatch, name, compiled)
 
 
 @on_gpu
+@pytest.mark.parametrize("name", EACH)
+def test_float16_learns_as_float32_does(run, tmp_path, name):
+    for dtype in ("float32", "float16"):
+        checkpoint = run(name, dtype, **ON_GPU, dtype=dtype, eval_interval=30)
+    assert checkpoint["scaler"]["_growth_tracker"] > 0 # steps in a row that did not overflow
+    full, half = (sum(losses(tmp_path / dtype)[-8:]) / 8 for dtype in ("float32", "float16"))
+    assert half == pytest.approx(full, rel=0.1)
+
+
+@on_gpu
 @pytest.mark.parametrize("name, dtype", [(name, "float32") for name in EACH] + [("queue", "float16")])
 def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype):
     """Of these two whole steps torch would raise an error."""
@@ -232,3 +249,88 @@ def test_no_step_waits_for_the_gpu(run, monkeypatch, name, dtype):
         run(name, **ON_GPU, dtype=dtype, max_steps=8, log_interval=8, eval_interval=8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("name", EACH)
+def test_going_on_is_exact_on_a_gpu(run, run_until, name):
+    """With torch's deterministic algorithms, which is where it promises that."""
+    knobs = dict(ON_GPU, max_steps=8, save_interval=3, eval_interval=4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = run(name, "whole", **knobs)
+        run_until(5, name, "parts", **knobs)
+        assert_same_state(whole, run(name, "parts", **knobs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# -----------------------------------------------------------------------------
+# the benchmark of a card
+
+
+def read_table(path):
+    """The records of bench.py by part and row."""
+    with open(path) as f:
+        return {(r["part"], r["row"]): r for r in map(json.loads, f)}
+
+
+def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def hang(args):
+        bench.record(args, "before", seconds=1.5)
+        subprocess.run(["sleep", "1000"])
+
+    def crash(args):
+        raise ValueError("this part is broken")
+    works = {"machine": hang, "tests": crash, "tiny": lambda args: bench.record(args, "works", seconds=2.25)}
+    monkeypatch.setattr(bench, "COMMANDS", bench.COMMANDS | works)
+    args = bench.get_args(["gpu", f"--out={tmp_path}/out.jsonl", "--device=cpu"])
+    assert bench.run_parts([(part, 1, [part]) for part in works], args, minutes=0.5) == ["machine", "tests"]
+    found = read_table(tmp_path / "out.jsonl")
+    assert {*found} == {("machine", "before"), ("failed", "machine: machine"), ("failed", "tests: tests"),
+                        ("tiny", "works")}
+    assert "this part is broken" in found["failed", "tests: tests"]["reason"]
+    with open(tmp_path / "out.jsonl", "a") as f:
+        f.write('{"part": "tiny", "row": "cut sh')
+    capsys.readouterr()
+    bench.main(["table", str(tmp_path / "out.jsonl")])
+    assert "2.25" in capsys.readouterr().out
+
+
+def test_parts_whose_packages_or_data_are_missing_are_left_out(tmp_path, monkeypatch):
+    """Data that are there need no package that makes them."""
+    find_spec = bench.importlib.util.find_spec
+    monkeypatch.setattr(bench.importlib.util, "find_spec",
+                        lambda name: None if name in ("pytest", "resvg_py") else find_spec(name))
+    args = bench.get_args(["gpu", f"--data_dir={tmp_path}", f"--out={tmp_path}/out.jsonl"])
+    assert bench.lacking(args) == {"tests": ["pytest"], "tiny": ["resvg_py"]}
+    os.makedirs(tmp_path / "openmoji")
+    (tmp_path / "openmoji" / "meta.json").write_text("{}")
+    assert bench.lacking(args)["tiny"] == []
+    started = []
+    monkeypatch.setattr(bench, "run_parts", lambda parts, *rest: started.extend(parts))
+    bench.gpu(args)
+    assert {words[0] for _, _, words in started} == {"machine", "step", "attention", "tiny"}
+    assert {*read_table(tmp_path / "out.jsonl")} == {("left out", "tests")}
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path, openmoji):
+    """Every row is there, with numbers; the tests of CUDA are skipped for one reason."""
+    out = tmp_path / "out.jsonl"
+    flags = ["--small", "--device=cpu", f"--out={out}", f"--data_dir={openmoji}"]
+    done = subprocess.run([sys.executable, os.path.join(REPO, "tests", "bench.py"), "gpu", *flags], text=True,
+                          capture_output=True)
+    found = read_table(out)
+    assert not done.returncode and not {"failed", "left out"} & {part for part, _ in found}, done.stdout
+    rows = {part: [row for p, row in found if p == part] for part, _ in found}
+    expected = {"steps": 15, "memory": 4, "dearest of smke 16": 10, "machine": 3, "tiny": 1}
+    assert {part: len(rows[part]) for part in expected} == expected
+    assert all("attention" in found["attention", row]["kernels"] for row in rows["attention"])
+    for row in rows["steps"]:
+        r = found["steps", row]
+        assert r["samples/s"] > 0 and r["MFU %"] > 0 and 0 < r["ms"] <= r["slowest"] and r["GB"] > 0
+    whole, padded, half = (found["steps", row]["tokens"] for row in rows["steps"][-3:])
+    assert whole == 32 > padded == half # captions padded to their batch; then half of the patches, too
+    outcomes = {(found["tests", row]["outcome"], found["tests", row]["reason"]) for row in rows["tests"]}
+    assert outcomes == {("passed", "") if torch.cuda.is_available() else ("skipped", "Skipped: no GPU")}
