@@ -113,7 +113,21 @@ def test_preset(loop, preset, size, millions, request, tiny_data, tmp_path, caps
             is_frozen = preset.startswith("mmd2v2") and prefix + k in FROZEN
             assert torch.equal(v, weights[prefix + k]) == is_frozen, k
             assert (v - weights[prefix + k]).abs().max() < 4 * steps * args["lr"] + 1e-4, k
+    if preset == "smke": # S-SMKE's LayerScale, and that on its token types
+        assert (weights["blocks.0.gamma_1"] - 0.2).abs().max() < 1e-3
+        assert (weights["token_type_scale"] - 1e-5).abs().max() < 1e-3
     shutil.rmtree(tmp_path / "run") # 1.4 GB
+
+
+def test_shared_blocks_from_the_text_model(small, small_weights):
+    """Its last ones, eps and all, and trained then."""
+    before, after = (small("mmd2v2_7_2", out, lr=lr, shared_init="text")
+                     for out, lr in (("before", 0), ("after", 1e-3)))
+    text = load_pretrained("data2vec2_text", str(small_weights / "data2vec2_text"))
+    for k, v in text.blocks[-2:].state_dict().items():
+        assert torch.equal(v, before["model"][f"blocks.{k}"]), k
+        assert not torch.equal(v, after["model"][f"blocks.{k}"]), k
+    assert before["config"]["shared"]["eps"] == 1e-5
 
 
 @pytest.fixture
