@@ -333,8 +333,8 @@ def main(args):
         total = torch.zeros((), device=device)
 
         # the batch: flip, turn, colour and hidden patches follow from each picture's noise
-        crops, noise = (x.to(device, non_blocking=True) for x in (crops, noise))
-        x = augment(crops, noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
+        noise = noise.to(device, non_blocking=True)
+        x = augment(crops.to(device, non_blocking=True), noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
 
         # a mean over images: each micro-batch has its share, and their sum is that of the batch
         for i in range(0, n, micro):

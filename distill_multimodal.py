@@ -72,7 +72,7 @@ PRESETS = {
     # tests/experiments.py. Real teachers that pip carries: EfficientNet-Lite0's feature is regressed by image
     # and text, and the text encoder starts from MiniLM's first three of six blocks.
     "tiny": dict(
-        data="openmoji", unit="label", out_dir="out/tiny", teacher="efficientnet_lite0", teacher_size=224,
+        data="openmoji", unit="label", out_dir="out/tiny", teacher="efficientnet_lite0", teacher_size=128,
         standardize=True, cache_targets=True, image_init="random", text_init="minilm", img_size=48,
         patch_size=12, embed_dim=384, num_heads=12, depth=1, text_depth=3, max_length=7, crop_min=0.85,
         rotate=5.0, color=0.1, mask_ratio=0.6, head=True, token_types=True, kd_loss="contrastive",
@@ -371,8 +371,8 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
 
 
 def target_statistics(bank, args, device):
-    """What the cached targets are divided by, once their mean is taken off, and that mean: (width,) each with
-    --standardize, else 1 and 0."""
+    """Returns scale and shift, (width,) each: standard deviation and mean of the cached targets; 1 and 0
+    without --standardize."""
     if bank is None or not args.standardize:
         return 1.0, 0.0
     std, mean = (x.to(device) for x in torch.std_mean(bank[:2 ** 16].float(), 0))
@@ -629,7 +629,8 @@ def main(args):
     checkpoint = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
     best = checkpoint.get("best", {"mean": -1.0, "step": 0})
     queue = checkpoint.pop("queue", None)
-    queue = queue and [x[:args.queue_size].to(device) for x in queue] # targets (Q, D), groups (Q,)
+    if queue: # targets (Q, D), groups (Q,)
+        queue = [x[:args.queue_size].to(device) for x in queue]
     saved = dict(optimizer=optimizer, scaler=scaler, tokenizer=tokenizer.text, teacher=args.teacher)
     bank = None # the teacher's targets of all training images, (images, width) float16
     if args.cache_targets and width:
@@ -697,8 +698,9 @@ def main(args):
         with torch.no_grad():
             student.log_scale.clamp_(0, math.log(100)) # as CLIP
         if args.queue_size and args.kd_loss == "contrastive": # the oldest fall out
-            new = F.normalize(target, dim=-1), group
-            queue = [torch.cat(x)[:args.queue_size] for x in zip(new, queue or [x[:0] for x in new])]
+            new = [F.normalize(target, dim=-1), group]
+            old = queue or [target[:0], group[:0]]
+            queue = [torch.cat(pair)[:args.queue_size] for pair in zip(new, old)]
         step += 1
         if rank: # the first logs, validates and saves for all
             continue

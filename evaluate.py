@@ -546,8 +546,8 @@ def zero_shot_weights(encode_text, classnames, templates):
 
 def zeroshot(args, device, dtype):
     """Classifies zero-shot, as CLIP does: a picture's class is the one whose prompts, embedded and averaged,
-    are closest to it (CLIP's 80 prompts: pip install open_clip_torch). Measured on the split test, or val
-    where there is none; for ImageNet's whole val published rows are printed."""
+    are closest to it. The prompts are CLIP's 80: pip install open_clip_torch. Measured on the split test, or
+    val where there is none; for ImageNet's whole val published rows are printed."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES as templates # here, not above: optional
     split, pairs = labelled_splits(args.task, args.data_dir, ("val", "test")).popitem()
     names, named_by = class_names(args.task, pairs.meta.get("classes") or [], args.classes)
@@ -1187,7 +1187,7 @@ def embed_folder(model, args, device, dtype):
         images, bad = (x.to(device) for x in batch)
         return model.encode_image(normalize(images)).masked_fill(bad[:, None] >= 0, math.nan)
 
-    for start in tqdm(range(0, len(todo), SEARCH_CHUNK), "embedding", leave=False, disable=None):
+    for start in range(0, len(todo), SEARCH_CHUNK):
         paths = todo[start:start + SEARCH_CHUNK]
         pictures = EvalImages(paths, model.img_size, args.squash)
         known |= zip(paths, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
@@ -1365,9 +1365,11 @@ def get_args(argv):
     function, names, defaults = COMMANDS[command]
     parser = Parser(inspect.getdoc(function)) # without the indentation
     parser.prog = f"evaluate.py {command}"
-    shared = Parser("")
-    run_flags(shared, "") # device, dtype .. are what they are in the loops
-    flags = FLAGS | {x.dest: (x.default, x.help, dict(choices=x.choices)) for x in shared._actions}
+    loops = Parser("")
+    run_flags(loops, "")
+    flags = dict(FLAGS) # and those that mean here what they mean in the loops: device, dtype ..
+    for action in loops._actions:
+        flags[action.dest] = (action.default, action.help, dict(choices=action.choices))
     if command == "search":
         parser.add_argument("queries", nargs="*", help='texts in quotes: "a red apple" "a cat"')
     for name in [*names.split(), "json"]:

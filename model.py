@@ -441,10 +441,13 @@ class VisionLanguageModel(nn.Module):
         D = self.image_encoder.config["embed_dim"]
         assert D == self.text_encoder.config["embed_dim"], (D, self.text_encoder.config["embed_dim"])
         shared = {"num_heads": self.image_encoder.config["num_heads"], **(shared or {})}
-        number, make = {"transformer": (shared_depth, lambda: Block(D, **shared)),
-                        "mlp": (1, lambda: Mlp(D, 4 * D, norm=True)),
-                        "projection": (2, lambda: nn.Linear(D, D, bias=False))}[shared_kind]
-        self.blocks = nn.ModuleList(make() for _ in range(number))
+        if shared_kind == "transformer":
+            blocks = [Block(D, **shared) for _ in range(shared_depth)]
+        elif shared_kind == "mlp":
+            blocks = [Mlp(D, 4 * D, norm=True)]
+        else: # a projection of text, one of images
+            blocks = [nn.Linear(D, D, bias=False) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks)
         self.token_type = nn.Parameter(torch.empty(2, D)) if token_types else None # row 0 text, row 1 image
         self.token_type_scale = (None if token_scale is None else
                                  nn.Parameter(torch.full((D,), float(token_scale))))
@@ -969,7 +972,7 @@ def bert_tokenizer(vocab):
 # -----------------------------------------------------------------------------
 # checkpoints and files; a name appears only when what it names is whole
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def fail(message):
@@ -1555,21 +1558,24 @@ class Run:
         return table
 
     def means(self, step, unit):
-        """Means of the terms since the last line, with the pace; and the pace as text. unit: of what
-        batch_size counts."""
+        """Returns the means of the terms since the last line, with the pace, and the pace as text. unit: of
+        what batch_size counts."""
         n = step - self.last_line
         table = self.check(step).double()
         means = dict(zip(self.names, table.mean(0).tolist()))
         self.unreadable += round(means.pop("unreadable", 0.0) * n)
         if self.unreadable > 10 + step * self.args.batch_size / 100:
             self.stop(f"{self.unreadable} pictures that cannot be read (prepare the set again)", 1)
-        ms, wait_ms = (1000 * x / n for x in (time.time() - self.since, self.waited))
-        rate, memory = 1000 * self.args.batch_size / ms, peak_memory(self.device)
+        ms = 1000 * (time.time() - self.since) / n
+        wait_ms = 1000 * self.waited / n
+        rate = 1000 * self.args.batch_size / ms
+        memory = peak_memory(self.device)
         self.rows, self.last_line = [], step
         self.waited, self.since = 0.0, time.time()
-        return means | {f"{unit}_per_s": rate, "ms": ms, "wait_ms": wait_ms, "memory_gb": memory}, (
-            f"{rate:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  {memory:.2f} GB  "
-            f"{(self.max_steps - step) * ms / 60000:.1f} min left")
+        means |= {f"{unit}_per_s": rate, "ms": ms, "wait_ms": wait_ms, "memory_gb": memory}
+        pace = (f"{rate:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  {memory:.2f} GB  "
+                f"{(self.max_steps - step) * ms / 60000:.1f} min left")
+        return means, pace
 
     def minutes(self):
         """Trained so far, over all restarts, without validations."""

@@ -500,7 +500,8 @@ def find_shards(source):
 def in_order(work, items, threads=0):
     """Yields (item, work(item)) in the order of items, some at a time in so many threads (0: one a core):
     Pillow reads and writes pictures without Python's lock, which is handed over once for eight of them."""
-    threads, items, under_way = threads or os.cpu_count(), iter(items), deque()
+    threads = threads or os.cpu_count()
+    items, under_way = iter(items), deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         while (batch := list(itertools.islice(items, 8))) or under_way:
             if batch:
@@ -728,6 +729,13 @@ class Shard(NamedTuple):
     cls: str = None # of all its members, if it is one class
 
 
+class File(NamedTuple): # of a shard
+    shard: int # its number in the split
+    position: int # in the shard
+    name: str
+    label: int # -1: nothing says what it is
+
+
 class Split(NamedTuple):
     layout: str # what was found, in words
     shards: list
@@ -926,8 +934,8 @@ def find_arrays(args):
 
 
 def stream(found, classes, at, limit):
-    """Yields (shard, position, name, label), and the bytes, of each file that is to be taken, behind where
-    `at` says that an earlier run was. Label -1: nothing says what it is."""
+    """Yields the File, and the bytes, of each that is to be taken, behind where `at` says that an earlier run
+    was."""
     C, taken = len(classes), list(at["taken"])
     rank = {c: i for i, c in enumerate(classes)} | {i: i for i in range(C)}
     # N of C classes: N / C of each, rounded down or up so that the sum is N and the larger ones are spread
@@ -949,7 +957,7 @@ def stream(found, classes, at, limit):
                     if taken[label] >= quota[label]:
                         continue
                     taken[label] += 1
-                yield (s, position, name, label), read() if label >= 0 else b""
+                yield File(s, position, name, label), read() if label >= 0 else b""
 
 
 def write_split(writer, split, found, classes, args):
@@ -960,8 +968,8 @@ def write_split(writer, split, found, classes, args):
         print(f"{split}: {done:,} files were done by an earlier run; going on")
 
     def convert(item):
-        (*_, label), data = item
-        if label < 0:
+        file, data = item
+        if file.label < 0:
             return b"", "no known class"
         try: # ImageNet's files are known to be sound when they are whole
             return to_record(data, args.resize, verify=args.data != "imagenet"), ""
@@ -972,15 +980,14 @@ def write_split(writer, split, found, classes, args):
     files = stream(found, classes, at, args.limit)
     with progress(desc=split, total=total, initial=done, unit=" images") as bar:
         for (file, _), (record, problem) in in_order(convert, files, args.num_workers):
-            shard, position, name, label = file
             if problem:
                 at["skipped"] += 1
-                at["skipped_files"] = [*at["skipped_files"], f"{name}: {problem}"][:20]
+                at["skipped_files"] = [*at["skipped_files"], f"{file.name}: {problem}"][:20]
             else:
-                writer.add(split, record, label=label)
-            if label >= 0:
-                at["taken"][label] += 1
-            at.update(shard=shard, position=position, name=name)
+                writer.add(split, record, label=file.label)
+            if file.label >= 0:
+                at["taken"][file.label] += 1
+            at.update(shard=file.shard, position=file.position, name=file.name)
             bar.update()
             writer.commit(COMMIT_SECONDS)
     writer.commit()

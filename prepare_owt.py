@@ -211,16 +211,19 @@ def documents(piece):
 
 
 def share(pieces, low, high, part=0, parts=1):
-    """The pieces, and of each the documents, that lie in the 21sts from low to high of a corpus. Of the equal
-    parts of that corpus, such as files, pieces are the part-th."""
+    """Returns the pieces, cut to their documents that lie between the 21sts low and high of a corpus. pieces
+    are the part-th of its `parts` equal parts (files, say)."""
     count = sum(p.count for p in pieces)
-    first, last = (min(max(-(-count * (edge * parts - CHUNKS * part) // CHUNKS), 0), count)
-                   for edge in (low, high))
+
+    def document(edge): # the first one behind this edge
+        place = -(-count * (edge * parts - CHUNKS * part) // CHUNKS) # rounded up
+        return min(max(place, 0), count)
     before, wanted = 0, []
     for p in pieces:
-        a, b = max(first - before, 0), min(last - before, p.count)
-        if a < b:
-            wanted.append(p._replace(first=a, last=b))
+        first = max(document(low) - before, 0)
+        last = min(document(high) - before, p.count)
+        if first < last:
+            wanted.append(p._replace(first=first, last=last))
         before += p.count
     return wanted
 

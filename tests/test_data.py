@@ -48,6 +48,17 @@ def test_no_sample_draws_from_the_stream_of_its_epochs_order():
     assert order not in [np.random.default_rng(seed).permutation(100).tolist() for seed in others]
 
 
+def test_batch_order():
+    """An epoch is a permutation of its own, of which each unit comes once at most; ranks share a batch."""
+    batches = batch_order(10, 4, seed=0, step=0)
+    whole = [next(batches) for _ in range(4)]
+    first, second = ([unit for batch in whole[e:e + 2] for *_, unit in batch] for e in (0, 2))
+    assert len({*first}) == len({*second}) == 8 and first != second and first != sorted(first)
+    assert next(batch_order(10, 4, 0, 3)) == whole[3] and next(batch_order(10, 4, 1, 0)) != whole[0]
+    ranks = [next(batch_order(10, 4, 0, 1, rank, 2)) for rank in (0, 1)]
+    assert ranks[0] + ranks[1] == whole[1]
+
+
 def test_positions_of_each_label():
     by_label = ByLabel(np.array([7, 2, 7, 0, 2, 7]))
     assert [by_label[k].tolist() for k in range(len(by_label))] == [[3], [1, 4], [0, 2, 5]]

@@ -174,7 +174,7 @@ HUGE = {"cls_token": torch.ones(1).expand(10 ** 12)} # a few bytes
 NAN = {"norm.bias": torch.full((24,), math.nan)}
 CHECKPOINTS = { # what is another in it; what the program names as it ends
     "hostile pickle": (lambda marker: dict(step=Call(touch, marker)), "cannot be read"),
-    "format of tomorrow": (lambda _: dict(format=2), "format 2"),
+    "format of tomorrow": (lambda _: dict(format=3), "format 3"),
     "NaN weights": (lambda _: dict(model=NAN), "norm.bias"),
     "a tensor of 10^12 elements": (lambda _: dict(model=HUGE), "mis-shaped: cls_token"),
     "unknown setting": (lambda _: dict(config={"modality": "image", "shell": "rm"}), "shell"),
@@ -187,7 +187,7 @@ def test_checkpoint(kind, tmp_path):
     changes, expected = CHECKPOINTS[kind]
     path, marker = tmp_path / "weights.pt", tmp_path / "marker"
     encoder = Encoder("image", embed_dim=24, depth=2, num_heads=2, img_size=32, final_norm=True)
-    checkpoint = {"format": 1, "kind": "Encoder", "config": encoder.config, "model": {}}
+    checkpoint = {"format": 2, "kind": "Encoder", "config": encoder.config, "model": {}}
     checkpoint |= changes(str(marker))
     torch.save({**checkpoint, "model": encoder.state_dict() | checkpoint["model"]}, path)
     assert expected in refused(load_encoder, str(path), "image")

@@ -512,3 +512,20 @@ def test_tiny_presets(openmoji, tmp_path, monkeypatch):
                         "--max_steps=3", "--batch_size=64", said="said")
         assert end(process, 900) == 0, (tmp_path / "said").read_text()
     assert {"ckpt.pt", "retrieval.json", "retrieval.png"} <= {*os.listdir("out/tiny")}
+
+
+def test_table_of_neighbours(run, tmp_path, capsys):
+    """What the text loop prints at its end, also when it is finished: the validations that it logged."""
+    for _ in range(2):
+        run("text_cls", max_steps=2)
+        begun, done = (r for r in records(tmp_path / "run") if "val_loss" in r)
+        said = capsys.readouterr().out
+        for name, r in (("distilled", done), ("before", begun)):
+            numbers = f"{r['val_loss']:.4f} +{r['agreement_1']:.1f} +{r['agreement_10']:.1f}"
+            assert re.search(f"(?m)^{name}.* {numbers}$", said)
+
+
+def test_a_warm_up_that_never_ends_is_said(run, capsys):
+    run("mask", max_steps=2, warmup_steps=4)
+    said = capsys.readouterr().out
+    assert "--max_steps=2 ends within the warm-up" in said and "1.0e-03" in said

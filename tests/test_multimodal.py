@@ -15,7 +15,7 @@ import distill_multimodal
 import model
 from conftest import LOOPS, carried, flags, records, refused, slow, write_ids
 from evaluate import EvalImages
-from model import load_encoder, load_pretrained, read_checkpoint
+from model import Encoder, load_encoder, load_pretrained, read_checkpoint
 from prepare_imagenet import Pairs, normalize
 from prepare_owt import load_tokenizer
 from test_loops import lengthen_last_picture
@@ -187,6 +187,22 @@ def test_cached_targets(cached, small_weights, targets_seen, tmp_path, monkeypat
     assert name in refused(cached, "smke", "half")
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_the_teacher_sees_its_own_size(run, monkeypatch, is_cached):
+    """--teacher_size, in training as for targets on disk; the student sees --img_size."""
+    sizes, forward = set(), Encoder.forward
+
+    def watched(encoder, x, *rest, **more):
+        if encoder.config["modality"] == "image":
+            sizes.add((encoder.config["img_size"], x.shape[-1]))
+        return forward(encoder, x, *rest, **more)
+    monkeypatch.setattr(Encoder, "forward", watched)
+    knobs = dict(image_init="random", img_size=16, max_steps=2, eval_interval=100, cache_targets=is_cached)
+    run("both", teacher_size=32, **knobs)
+    assert sizes == {(16, 16), (32, 32)}
+    assert "--teacher_size=16" in refused(run, "both", "other", **knobs)
+
+
 def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
     """Another teacher, transform, dtype or state of the data set gets its own; of joined sets any part."""
     assert len(cached("smke", "first")) == 1
@@ -201,6 +217,8 @@ def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
     for n in range(2):
         assert len(cached("smke", f"joined{n}", data="toy,second")) == n + 5
         lengthen_last_picture(tmp_path / "data" / "second")
+    for n in range(2): # a CNN takes any size
+        assert len(cached("shre", f"size{n}", teacher_size=32 + 32 * n)) == n + 7
 
 
 def test_standardized_targets(run, targets_seen):

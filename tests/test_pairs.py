@@ -431,3 +431,12 @@ def test_killed_and_restarted(tmp_path, seed):
     assert check_pictures(tmp_path) == sorted(url for url in urls if "/png/" in url)
     assert Counter(outcomes(tmp_path).values()) == {"": 1600, "http 404": 400}
     assert not [f for f in os.listdir(tmp_path / "cc12m") if ".tmp" in f]
+
+
+def test_limit_counts_pictures_that_came(server, tmp_path):
+    """And can be raised later."""
+    write_list(tmp_path, [f"{server.url}/{'png' if n % 3 else 'none'}/{n}" for n in range(90)])
+    for limit, expected in ((10, 10), (30, 30), (0, None)):
+        prepare_urls(tmp_path, "--allow_private", f"--limit={limit}")
+        assert expected in (None, len(content(tmp_path, "cc12m")["train"]))
+    assert len(check_pictures(tmp_path)) == 60

@@ -558,3 +558,15 @@ def test_programs_and_tars_are_not_opened(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail(f"opened by {args}"))
     for path in (tmp_path / "script.pt", tmp_path / "tar.pt"):
         assert str(path) in refused(read_weights, str(path))
+
+
+def test_a_published_file_is_fetched_once(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, sha256=None):
+        asked.append((url, sha256))
+        os.makedirs(os.path.dirname(path))
+        open(path, "w").close()
+    monkeypatch.setattr(model, "download", download)
+    assert len({find_weights("resnet50", None, str(tmp_path)) for _ in range(2)}) == 1
+    assert asked == [(model.PRETRAINED["resnet50"]["url"], "11ad3fa6")]

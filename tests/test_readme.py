@@ -14,7 +14,7 @@ import evaluate
 import experiments
 from conftest import REPO
 from model import Encoder, save_checkpoint
-from test_cli import MODULES, parse_command
+from test_cli import MODULES, SCRIPTS, parse_command
 
 with open(os.path.join(REPO, "README.md"), encoding="utf-8") as readme_file:
     README = readme_file.read()
@@ -68,3 +68,21 @@ def test_files_exist():
     assert not [f for f in files if not f.startswith(("out/", "data/"))
                 and not os.path.exists(os.path.join(REPO, f))]
     assert {"model.py", "evaluate.py", *MODULES} <= files # the map of files is complete
+
+
+def test_flags_of_the_prose_exist():
+    known = {key for get_args in SCRIPTS.values() for key in vars(get_args([]))}
+    elsewhere = {"help", "standalone", "nproc_per_node", "track", "arms", "small"}
+    assert {*re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)} - known <= elsewhere
+
+
+def test_the_arms_of_the_table_are_those_that_are_run():
+    rows = re.findall(r"^\| [^|`]*: `([^`]*)` \|", README, re.M)
+    assert len(rows) > 1
+    for flags in rows:
+        assert any(command.endswith(flags) for _, command in experiments.PAIRS.values()), flags
+
+
+def test_pictures_are_small():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", README):
+        assert os.path.getsize(os.path.join(REPO, path)) < 150_000
