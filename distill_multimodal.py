@@ -8,7 +8,7 @@ with each other.
     python distill_multimodal.py --preset=smke --data=coco,cc3m,cc12m  # its final form, our recommendation
 
 Ends with a retrieval table, a picture of it and out/<run>/ckpt.pt; the first takes five minutes on two CPU
-cores and finds about 34 % of 300 held-out families among its first ten. Any flag below can follow; the same
+cores and finds about 36 % of 300 held-out families among its first ten. Any flag below can follow; the same
 command again goes on where it stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import copy
