@@ -36,8 +36,8 @@ PRESETS = {
     # Its embedding is the mean token of the last block, which instance norm would take out of the target.
     "tiny": dict(
         data="pydoc_minilm", teacher="minilm", out_dir="out/tiny_text", depth=3, max_length=64, batch_size=64,
-        target="last", instance_norm=False, max_steps=200, lr=2e-3, warmup_steps=20, log_interval=20,
-        eval_interval=50, save_interval=50, agreement=1000),
+        target="last", instance_norm=False, max_steps=130, lr=2e-3, warmup_steps=13, log_interval=13,
+        eval_interval=65, save_interval=65, agreement=1000),
 }
 
 # what makes the model: cannot change when a run goes on
