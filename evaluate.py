@@ -1264,7 +1264,7 @@ def draw_curves(arms, path, xlabel, ylabel):
     """Draws into a PNG a line for each run, the runs of an arm in one colour. arms: label -> its runs, each a
     list of (x, y)."""
     from matplotlib.figure import Figure # here, not above: optional
-    ax = Figure((7, 4.6), 110, layout="constrained").subplots()
+    ax = Figure((8, 4.2), 110, layout="constrained").subplots()
     for n, (label, runs) in enumerate(arms.items()):
         for points in runs:
             line, = ax.plot(*zip(*points), ".-", color=f"C{n}", linewidth=1.5, alpha=0.8)
@@ -1272,7 +1272,7 @@ def draw_curves(arms, path, xlabel, ylabel):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1)) # beside the lines, not over them
     save_atomic(path, lambda f: ax.figure.savefig(f, format="png"))
 
 

@@ -127,7 +127,9 @@ class Attention(nn.Module):
         if qkv_bias is None:
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4) # (B, h, T, d)
+        # each turned by itself: their gradients are then put together by one copy, not two
+        q, k, v = (z.transpose(1, 2) for z in
+                   qkv.view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)) # (B, h, T, d) each
         if rope is not None: # each channel turns with the one d / 2 after it, in float32
             q, k = (z * rope[0] + torch.cat([-z.chunk(2, -1)[1], z.chunk(2, -1)[0]], -1) * rope[1]
                     for z in (q, k))
