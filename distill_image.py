@@ -334,7 +334,8 @@ def main(args):
 
         # the batch: flip, turn, colour and hidden patches follow from each picture's noise
         noise = noise.to(device, non_blocking=True)
-        x = augment(crops.to(device, non_blocking=True), noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
+        x = crops.to(device, non_blocking=True)
+        x = augment(x, noise[:, :7], args.flip, args.rotate, args.color) # (n, 3, H, W) float32
 
         # a mean over images: each micro-batch has its share, and their sum is that of the batch
         for i in range(0, n, micro):

@@ -206,10 +206,10 @@ def contrastive_kd_loss(student_out, target, group, queue, scale):
     batch.
 
     student_out, target (B, D), any norm; group (B,): samples of one group (the same image) are never each
-    other's negatives; queue: (targets (Q, D) normalised, groups (Q,)) or None; scale multiplies the
+    other's negatives; queue: (targets (Q, D) normalised, groups (Q,)) or empty; scale multiplies the
     cosines."""
     bank, bank_group = F.normalize(target.float(), dim=-1), group
-    if queue is not None:
+    if queue:
         bank, bank_group = torch.cat([bank, queue[0]]), torch.cat([group, queue[1]]) # (B + Q, D), (B + Q,)
     logits = scale * F.normalize(student_out.float(), dim=-1) @ bank.T # (B, B + Q)
     same = (group[:, None] == bank_group[None]).fill_diagonal_(False) # one's own target stays in
@@ -628,9 +628,8 @@ def main(args):
         read["the teacher"] = hash_of(teacher)
     checkpoint = run.restore(read, model=student, optimizer=optimizer, scaler=scaler)
     best = checkpoint.get("best", {"mean": -1.0, "step": 0})
-    queue = checkpoint.pop("queue", None)
-    if queue: # targets (Q, D), groups (Q,)
-        queue = [x[:args.queue_size].to(device) for x in queue]
+    # targets (Q, D), groups (Q,); empty at first
+    queue = [x[:args.queue_size].to(device) for x in checkpoint.pop("queue", [])]
     saved = dict(optimizer=optimizer, scaler=scaler, tokenizer=tokenizer.text, teacher=args.teacher)
     bank = None # the teacher's targets of all training images, (images, width) float16
     if args.cache_targets and width:

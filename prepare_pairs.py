@@ -378,8 +378,8 @@ def read_list(path, read):
 
 
 def add_row(rows, row, path):
-    """Adds a Row of the list at path to rows, {picture: Row}. If its picture has one already, that one gets the
-    captions that it lacks; ends the program if the two are in different splits."""
+    """Adds a Row of the list at path to rows, {picture: Row}. If its picture has one already, that one gets
+    the captions that it lacks; ends the program if the two are in different splits."""
     # a row without a picture stands alone
     first = rows.setdefault(row.where or f"\0{path}{row.id}", row)
     if first.split != row.split:

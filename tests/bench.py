@@ -632,8 +632,9 @@ def shards(args):
         compare("shards to records", len(paths) * each, "pictures", args.rounds, {
             "tarfile, and Pillow decoding each picture": theirs, "prepare_pairs.py": ours})
         for name, source in ("four", f"{folder}/few"), ("all twenty", folder):
-            peak = peak_of([os.path.join(REPO, "prepare_pairs.py"), f"--data={name[:3]}", f"--source={source}",
-                            f"--data_dir={folder}/data", "--threads=1"])
+            script = os.path.join(REPO, "prepare_pairs.py")
+            peak = peak_of([script, f"--data={name[:3]}", f"--source={source}", f"--data_dir={folder}/data",
+                            "--threads=1"])
             print(f"peak memory, {name} shards of {each} pictures: {peak:.0f} MB")
 
 
@@ -679,7 +680,8 @@ def get_args(argv):
     p.knob("rounds", 5, "how often each side has its turn", least=1)
     p.knob("part", "", "step: the table that its rows are of")
     p.knob("row", "", "step: its row in it")
-    p.knob("memory_fraction", 0.0, "share of the GPU's memory that step may take; 0: all, in the part memory 24 GB", most=1)
+    p.knob("memory_fraction", 0.0, "share of the GPU's memory that step may take; 0: all, in the part memory "
+           "24 GB", most=1)
     args, args.words = p.parse_known_args(argv) # flags of a loop
     if args.words and args.which != "step" or args.files and args.which != "table":
         p.error(f"unknown: {' '.join(args.words + args.files)}")

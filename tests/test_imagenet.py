@@ -249,7 +249,8 @@ def test_cifar(tmp_path, monkeypatch):
         assert pairs.labels.tolist() == [i % 2 for i in range(len(images))]
         assert all((np.asarray(decode(pairs.images[i])) == x).all() for i, x in enumerate(images))
     write(f"{tmp_path}/src/it.tar.gz", "")
-    assert "it.tar.gz cannot be had at" in refused(prepare, tmp_path / "new", tmp_path / "src", data="cifar10")
+    said = refused(prepare, tmp_path / "new", tmp_path / "src", data="cifar10")
+    assert "it.tar.gz cannot be had at" in said
 
 
 def test_digits(tmp_path):
