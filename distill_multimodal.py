@@ -423,7 +423,7 @@ def validate(student, pairs, held_out, args, device, dtype, autocast, micro):
             with evaluate.evaluating(student), autocast:
                 outputs.append(student(normalize(images.to(device)), ids.to(device), padding_mask.to(device)))
         group = torch.arange(len(target), device=device)
-        _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], target, group, None, student, args)
+        _, terms = loss_terms([torch.cat(x) for x in zip(*outputs)], target, group, [], student, args)
         record |= {f"val_{k}": terms[k].item() for k in ("kd_image", "kd_text")}
     return record
 

@@ -1160,7 +1160,7 @@ figure { margin: 0; color: #6e7781 } img { width: 100%; border-radius: 8px }
 FIGURE = '<figure><img alt="" src="data:image/jpeg;base64,{}"><figcaption>{:.3f} {}</figcaption></figure>'
 
 
-SEARCH_CHUNK = 2048 # pictures between two writes of the cache: what a killed search loses at most
+SEARCH_CHUNK = 2048 # pictures between two writes of the cache, at least: what a killed search loses
 
 
 def embed_folder(model, args, device, dtype):
@@ -1187,8 +1187,10 @@ def embed_folder(model, args, device, dtype):
         images, bad = (x.to(device) for x in batch)
         return model.encode_image(normalize(images)).masked_fill(bad[:, None] >= 0, math.nan)
 
-    for start in range(0, len(todo), SEARCH_CHUNK):
-        paths = todo[start:start + SEARCH_CHUNK]
+    while todo:
+        # more where there are many, since each time all are written: nine times the cache in sum, at most
+        chunk = max(SEARCH_CHUNK, len(known) // 8)
+        paths, todo = todo[:chunk], todo[chunk:]
         pictures = EvalImages(paths, model.img_size, args.squash)
         known |= zip(paths, embed(model, encode, pictures, args.batch_size, device, dtype, args.num_workers))
         cache = {"made_by": made_by, "stamps": {path: stamps[path] for path in known},

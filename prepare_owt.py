@@ -218,12 +218,13 @@ def share(pieces, low, high, part=0, parts=1):
     def document(edge): # the first one behind this edge
         place = -(-count * (edge * parts - CHUNKS * part) // CHUNKS) # rounded up
         return min(max(place, 0), count)
+    first, last = document(low), document(high)
     before, wanted = 0, []
     for p in pieces:
-        first = max(document(low) - before, 0)
-        last = min(document(high) - before, p.count)
-        if first < last:
-            wanted.append(p._replace(first=first, last=last))
+        start = max(first - before, 0)
+        stop = min(last - before, p.count)
+        if start < stop:
+            wanted.append(p._replace(first=start, last=stop))
         before += p.count
     return wanted
 

@@ -798,9 +798,9 @@ class Pairer:
         return split, image, cause
 
     def finish(self, name, failed):
-        """Prints what became of the rows, and writes what is written last -> meta.json."""
+        """Prints what became of the rows, and writes what is written last -> meta.json. failed: a Counter of
+        causes."""
         writer = self.writer
-        failed = Counter({cause: n for cause, n in failed.items() if n})
         counts = {split: writer.count(split) for split in ("train", "val", "test") if writer.count(split)}
         rows = sum(counts.values()) + failed.total()
         print(f"{failed.total():,} of {rows:,} rows did not become pairs{':' if failed else ''}")

@@ -58,6 +58,7 @@ import distill_text
 from model import (CONFIGS, PRETRAINED, Encoder, Parser, peak_memory, pick_device, pick_dtype, ready,
                    versions, write_json)
 from prepare_imagenet import RecordWriter, normalize, to_record, train_image, visible_patches
+from server import encoded, tar_bytes, write
 
 # -----------------------------------------------------------------------------
 # records, a line of JSON each, and the table of them
@@ -141,10 +142,8 @@ def noise_jpegs(width, height, n):
     """Smooth pictures of noise, quality 90: about as much to decode as photographs."""
     rng, jpegs = np.random.default_rng(0), []
     for _ in range(n):
-        file = io.BytesIO()
         pixels = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8))
-        pixels.resize((width, height), Image.BICUBIC).save(file, "JPEG", quality=90)
-        jpegs.append(file.getvalue())
+        jpegs.append(encoded(pixels.resize((width, height), Image.BICUBIC), "JPEG", quality=90))
     return jpegs
 
 
@@ -209,10 +208,10 @@ def encoder_settings(args, name): # of a published one, which need not be there
 
 
 def full_queue(knobs, device):
-    """The student's queue of targets, of no picture that comes; None where the preset has none."""
+    """The student's queue of targets, of no picture that comes; empty where the preset has none."""
     n = getattr(knobs, "queue_size", 0)
     targets = F.normalize(torch.randn(n, getattr(knobs, "embed_dim", 1), device=device), dim=-1)
-    return (targets, torch.full((n,), -1, device=device)) if n else None
+    return [targets, torch.full((n,), -1, device=device)] if n else []
 
 
 def stand_in(args, loop, knobs):
@@ -225,7 +224,7 @@ def stand_in(args, loop, knobs):
 
     def restore(run, read, **parts):
         kept, queue = run_restore(run, read, **parts), full_queue(knobs, "cpu")
-        return kept | {"queue": queue} if queue else kept
+        return kept | {"queue": queue}
     run_restore, loop.Run.restore = loop.Run.restore, restore
     loop.load_encoder = encoder
     loop.load_text_encoder = lambda which, weights_dir: encoder(which, "text")
@@ -607,15 +606,11 @@ def shards(args):
     jpegs, each = noise_jpegs(341, 256, 64), 500
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{'few' if s < 4 else 'more'}/train-{s:05}.tar" for s in range(20)]
-        os.makedirs(f"{folder}/few")
-        os.makedirs(f"{folder}/more")
-        for path in paths: # as the hub's: 256 pixels on their shorter side, with captions
-            with tarfile.open(path, "w") as tar:
-                for n in range(each):
-                    for kind, data in ("jpg", jpegs[n % 64]), ("txt", b"a caption of picture %d" % n):
-                        info = tarfile.TarInfo(f"{n:09}.{kind}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
+        members = {} # as the hub's: 256 pixels on their shorter side, with captions
+        for n in range(each):
+            members |= {f"{n:09}.jpg": jpegs[n % 64], f"{n:09}.txt": f"a caption of picture {n}"}
+        for path in paths:
+            write(path, tar_bytes(members))
 
         def ours():
             prepare_pairs.main(prepare_pairs.get_args([
@@ -631,8 +626,8 @@ def shards(args):
                             Image.open(io.BytesIO(data)).load()
         compare("shards to records", len(paths) * each, "pictures", args.rounds, {
             "tarfile, and Pillow decoding each picture": theirs, "prepare_pairs.py": ours})
+        script = os.path.join(REPO, "prepare_pairs.py")
         for name, source in ("four", f"{folder}/few"), ("all twenty", folder):
-            script = os.path.join(REPO, "prepare_pairs.py")
             peak = peak_of([script, f"--data={name[:3]}", f"--source={source}", f"--data_dir={folder}/data",
                             "--threads=1"])
             print(f"peak memory, {name} shards of {each} pictures: {peak:.0f} MB")
