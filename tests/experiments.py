@@ -62,7 +62,7 @@ IMAGES = {
     "alternate": ("its blocks 1, 2 and 4, distilled", f"{HALF} --init=alternate"),
     "cls": ("first three, CLS token as target", f"{HALF} --target=cls"),
     "last": ("first three, last block as target", f"{HALF} --target=last"),
-    "scratch": ("three blocks from scratch", f"{IMAGE} --depth=3 --max_steps=600"),
+    "scratch": ("three blocks from scratch", f"{IMAGE} --depth=3 --target_layers=3 --max_steps=600"),
 }
 PROBES = { # columns of the second table -> subcommand of evaluate.py
     "kNN": "knn --task=digits", # top-1

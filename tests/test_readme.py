@@ -20,8 +20,8 @@ with open(os.path.join(REPO, "README.md"), encoding="utf-8") as readme_file:
     README = readme_file.read()
 
 
-def test_every_command_parses():
-    """Those that run python or pytest in code blocks, and those of the experiments."""
+def test_every_command_parses(tmp_path):
+    """Those that run python or pytest in code blocks, and those of the experiments, which can also start."""
     blocks = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
     lines = [part.strip() for line in blocks.splitlines() for part in line.split("&&")]
     parsed = []
@@ -32,8 +32,10 @@ def test_every_command_parses():
         elif words[1] not in ("-m", "-c", "tests/bench.py", "tests/experiments.py"): # pip, measurements
             parsed.append((words[1], getattr(parse_command(shlex.join(words)), "preset", None)))
     assert {("distill_multimodal.py", "tiny"), ("evaluate.py", None)} <= {*parsed}
+    (tmp_path / "teacher").touch()
     for _, command in (experiments.PAIRS | experiments.IMAGES).values():
-        parse_command(f"python {command}")
+        command = command.format(teacher=tmp_path / "teacher")
+        MODULES[command.split()[0]].check(parse_command(f"python {command}"))
     for words in experiments.PROBES.values():
         evaluate.get_args(words.split())
 
