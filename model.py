@@ -1497,8 +1497,8 @@ class Run:
         if not first:
             self.signal = number, time.monotonic()
             self.stop(signal.Signals(number).name, 128 + number)
-            # a handler may not print
-            os.write(2, b"stopping after this step; a second signal ends at once\n")
+            with contextlib.suppress(OSError): # Ctrl-C ends `2>&1 | tee`, too; and a handler may not print
+                os.write(2, b"stopping after this step; a second signal ends at once\n")
         elif number != first or time.monotonic() - since > 1:
             # not the first again, which came to the whole group and was passed on by a parent, too
             signal.signal(number, signal.SIG_DFL)
@@ -1537,8 +1537,8 @@ class Run:
         and returns their count, a float32 scalar."""
         which = bad[bad >= 0].tolist()
         if which:
-            text = f"cannot be read, grey in their place: {', '.join(map(str, which))} of the training split"
-            print(text, file=sys.stderr)
+            self.say(f"cannot be read, grey in their place: {', '.join(map(str, which))} of the training "
+                     f"split", "stderr")
             if self.is_first:
                 self.log(step + 1, unreadable=which) # of the step under way
         # filled there: a tensor that is copied to a GPU makes the host wait for it
@@ -1592,14 +1592,18 @@ class Run:
         self.since += time.time() - start
         self.began += time.time() - start
 
+    def say(self, text, stream="stdout"):
+        """Prints a line. If nobody reads it any more, as after `| head`, the run ends, and in silence."""
+        try:
+            print(text, file=getattr(sys, stream), flush=True)
+        except BrokenPipeError:
+            setattr(sys, stream, open(os.devnull, "w"))
+            self.stop(f"a closed {stream}", 128 + 13)
+
     def log(self, step, text=None, **record):
         """Prints a line, if it has text, and appends its record to log.jsonl."""
-        try:
-            if text:
-                print(text, flush=True)
-        except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w")
-            self.stop("a closed standard output", 128 + 13)
+        if text:
+            self.say(text)
         try:
             with open(self.log_path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "minutes": self.minutes(), **record}) + "\n")
@@ -1624,20 +1628,20 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.error:
-            print(f"{self.path} is of step {step}; the same command goes on from it", file=sys.stderr)
+            self.say(f"{self.path} is of step {step}; the same command goes on from it", "stderr")
             raise self.error
         if self.stopped_by:
-            print(f"stopped by {self.stopped_by}; wrote {self.path}. " + (
-                "The run is finished." if step == self.max_steps else
-                "To go on, give the same command again."), flush=True)
+            advice = "To go on, give the same command again."
+            self.say(f"stopped by {self.stopped_by}; wrote {self.path}. "
+                     f"{'The run is finished.' if step == self.max_steps else advice}")
             sys.exit(self.exit_code)
         if ranks()[1] > 1:
             torch.distributed.destroy_process_group()
 
 
 def run_script(name, *flags):
-    """Runs another script of this folder, after printing the command; ends with it if it fails. A signal to
-    this process is passed on to it."""
+    """Runs another script of this folder, after printing the command; if it fails, ends as that one did. A
+    signal to this process is passed on to it."""
     print("$ python", name, *flags, flush=True)
     here = os.path.dirname(os.path.abspath(__file__))
     alone = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} # not one of torchrun's
@@ -1647,7 +1651,7 @@ def run_script(name, *flags):
     for number, handler in zip(SIGNALS, before):
         signal.signal(number, handler)
     if code:
-        sys.exit(code if code > 128 else f"error: {name} ended with exit code {code}; its message is above")
+        sys.exit(128 - code if code < 0 else code) # it has said why
 
 
 def make_data(folder, script, *flags):

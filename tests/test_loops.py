@@ -373,18 +373,24 @@ def test_a_dead_worker_ends_with_a_save(begin, tmp_path):
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == steps_done(tmp_path / "run") > 9
 
 
-def into_a_closed_pipe(name, *words):
-    """As `| head` does it: the reader goes away in step 6."""
+def into_a_closed_pipe(number, name, *words):
+    """The reader goes away in step 6: `| head`; or Ctrl-C, which ends `2>&1 | tee`, too."""
     reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    at_step(pytest.MonkeyPatch(), distill_text, 5, os.close, reader)
+    for stream in [1, 2] if number else [1]:
+        os.dup2(writer, stream)
+
+    def close():
+        os.close(reader)
+        if number:
+            send(number)
+    at_step(pytest.MonkeyPatch(), distill_text, 5, close)
     distill_text.main(distill_text.get_args(list(words)))
 
 
-@pytest.mark.slow
-def test_a_closed_stdout_ends_with_a_save(begin, tmp_path):
-    process = begin("text", function=into_a_closed_pipe, max_steps=5000)
-    assert end(process) == 128 + signal.SIGPIPE, (tmp_path / "said").read_text()
+@pytest.mark.parametrize("number, code", [(None, signal.SIGPIPE), (signal.SIGINT, signal.SIGINT)])
+def test_a_closed_pipe_ends_with_a_save(begin, tmp_path, number, code):
+    process = begin("text", function=functools.partial(into_a_closed_pipe, number), max_steps=5000)
+    assert end(process) == 128 + code, (tmp_path / "said").read_text()
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 6
 
 
