@@ -831,9 +831,19 @@ def cache_folder():
 
 def download(url, path, sha256=None, tries=3):
     """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
-    at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
+    at the server is still the same. The size is checked, and sha256 (its first digits are enough). Of two
+    runs that need it at once the second waits: both would write to path.part, and then behind its end."""
+    with lock(path + ".part.lock", path, wait=True):
+        if not os.path.exists(path):
+            fetch_whole(url, path, sha256, tries)
+    with contextlib.suppress(OSError):
+        os.remove(path + ".part.lock")
+    return path
+
+
+def fetch_whole(url, path, sha256, tries):
+    """The work of download(), by one process at a time."""
     import requests # here, not above: nothing else in this file talks to a network
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part, note = path + ".part", path + ".part.version"
     for attempt in range(tries):
         try:
@@ -857,7 +867,6 @@ def download(url, path, sha256=None, tries=3):
     os.replace(part, path)
     if os.path.exists(note):
         os.remove(note)
-    return path
 
 
 def fetch_part(url, part, note):

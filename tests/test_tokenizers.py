@@ -187,3 +187,15 @@ def test_download_continues_in_another_call(has_versions, ignores_if_range, size
     assert os.listdir(folder) == ["file"] # and nothing beside it
     assert URL in refused(download, URL, str(folder / "other"), "0" * 8)
     assert not {"other", "other.part"} & set(os.listdir(folder))
+
+
+def test_of_two_downloads_the_second_waits(tmp_path, monkeypatch):
+    """And finds the file that the first has put there."""
+    path = tmp_path / "file"
+
+    def lock(lock_path, what, wait):
+        path.write_bytes(b"whole")
+        return open(lock_path, "a+")
+    monkeypatch.setattr(model, "lock", lock)
+    monkeypatch.setattr(requests, "get", None)
+    assert download(URL, str(path)) == str(path) and os.listdir(tmp_path) == ["file"]
