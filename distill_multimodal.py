@@ -12,6 +12,7 @@ cores and finds about 36 % of 300 held-out families among its first ten. Any fla
 command again goes on where it stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import copy
+import io
 import math
 import os
 import sys
@@ -24,11 +25,11 @@ from tqdm import tqdm
 
 import evaluate
 from model import (CONFIGS, PRETRAINED, Parser, Run, Tokenizer, VisionLanguageModel, all_gather, batch_order,
-                   fail, hash_of, ignore_signals, join_ranks, keep_blocks, load_encoder, load_pretrained,
-                   local_folder, make_data, make_optimizer, nearest, optimizer_step, peak_memory, run_flags,
-                   save_atomic, set_up, split_batch, split_name, train_flags)
+                   fail, going_on, hash_of, ignore_signals, join_ranks, keep_blocks, load_encoder,
+                   load_pretrained, local_folder, made_once, make_data, make_optimizer, nearest,
+                   optimizer_step, peak_memory, run_flags, set_up, split_batch, split_name, train_flags)
 from prepare_owt import load_text_encoder
-from prepare_imagenet import Bad, ByLabel, augment, normalize, train_image, visible_patches
+from prepare_imagenet import Bad, ByLabel, Growing, augment, normalize, train_image, visible_patches
 from prepare_pairs import SOURCES, open_pairs
 
 # -----------------------------------------------------------------------------
@@ -348,13 +349,31 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
+    if not os.path.exists(path):
+        with made_once(path) as is_missing, going_on(path):
+            if is_missing:
+                write_targets(path, teacher, width, images, args, device, autocast, batch_size)
+    try: # mode c: torch wants to be able to write, nothing here does
+        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), width))
+    except (ValueError, EOFError):
+        fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
 
-    def write(f):
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False,
-                                                 "shape": (len(images), width)})
-        pictures = evaluate.EvalImages(images, size)
-        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=args.num_workers,
-                                             worker_init_fn=ignore_signals)
+
+def write_targets(path, teacher, width, images, args, device, autocast, batch_size):
+    """Writes them, in the order of the images, behind the whole batches that a killed run left."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False,
+                                                  "shape": (len(images), width)})
+    there = os.path.getsize(path + ".tmp") if os.path.exists(path + ".tmp") else 0
+    done = max(0, there - header.tell()) // (2 * width * batch_size) * batch_size # images
+    pictures = evaluate.EvalImages(images, teacher_side(args))
+    rest = torch.utils.data.Subset(pictures, range(done, len(images)))
+    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=args.num_workers,
+                                         worker_init_fn=ignore_signals)
+    growing = Growing(path, header.tell() + 2 * width * done if done else 0)
+    with growing.file as f:
+        if not done:
+            f.write(header.getvalue())
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
             x = normalize(pictures.images_of(batch).to(device))
             target = teacher_target(teacher, x, args, autocast).half().cpu()
@@ -362,12 +381,7 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
                 fail(f"--teacher={args.teacher} gives targets that are not finite in half precision: run "
                      f"without --cache_targets, or with --dtype=float32")
             f.write(target.numpy().astype("<f2").tobytes())
-    if not os.path.exists(path):
-        save_atomic(path, write)
-    try: # mode c: torch wants to be able to write, nothing here does
-        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), width))
-    except (ValueError, EOFError):
-        fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
+        growing.close()
 
 
 def target_statistics(bank, args, device):

@@ -831,13 +831,10 @@ def cache_folder():
 
 def download(url, path, sha256=None, tries=3):
     """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
-    at the server is still the same. The size is checked, and sha256 (its first digits are enough). Of two
-    runs that need it at once the second waits: both would write to path.part, and then behind its end."""
-    with lock(path + ".part.lock", path, wait=True):
-        if not os.path.exists(path):
+    at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
+    with made_once(path) as is_missing:
+        if is_missing:
             fetch_whole(url, path, sha256, tries)
-    with contextlib.suppress(OSError):
-        os.remove(path + ".part.lock")
     return path
 
 
@@ -1024,6 +1021,16 @@ def lock(path, what, wait=False):
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+@contextlib.contextmanager
+def made_once(path):
+    """Around making a file that several runs need: of two at once the second waits for the first, since both
+    would write to what goes before it. Yields whether the file is still missing."""
+    with lock(path + ".lock", path, wait=True):
+        yield not os.path.exists(path)
+    with contextlib.suppress(OSError): # another may have removed it, which does no harm: the file is there
+        os.remove(path + ".lock")
 
 
 @contextlib.contextmanager

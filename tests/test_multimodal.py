@@ -171,15 +171,26 @@ def test_dino_as_teacher_and_start(teacher, small, small_weights):
 
 
 def test_cached_targets(cached, small_weights, targets_seen, tmp_path, monkeypatch):
-    """What the teacher says of each picture, whole; a later run with other losses computes none."""
+    """What the teacher says of each picture, whole, also if the run was killed meanwhile; a later run with
+    other losses computes none."""
+    counts, teacher_target = [], distill_multimodal.teacher_target
+
+    def stopped(teacher, x, *rest):
+        counts.append(len(x))
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return teacher_target(teacher, x, *rest)
+    monkeypatch.setattr(distill_multimodal, "teacher_target", stopped)
+    refused(cached, "smke")
     name, = cached("smke")
+    assert counts == [16, 16, 16, 16, 12] # the third again, then the validation
     stored = np.load(tmp_path / "data" / name)
     images = EvalImages(Pairs(str(tmp_path / "data"), "toy", "train").images, 32).stack(range(48))
     # smke's target is before the final norm
     expected = load_encoder(f"beitv2:{small_weights / 'beitv2'}", "image")(normalize(images))[:, 0]
     assert stored.dtype == np.float16 and stored.shape == (48, 32)
     assert np.abs(stored - expected.numpy()).max() < 2e-3 * expected.abs().max().item()
-    monkeypatch.setattr(distill_multimodal, "save_atomic", None) # would fail if targets were written
+    monkeypatch.setattr(distill_multimodal, "write_targets", None) # would fail if they were written
     targets_seen.clear()
     assert cached("smke", "other", depth=3, align_loss="none") == [name]
     assert {tuple(x) for x in targets_seen[0].tolist()} <= {tuple(x) for x in stored.tolist()} # in training
