@@ -55,7 +55,6 @@ PRESETS = {
         save_interval=50),
 }
 
-
 # what makes the model: cannot change when a run goes on
 MODEL_KNOBS = ["depth", "img_size", "patch_size", "embed_dim", "num_heads", "mlp_ratio", "attn_bias",
                "share_embed"]
@@ -225,8 +224,6 @@ def check(args):
         fail(f"--teacher={args.teacher} is neither ema nor a published teacher (data2vec2_image, dino ..) "
              f"nor a file.\nTo make a teacher, nothing to download:\n"
              f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
-    if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     if args.init != "random" and (args.mlp_ratio or args.attn_bias != "teacher"):
         fail(f"--mlp_ratio={args.mlp_ratio} --attn_bias={args.attn_bias} make blocks that are not the "
              f"teacher's: add --init=random")

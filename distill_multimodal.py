@@ -12,7 +12,6 @@ cores and finds about 36 % of 300 held-out families among its first ten. Any fla
 command again goes on where it stopped. Eq. numbers are those of the thesis (README, "Credits").
 """
 import copy
-import io
 import math
 import os
 import sys
@@ -81,7 +80,6 @@ PRESETS = {
         warmup_steps=10, weight_decay=0.05, grad_clip=3.0, eval_interval=86, save_interval=86,
         log_interval=43),
 }
-
 
 PUBLISHED = { # the first line of a run: which system of the thesis, COCO R@1 image to text / text to image
     "mmd2v2_beit": "MM-D2V2 with BEiTv2 as teacher, 31.7 / 12.4; its final form, --preset=smke, 53.5 / 35.7",
@@ -302,11 +300,6 @@ def offsets(records):
 # the teacher and its targets
 
 
-def teacher_side(args):
-    """Side in pixels of the images that the teacher sees."""
-    return args.teacher_size or args.img_size
-
-
 def load_teacher(args):
     """The image teacher, frozen, and the width of its target, 0 for no distillation; (None, 0) if nothing
     needs one."""
@@ -319,7 +312,7 @@ def load_teacher(args):
         final_norm = args.final_norm and CONFIGS.get(name, {}).get("final_norm", False)
         teacher = load_encoder(args.teacher, "image", args.weights_dir, final_norm)
         width = teacher.config["embed_dim"]
-        size = teacher_side(args)
+        size = args.teacher_size or args.img_size
         if args.kd_loss != "none" and size != teacher.config["img_size"]:
             fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
@@ -332,7 +325,7 @@ def load_teacher(args):
 @torch.no_grad()
 def teacher_target(teacher, images, args, autocast):
     """Normalised images (n, 3, H, W), of any size -> what the student predicts, (n, D) float32."""
-    size = teacher_side(args)
+    size = args.teacher_size or args.img_size
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     with autocast:
@@ -344,9 +337,9 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     """The target of every training image, from the evaluation transform, as (images, width) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
     the images' index, so that no run reads what was made from others."""
-    size = teacher_side(args)
+    size = args.teacher_size or args.img_size
     made_from = hash_of(f"{size} {dtype}", teacher, *offsets(images))
-    path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.npy")
+    path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.bin")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
     if not os.path.exists(path):
@@ -354,26 +347,21 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
             if is_missing:
                 write_targets(path, teacher, width, images, args, device, autocast, batch_size)
     try: # mode c: torch wants to be able to write, nothing here does
-        return torch.from_numpy(np.load(path, mmap_mode="c").reshape(len(images), width))
-    except (ValueError, EOFError):
+        return torch.from_numpy(np.memmap(path, "<f2", "c", shape=(len(images), width)))
+    except ValueError:
         fail(f"{path} is damaged, or no file of ours. Remove it and run again.")
 
 
 def write_targets(path, teacher, width, images, args, device, autocast, batch_size):
     """Writes them, in the order of the images, behind the whole batches that a killed run left."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False,
-                                                  "shape": (len(images), width)})
     there = os.path.getsize(path + ".tmp") if os.path.exists(path + ".tmp") else 0
-    done = max(0, there - header.tell()) // (2 * width * batch_size) * batch_size # images
-    pictures = evaluate.EvalImages(images, teacher_side(args))
-    rest = torch.utils.data.Subset(pictures, range(done, len(images)))
-    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=args.num_workers,
-                                         worker_init_fn=ignore_signals)
-    growing = Growing(path, header.tell() + 2 * width * done if done else 0)
+    done = there // (2 * width * batch_size) * batch_size # images
+    pictures = evaluate.EvalImages(images, args.teacher_size or args.img_size)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(pictures, range(done, len(images))), batch_size,
+        num_workers=args.num_workers, worker_init_fn=ignore_signals)
+    growing = Growing(path, 2 * width * done)
     with growing.file as f:
-        if not done:
-            f.write(header.getvalue())
         for batch in tqdm(loader, desc="teacher's targets", disable=not sys.stderr.isatty()):
             x = normalize(pictures.images_of(batch).to(device))
             target = teacher_target(teacher, x, args, autocast).half().cpu()
@@ -415,8 +403,8 @@ def validation_batch(pairs, teacher, tokenizer, scale, shift, args, device, auto
     numbers = range(min(1024, len(pairs.images)))
     images = evaluate.EvalImages(pairs.images, args.img_size).stack(numbers)
     seen = images # by the teacher
-    if teacher_side(args) != args.img_size:
-        seen = evaluate.EvalImages(pairs.images, teacher_side(args)).stack(numbers)
+    if args.teacher_size not in (0, args.img_size):
+        seen = evaluate.EvalImages(pairs.images, args.teacher_size).stack(numbers)
     _, first = np.unique(pairs.text_to_image, return_index=True)
     target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in seen.split(micro)]
     ids, padding_mask = tokenizer.encode([pairs.captions[j] for j in first[:len(numbers)]], args.max_length)
@@ -457,11 +445,6 @@ def judge(args, checkpoint, device):
 # before time is spent
 
 
-def draws_openmoji(args):
-    """Whether this run prepares its data: the tiny preset starts from nothing."""
-    return args.preset == "tiny" and args.data == "openmoji"
-
-
 def check(args):
     """Ends the program in seconds, with the commands to run, if the run cannot start; else says which system
     of the thesis it is."""
@@ -473,8 +456,6 @@ def check(args):
     if not (has_kd and args.kd_weight or has_align and args.align_weight):
         fail(f"--kd_loss={args.kd_loss} --kd_weight={args.kd_weight} and --align_loss={args.align_loss} "
              f"--align_weight={args.align_weight} leave nothing to learn")
-    if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     name = split_name(args.teacher)[0]
     if has_kd and (args.kd_loss == "kl") != (name == "resnet50"):
         fail(f"--kd_loss={args.kd_loss} --teacher={args.teacher}: kl is for the logits of resnet50, and "
@@ -496,7 +477,7 @@ def check(args):
     problems, commands = [], []
     for name in args.data.split(","):
         is_there = os.path.exists(os.path.join(args.data_dir, name, "meta.json"))
-        if not is_there and not draws_openmoji(args):
+        if not is_there and (args.preset, args.data) != ("tiny", "openmoji"): # which main() draws
             problems.append(f"data set {name} is not in {args.data_dir}/{nearest(name, SOURCES)}")
             if name in SOURCES:
                 source = " --source=DIR" if name == "flickr30k" else ""
@@ -611,7 +592,7 @@ def main(args):
     check(args)
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
-    if draws_openmoji(args):
+    if args.data == "openmoji": # only the tiny preset's can be missing, see check
         make_data(os.path.join(args.data_dir, args.data), "prepare_pairs.py", f"--data={args.data}",
                   f"--data_dir={args.data_dir}")
 
@@ -628,7 +609,7 @@ def main(args):
     # -- student
     student = build_student(args, sources, tokenizer.vocab_size, width).to(device)
     student.tokenizer = tokenizer # evaluation asks the model for it
-    if teacher is not None:
+    if width: # else it was a start, if anything
         teacher = teacher.to(device)
     del sources
 

@@ -211,8 +211,6 @@ def check(args):
     if path and not os.path.exists(path):
         fail(f"--teacher={args.teacher} is neither bert, data2vec2_text nor minilm, nor a file")
     split_batch(args)
-    if os.path.abspath(args.teacher) == os.path.abspath(os.path.join(args.out_dir, "ckpt.pt")):
-        fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
     if args.agreement == 1:
         fail("--agreement=1: a sentence alone has no neighbours; give more, or 0 for none")
     if args.init != "random" and args.attn_bias != "teacher":

@@ -769,7 +769,7 @@ def finetune(args, device, dtype):
 
     def loss_of(batch, step):
         x = batch[0].to(device, non_blocking=True)
-        target = F.one_hot(batch[1], C).float().to(device) # (B, C)
+        target = F.one_hot(batch[1].to(device, non_blocking=True), C).float() # (B, C)
         if args.augment == "default":
             x, target = mix(x, target, np.random.default_rng((args.seed, step, 0, 1)))
         with autocast:
@@ -970,7 +970,7 @@ def finetune_task(run, read, splits, encoder, dtype):
 
     def loss_of(batch, step):
         torch.manual_seed(args.seed << 32 | step) # dropout follows from seed and step, as the order does
-        out, target = logits_of(batch[0]), batch[1].to(device)
+        out, target = logits_of(batch[0]), batch[1].to(device, non_blocking=True)
         return F.cross_entropy(out, target) if classes else F.mse_loss(out[:, 0], target)
 
     return train_epochs(run, read, encoder, head, optimizer, batches, loss_of, measure,
@@ -1158,7 +1158,6 @@ div { display: grid; grid-template-columns: repeat(auto-fill, minmax(10em, 1fr))
 figure { margin: 0; color: #6e7781 } img { width: 100%; border-radius: 8px }
 </style><h1>What the model finds</h1>"""
 FIGURE = '<figure><img alt="" src="data:image/jpeg;base64,{}"><figcaption>{:.3f} {}</figcaption></figure>'
-
 
 SEARCH_CHUNK = 2048 # pictures between two writes of the cache, at least: what a killed search loses
 

@@ -1436,6 +1436,8 @@ class Run:
         self.error = None # what a loader raised
         self.rows, self.names, self.waited = [], [], 0.0 # since the last line: terms of each step; seconds
         self.signal, self.handlers = (0, 0.0), {} # the first that came, and when; what answered before
+        if os.path.abspath(getattr(args, "teacher", "")) == os.path.abspath(self.path):
+            fail(f"--teacher={args.teacher} is what this run would write: give another --out_dir")
         if args.resume and not os.path.exists(self.path):
             fail(f"--resume, but there is no {self.path}. Leave it out to start.")
         if self.is_first:
