@@ -25,7 +25,7 @@ from tqdm import tqdm
 import evaluate
 from model import (CONFIGS, PRETRAINED, Parser, Run, Tokenizer, VisionLanguageModel, all_gather, batch_order,
                    fail, going_on, hash_of, ignore_signals, join_ranks, keep_blocks, load_encoder,
-                   load_pretrained, local_folder, made_once, make_data, make_optimizer, nearest,
+                   load_pretrained, local_folder, make_data, make_once, make_optimizer, nearest,
                    optimizer_step, peak_memory, run_flags, set_up, split_batch, split_name, train_flags)
 from prepare_owt import load_text_encoder
 from prepare_imagenet import Bad, ByLabel, Growing, augment, normalize, train_image, visible_patches
@@ -342,10 +342,8 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.bin")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
           f"{'read from' if os.path.exists(path) else 'go to'} {path}", flush=True)
-    if not os.path.exists(path):
-        with made_once(path) as is_missing, going_on(path):
-            if is_missing:
-                write_targets(path, teacher, width, images, args, device, autocast, batch_size)
+    with going_on(path):
+        make_once(path, write_targets, teacher, width, images, args, device, autocast, batch_size)
     try: # mode c: torch wants to be able to write, nothing here does
         return torch.from_numpy(np.memmap(path, "<f2", "c", shape=(len(images), width)))
     except ValueError:

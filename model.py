@@ -832,13 +832,10 @@ def cache_folder():
 def download(url, path, sha256=None, tries=3):
     """Fetches url to path, with a progress bar; continues what a killed call left in path.part, if the file
     at the server is still the same. The size is checked, and sha256 (its first digits are enough)."""
-    with made_once(path) as is_missing:
-        if is_missing:
-            fetch_whole(url, path, sha256, tries)
-    return path
+    return make_once(path, fetch_whole, url, sha256, tries)
 
 
-def fetch_whole(url, path, sha256, tries):
+def fetch_whole(path, url, sha256, tries):
     """The work of download(), by one process at a time."""
     import requests # here, not above: nothing else in this file talks to a network
     part, note = path + ".part", path + ".part.version"
@@ -1023,14 +1020,16 @@ def lock(path, what, wait=False):
     return file
 
 
-@contextlib.contextmanager
-def made_once(path):
-    """Around making a file that several runs need: of two at once the second waits for the first, since both
-    would write to what goes before it. Yields whether the file is still missing."""
-    with lock(path + ".lock", path, wait=True):
-        yield not os.path.exists(path)
-    with contextlib.suppress(OSError): # another may have removed it, which does no harm: the file is there
-        os.remove(path + ".lock")
+def make_once(path, make, *args):
+    """Calls make(path, *args) if there is no file at path, and returns path. Of two runs that need it at once
+    the second waits for the first, since both would write to what goes before it."""
+    if not os.path.exists(path):
+        with lock(path + ".lock", path, wait=True):
+            if not os.path.exists(path):
+                make(path, *args)
+        with contextlib.suppress(OSError): # the other removed it, which does no harm: the file is there
+            os.remove(path + ".lock")
+    return path
 
 
 @contextlib.contextmanager
