@@ -585,7 +585,7 @@ def build_student(args, sources, vocab_size, target_width):
 
 def main(args):
     # -- set up
-    started = time.time()
+    started = time.monotonic()
     rank, world = join_ranks(ready=False) # the first prepares and downloads, the others wait for it
     check(args)
     device, dtype, compiled, autocast = set_up(args)
@@ -722,7 +722,7 @@ def main(args):
         judge(args, run.path, device)
         print(f"trained {step} steps in {run.minutes():.1f} min, peak memory {peak_memory(device):.2f} GB, "
               f"best validation mean recall {best['mean']:.1f} (step {best['step']}); wrote {run.path}\n"
-              f"{(time.time() - started) / 60:.1f} minutes in all")
+              f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -1489,11 +1489,11 @@ class Run:
             is_finished = self.step == self.max_steps
             print(f"{self.path} is there: {'finished, ' if is_finished else ''}step {self.step} of "
                   f"{self.max_steps}")
-        self.last_line, self.since = self.step, time.time()
+        self.last_line, self.since = self.step, time.monotonic()
         self.saved_step = -1
         if self.checkpoint and self.checkpoint["max_steps"] == self.max_steps:
             self.saved_step = self.step
-        self.began = time.time() - 60 * minutes # as if the run had never been interrupted
+        self.began = time.monotonic() - 60 * minutes # as if the run had never been interrupted
         if self.is_first and not is_finished:
             self.open_log()
         return self.checkpoint
@@ -1529,7 +1529,7 @@ class Run:
     def batches(self, loader):
         """The loader's batches up to max_steps, or until there is a reason to stop. From here on signals wait
         for the end of a step."""
-        self.since = time.time()
+        self.since = time.monotonic()
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN: # as nohup and a shell's background leave them
                 self.handlers[number] = signal.signal(number, self.on_signal)
@@ -1537,14 +1537,14 @@ class Run:
         if hasattr(signal, "SIGCHLD"): # torch's handler would raise amid a step; next() finds a dead worker
             self.handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for _ in range(self.step, self.max_steps):
-            start = time.time()
+            start = time.monotonic()
             try:
                 batch = next(iterator)
             except Exception as e: # first what was trained is saved
                 if not self.stopped_by: # else the workers died of the signal that came to all
                     self.error = e
                 return
-            self.waited += time.time() - start
+            self.waited += time.monotonic() - start
             yield batch
             if self.stopped_by:
                 return
@@ -1585,12 +1585,12 @@ class Run:
         self.unreadable += round(means.pop("unreadable", 0.0) * n)
         if self.unreadable > 10 + step * self.args.batch_size / 100:
             self.stop(f"{self.unreadable} pictures that cannot be read (prepare the set again)", 1)
-        ms = 1000 * (time.time() - self.since) / n
+        ms = 1000 * (time.monotonic() - self.since) / n
         wait_ms = 1000 * self.waited / n
         rate = 1000 * self.args.batch_size / ms
         memory = peak_memory(self.device)
         self.rows, self.last_line = [], step
-        self.waited, self.since = 0.0, time.time()
+        self.waited, self.since = 0.0, time.monotonic()
         means |= {f"{unit}_per_s": rate, "ms": ms, "wait_ms": wait_ms, "memory_gb": memory}
         pace = (f"{rate:.0f} {unit}/s  {ms:.0f} ms ({wait_ms:.0f} for data)  {memory:.2f} GB  "
                 f"{(self.max_steps - step) * ms / 60000:.1f} min left")
@@ -1598,16 +1598,16 @@ class Run:
 
     def minutes(self):
         """Trained so far, over all restarts, without validations."""
-        return round((time.time() - self.began) / 60, 4)
+        return round((time.monotonic() - self.began) / 60, 4)
 
     @contextlib.contextmanager
     def paused(self, step):
         """Around a validation: its time is not training's, and nothing is measured after a bad step."""
         self.check(step)
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.since += time.time() - start
-        self.began += time.time() - start
+        self.since += time.monotonic() - start
+        self.began += time.monotonic() - start
 
     def say(self, text, stream="stdout"):
         """Prints a line. If nobody reads it any more, as after `| head`, the run ends, and in silence."""

@@ -395,7 +395,7 @@ def write_split(path, pieces, encode, args, counts, save):
     if counts["documents"] == args.limit > 0: # before a kill
         return
     todo = pieces[counts["pieces"]:]
-    saved = time.time()
+    saved = time.monotonic()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = torch.utils.data.DataLoader(encode, sampler=todo, batch_size=None, worker_init_fn=start_worker,
                                          num_workers=min(args.num_workers or cores, len(todo)))
@@ -416,11 +416,11 @@ def write_split(path, pieces, encode, args, counts, save):
                 counts[k] += n
             bar.update()
             full = counts["documents"] == args.limit > 0
-            if time.time() - saved > COMMIT_SECONDS or full or counts["pieces"] == len(pieces):
+            if time.monotonic() - saved > COMMIT_SECONDS or full or counts["pieces"] == len(pieces):
                 file.flush()
                 os.fsync(file.fileno())
                 save()
-                saved = time.time()
+                saved = time.monotonic()
             if full:
                 break
 
