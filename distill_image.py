@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 import evaluate
 from model import (Encoder, Parser, Run, batch_order, fail, hash_of, ignore_signals, init_weights,
-                   join_ranks, keep_blocks, load_encoder, make_optimizer, optimizer_step, peak_memory,
-                   run_flags, set_up, split_batch, split_name, train_flags)
+                   join_ranks, keep_blocks, load_encoder, make_data, make_optimizer, optimizer_step,
+                   peak_memory, run_flags, set_up, split_batch, split_name, train_flags)
 from prepare_imagenet import Bad, ByLabel, Pairs, augment, normalize, train_image
 
 # -----------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def check(args):
     name, path = split_name(args.teacher)
     if args.teacher != "ema" and path and not os.path.exists(path):
         fail(f"--teacher={args.teacher} is neither ema nor a published teacher (data2vec2_image, dino ..) "
-             f"nor a file.\nTo make a teacher, nothing to download:\n"
-             f"  python prepare_pairs.py --data=openmoji\n  python distill_image.py --preset=tiny")
+             f"nor a file.\nTo make the tiny one, nothing to download:\n"
+             f"  python distill_image.py --preset=tiny --data_dir={args.data_dir}")
     if args.init != "random" and (args.mlp_ratio or args.attn_bias != "teacher"):
         fail(f"--mlp_ratio={args.mlp_ratio} --attn_bias={args.attn_bias} make blocks that are not the "
              f"teacher's: add --init=random")
@@ -281,6 +281,9 @@ def main(args):
     check(args)
     device, dtype, compiled, autocast = set_up(args)
     run = Run(args, __file__, MODEL_KNOBS, device, dtype)
+    if args.preset.startswith("tiny") and args.data == "openmoji": # these start from nothing
+        make_data(os.path.join(args.data_dir, args.data), "prepare_pairs.py", f"--data={args.data}",
+                  f"--data_dir={args.data_dir}")
 
     # -- data, teacher and student
     train = Pairs(args.data_dir, args.data, "train")

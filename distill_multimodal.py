@@ -28,7 +28,8 @@ from model import (CONFIGS, PRETRAINED, Parser, Run, Tokenizer, VisionLanguageMo
                    load_pretrained, local_folder, make_data, make_once, make_optimizer, nearest,
                    optimizer_step, peak_memory, run_flags, set_up, split_batch, split_name, train_flags)
 from prepare_owt import load_text_encoder
-from prepare_imagenet import Bad, ByLabel, Growing, augment, normalize, train_image, visible_patches
+from prepare_imagenet import (NO_SOURCE, Bad, ByLabel, Growing, augment, normalize, train_image,
+                              visible_patches)
 from prepare_pairs import SOURCES, open_pairs
 
 # -----------------------------------------------------------------------------
@@ -476,9 +477,10 @@ def check(args):
     for name in args.data.split(","):
         is_there = os.path.exists(os.path.join(args.data_dir, name, "meta.json"))
         if not is_there and (args.preset, args.data) != ("tiny", "openmoji"): # which main() draws
-            problems.append(f"data set {name} is not in {args.data_dir}/{nearest(name, SOURCES)}")
-            if name in SOURCES:
-                source = " --source=DIR" if name == "flickr30k" else ""
+            meant = "" if name in SOURCES else nearest(name, SOURCES)
+            problems.append(f"data set {name} is not in {args.data_dir}/{meant}")
+            if not meant:
+                source = "" if name in NO_SOURCE else " --source=DIR"
                 commands.append(f"  python prepare_pairs.py --data={name} --data_dir={args.data_dir}{source}")
     models = ["image_init", "text_init"] + (["teacher"] if has_kd or args.image_init == "teacher" else [])
     for key in models:

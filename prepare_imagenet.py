@@ -53,6 +53,7 @@ from model import (IMAGENET_MEAN, IMAGENET_STD, Parser, cache_folder, fail, goin
                    progress, write_json)
 
 LABELLED = ("imagenet", "cifar10", "cifar100", "digits") # the sets that this script knows
+NO_SOURCE = ("cifar10", "cifar100", "digits", "openmoji", "coco", "cc3m", "cc12m") # made without --source
 NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000} # of ImageNet
 LICENCES = {"imagenet": "ImageNet's terms of access: non-commercial research and education",
             "cifar": "none stated; cite Krizhevsky 2009, Learning Multiple Layers of Features ..",
@@ -272,7 +273,8 @@ class Pairs:
         warnings.filterwarnings("ignore", module="PIL") # corrupt EXIF is common and harmless
         folder = os.path.join(os.path.expanduser(data_dir), name)
         script = "prepare_imagenet.py" if name in LABELLED else "prepare_pairs.py"
-        advice = f"Run: python {script} --data={name} --data_dir={data_dir} (which --help explains)"
+        source = "" if name in NO_SOURCE else " --source=DIR"
+        advice = f"Run: python {script} --data={name} --data_dir={data_dir}{source} (which --help explains)"
         meta = os.path.join(folder, "meta.json")
         if not name or not os.path.exists(meta):
             what = "is half-written" if os.path.isdir(folder) else "is not there"

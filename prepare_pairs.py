@@ -73,8 +73,8 @@ from tqdm import tqdm
 
 from model import (BERT_SPECIALS, Parser, bert_tokenizer, cache_folder, download, fail, going_on, lock,
                    prepared, progress, save_atomic, write_json)
-from prepare_imagenet import (COMMIT_SECONDS, LABELLED, SPLITS, UNREADABLE, Bad, Pairs, SetWriter, Texts,
-                              find_shards, in_order, or_bad, samples, shared_knobs, shown, split_of,
+from prepare_imagenet import (COMMIT_SECONDS, LABELLED, NO_SOURCE, SPLITS, UNREADABLE, Bad, Pairs, SetWriter,
+                              Texts, find_shards, in_order, or_bad, samples, shared_knobs, shown, split_of,
                               to_record)
 
 SOURCES = ("openmoji", "coco", "flickr30k", "cc3m", "cc12m", "sbu") # the sets that this script knows
@@ -1063,7 +1063,7 @@ def main(args):
         fail(f"--{min(unread)} is not for openmoji, the default. Name a set with --data")
     if args.source and not os.path.exists(args.source):
         fail(f"--source={args.source} is not there. See python prepare_pairs.py --help.")
-    if args.data not in ("openmoji", "coco", *HUB) and not args.source:
+    if args.data not in NO_SOURCE and not args.source:
         fail(f"--data={args.data} needs --source, shards or a table with captions such as captions.csv. See "
              "python prepare_pairs.py --help.")
     folder = os.path.join(args.data_dir, args.data)
@@ -1092,7 +1092,7 @@ def main(args):
         print(f"{split:8}{c['words_per_caption']:>15}{c['captions_per_image']:>16}{c['images']:>12,}"
               f"{c['captions']:>12,}")
     if args.data == "openmoji":
-        print("next: python distill_multimodal.py --preset=tiny")
+        print(f"next: python distill_multimodal.py --preset=tiny --data_dir={args.data_dir}")
     elif {"train", "val"} <= set(meta["splits"]):
         print(f"next: python distill_multimodal.py --data={args.data} --data_dir={args.data_dir}")
 

@@ -57,6 +57,16 @@ def test_presets(module, preset):
         assert mixed.lr == 0.5 and mixed.max_steps == args.max_steps and "lr" in mixed.given
 
 
+@pytest.mark.parametrize("which", LOOPS)
+def test_the_tiny_preset_makes_its_data(which, tmp_path, monkeypatch):
+    def make_data(folder, *command):
+        raise KeyboardInterrupt(folder)
+    monkeypatch.setattr(LOOPS[which], "make_data", make_data)
+    args = LOOPS[which].get_args(["--preset=tiny", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out"])
+    with pytest.raises(KeyboardInterrupt, match=f"{tmp_path}/{args.data}"):
+        LOOPS[which].main(args)
+
+
 @pytest.mark.parametrize("words", [*([name] for name in SCRIPTS), ["distill_multimodal.py", "--preset=tiny"]])
 def test_help_says_what_every_knob_means_and_its_default(words, capsys):
     with pytest.raises(SystemExit) as e:
@@ -120,6 +130,7 @@ BASES = {"image": dict(EMA, data_dir="data", out_dir="new"),
          "multimodal": dict(MULTIMODAL, data_dir="data", out_dir="new", teacher="teacher.pt")}
 PICTURES = [ # flags, what the message names: one row for a class of mistakes
     ("--data=coco", "prepare_pairs.py --data=coco"), ("--data_dir=half", "half"),
+    ("--data=sbu", "--data=sbu --data_dir=data --source=DIR"),
     ("--data_dir=no_labels --unit=label", "--unit=image"), ("--teacher=text.txt", "text.txt"),
     ("--teacher=foreign.pt", "foreign.pt"), ("--teacher=bert:text.txt", "no image encoder"),
     ("--teacher=text.pt", "no image encoder"), ("--teacher=teacher.pt --depth=3", "depth"),
