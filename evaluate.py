@@ -1279,7 +1279,8 @@ def draw_curves(arms, path, xlabel, ylabel):
 
 def curves(args, device, dtype):
     """Prints what runs have logged, first, best and last values, and draws it. A run may still be going."""
-    logs = {os.path.normpath(run): read_log(run) for run in args.runs.split(",") if run}
+    runs = [os.path.normpath(os.path.expanduser(run)) for run in args.runs.split(",") if run]
+    logs = {run: read_log(run) for run in runs}
     keys = [args.key, *(best_key for _, _, best_key in logs.values()), "loss"]
     key = next(filter(None, keys))
     arms, result = {}, {}

@@ -897,6 +897,8 @@ def find_folders(args):
 
 def find_arrays(args):
     """What torchvision or scikit-learn read into memory -> {split: Split}, classes."""
+    if args.data == "digits" and args.source:
+        fail("--source is not for digits, which scikit-learn carries")
     if args.data == "digits":
         try:
             from sklearn.datasets import load_digits # the package carries the pictures

@@ -812,8 +812,8 @@ class Pairer:
             fail(f"{name}: no picture came of it, for it has no rows. If img2dataset made it, that fetched "
                  f"none: was there a network? Remove {self.folder} before the next try.")
         if not counts:
-            fail(f"{name}: no picture came of it. Mend what is listed above and give the same command with "
-                 f"--retry, or remove {self.folder}.")
+            fail(f"{name}: no picture came of it. Mend what is listed above, remove {self.folder} and give "
+                 f"the same command again.")
         splits = writer.close()
         if "train" in counts:
             captions = Texts(os.path.join(self.folder, "train_captions"))
