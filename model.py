@@ -1458,8 +1458,9 @@ class Run:
         words = [f"--{k}={before.get(k)}, not --{k}={settings[k]}" if hasattr(self.args, k) else
                  f"{k} has changed since" for k in changed]
         if changed and (not self.args.resume or self.model_knobs & {*changed}):
-            fail(f"{self.path} (step {step}) was made with {'; '.join(words)}. Use the same, or another "
-                 f"--out_dir, or --resume, which goes on with all changes but those of the model.")
+            way_out = "--resume, which goes on with all changes but those of the model, or another --out_dir"
+            fail(f"{self.path} (step {step}) was made with {'; '.join(words)}. Use the same, or "
+                 f"{'another --out_dir' if self.args.resume else way_out}.")
         if step > self.max_steps:
             fail(f"{self.path} has done {step} steps already: {self.max_steps} must be more")
         for word in words:

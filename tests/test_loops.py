@@ -188,7 +188,8 @@ def test_one_rule(run, run_until, tmp_path, tiny_data, text_data, name):
                              (dict(weight_decay=0.5, batch_size=8), "--batch_size"),
                              (dict(dtype="bfloat16"), "autocast"), (dict(depth=3, resume=True), "--depth"),
                              (dict(max_steps=1, resume=True), "step")):
-            assert said in refused(run, name, **unfinished | change)
+            error = refused(run, name, **unfinished | change)
+            assert said in error and ("or --resume" in error) == ("resume" not in change)
         assert path.read_bytes() == before
         assert run(name, **knobs | harmless)["step"] == 4
     for result in tmp_path.glob("run/retrieval*"):
