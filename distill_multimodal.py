@@ -318,7 +318,7 @@ def load_teacher(args):
             fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
         return teacher, 0
-    if not args.head and name != "resnet50" and width != args.embed_dim:
+    if not args.head and width != args.embed_dim:
         fail(f"the teacher's target is {width} wide, the student --embed_dim={args.embed_dim}: add --head")
     return teacher, width
 

@@ -130,6 +130,10 @@ def test_shared_blocks_from_the_text_model(small, small_weights):
     assert before["config"]["shared"]["eps"] == 1e-5
 
 
+def test_logits_need_a_head(small):
+    assert "add --head" in refused(small, "shre", head=False)
+
+
 @pytest.fixture
 def cached(small, tiny_data, tmp_path):
     """cached(preset, out, **changes): small() with cached targets and students of one block, on a data set of
