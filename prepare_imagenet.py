@@ -939,7 +939,7 @@ def find_arrays(args):
 
 def stream(found, classes, at, limit):
     """Yields the File, and the bytes, of each that is to be taken, behind where `at` says that an earlier run
-    was."""
+    was. Meanwhile the caller moves `at` on, always behind what was yielded."""
     C, taken = len(classes), list(at["taken"])
     rank = {c: i for i, c in enumerate(classes)} | {i: i for i in range(C)}
     # N of C classes: N / C of each, rounded down or up so that the sum is N and the larger ones are spread

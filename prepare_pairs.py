@@ -104,7 +104,8 @@ def open_pairs(data_dir, names, split):
     folder = os.path.expanduser(data_dir)
     with_split = [name for name in names
                   if os.path.exists(os.path.join(folder, name, split + "_images.idx"))]
-    return Pairs(data_dir, [*with_split, names[-1]][0], split, needs_captions=True)
+    name = with_split[0] if with_split else names[-1] # which says that it has none
+    return Pairs(data_dir, name, split, needs_captions=True)
 
 
 # -----------------------------------------------------------------------------
@@ -628,9 +629,10 @@ class Web:
         self.under_way = {} # thread -> when its answer is due, its connection
         self.busy_until = {} # host -> when it may be asked again
         shared = {"allow_private": allow_private, "under_way": self.under_way}
-        self.pool.pool_classes_by_scheme = {base.scheme: type("Pool", (base,), {
-            "ConnectionCls": type("Connection", (Checked, base.ConnectionCls), shared)})
-            for base in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool)}
+        self.pool.pool_classes_by_scheme = {}
+        for base in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool):
+            checked = {"ConnectionCls": type("Connection", (Checked, base.ConnectionCls), shared)}
+            self.pool.pool_classes_by_scheme[base.scheme] = type("Pool", (base,), checked)
 
     def hang_up(self):
         """Ends the answers that are overdue: a server that sends a byte every few seconds never times out."""
