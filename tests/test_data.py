@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from torchvision import transforms
 
 from conftest import REPO
 from model import batch_order
-from prepare_imagenet import (ByLabel, Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image,
+from prepare_imagenet import (Pairs, Records, RecordWriter, augment, crop_box, decode, eval_image,
                               normalize, to_tensor, train_image, visible_patches)
-from prepare_pairs import openmoji_families, train_wordpiece
+from prepare_pairs import train_wordpiece
 from server import encoded, files_of
 
 
@@ -59,11 +60,6 @@ def test_batch_order():
     assert ranks[0] + ranks[1] == whole[1]
 
 
-def test_positions_of_each_label():
-    by_label = ByLabel(np.array([7, 2, 7, 0, 2, 7]))
-    assert [by_label[k].tolist() for k in range(len(by_label))] == [[3], [1, 4], [0, 2, 5]]
-
-
 # -----------------------------------------------------------------------------
 # OpenMoji: the rules of the split, checked without the code that makes it
 
@@ -88,19 +84,6 @@ def bare(name):
     return " ".join(re.sub(
         r"\b((wo)?m[ae]n('s)?|person|people|(left|right|up|down)(wards)?|facing|pointing)\b", "",
         name).split())
-
-
-def test_families():
-    """Whatever side chance puts them on: the variants of a thing are one family, the default form first."""
-    names = {e: d["en"].strip(":").replace("_", " ") for e, d in emoji.EMOJI_DATA.items()
-             if d["status"] == emoji.STATUS["fully_qualified"]}
-    families = openmoji_families(names)
-    assert families == openmoji_families(dict(reversed(names.items())))
-    assert sorted(e for f in families for e in f) == sorted(names)
-    polo = next(f for f in families if "\U0001F93D" in f)
-    assert polo[0] == "\U0001F93D" and len(polo) == 18 # three genders, six skin tones
-    pairs = {(i, bare(names[e])) for i, family in enumerate(families) for e in family}
-    assert len(pairs) == len({name for _, name in pairs})
 
 
 def test_splits_of_openmoji(splits):
@@ -149,10 +132,6 @@ def test_two_processes_draw_at_once(openmoji, tmp_path):
     assert files_of(tmp_path / "openmoji") == files_of(os.path.join(openmoji, "openmoji"))
 
 
-# -----------------------------------------------------------------------------
-# pictures
-
-
 @pytest.mark.parametrize("how", range(1, 9))
 def test_every_exif_turn(how):
     """As PIL's own, which writes the EXIF anew and fails where it is corrupt."""
@@ -166,7 +145,6 @@ def test_every_exif_turn(how):
 
 @pytest.mark.parametrize("width, height, scale_min", [(60, 60, 0.6), (100, 60, 0.08), (60, 140, 0.6)])
 def test_crop_box_is_distributed_as_in_torchvision(width, height, scale_min):
-    transforms = pytest.importorskip("torchvision.transforms")
     torch.manual_seed(0)
     rng, image, quantiles = np.random.default_rng(0), torch.zeros(3, height, width), []
     ours = np.array([crop_box(width, height, scale_min, rng) for _ in range(3000)])
@@ -209,9 +187,6 @@ def test_eval_image_crops_or_squashes():
     assert (squashed[0] > 128).sum(1).tolist() == [8] * 24 # a third of the width is red
 
 
-# -----------------------------------------------------------------------------
-# augmentation
-
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -240,16 +215,6 @@ def test_normalize_and_flip():
         assert torch.allclose(augment(images, noise(200), 1.0, rotate), normalize(images.flip(-1)), atol=1e-2)
     flipped = (augment(images, noise(200), flip=0.3) - normalize(images)).abs().amax((1, 2, 3)) > 1e-3
     assert 40 < flipped.sum() < 80
-
-
-def test_augment_is_a_function_of_its_noise():
-    """Of each picture's row alone, whatever is beside it in the batch; nothing else is drawn."""
-    images, knobs = random_images(), dict(rotate=20.0, color=0.3)
-    first = augment(images, noise(4, 1), **knobs)
-    torch.manual_seed(5)
-    assert torch.equal(first, augment(images, noise(4, 1), **knobs))
-    assert torch.allclose(first[2:3], augment(images[2:3], noise(4, 1)[2:3], **knobs), atol=1e-5)
-    assert not torch.equal(first, augment(images, noise(4, 2), **knobs))
 
 
 def test_visible_patches():

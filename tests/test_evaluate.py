@@ -4,11 +4,11 @@ the picture and the command line.
 
     pytest tests/test_evaluate.py
 """
-import errno
 import json
 import math
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,31 +17,20 @@ import torch
 from PIL import Image
 
 import evaluate
-from conftest import refused
+from conftest import SHAPE, randn, refused, save_students
 from evaluate import chance_row, knn_accuracy, median_rank, median_rank_chunks, retrieval_metrics
-from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
+from model import Encoder, load_checkpoint, save_checkpoint
 from prepare_imagenet import Pairs
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "i2t_mean", "t2i_mean", "mean"]
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def ckpt(tiny_data, tmp_path_factory):
     """The path of a random model that reads the toy captions."""
-    shape = dict(embed_dim=32, num_heads=2, depth=1)
-    model = VisionLanguageModel(dict(shape, img_size=32, patch_size=8), dict(shape, vocab_size=200))
-    path = tmp_path_factory.mktemp("model") / "ckpt.pt"
-    with open(f"{tiny_data}/toy/tokenizer.json") as f:
-        save_checkpoint(path, model, tokenizer=f.read())
-    return str(path)
-
-
-# -----------------------------------------------------------------------------
-# recall
+    folder = tmp_path_factory.mktemp("model")
+    save_students(folder, Path(tiny_data, "toy", "tokenizer.json").read_text())
+    return f"{folder}/both.pt"
 
 
 def test_recall_is_clip_benchmarks():
@@ -62,19 +51,6 @@ def test_recall_is_clip_benchmarks():
     assert 10 < theirs[0] < 100 and list(ours.values()) == pytest.approx([*theirs, *means], abs=1e-9)
 
 
-@pytest.mark.parametrize("N", [11, 301]) # odd: the median of an even number it rounds down
-def test_one_to_one_pairs_are_open_clips(N):
-    from open_clip_train.train import get_clip_metrics
-    images = torch.nn.functional.normalize(randn(N, 8), dim=1)
-    texts = torch.nn.functional.normalize(images + 0.8 * randn(N, 8, seed=1), dim=1)
-    theirs, ours = get_clip_metrics(images, texts, 100.0), retrieval_metrics(images, texts, np.arange(N))
-    ways = {"i2t": "image_to_text", "t2i": "text_to_image"}
-    for k in 1, 5, 10:
-        assert [ours[f"{way}_r{k}"] for way in ways] == pytest.approx(
-            [100 * theirs[f"{name}_R@{k}"] for name in ways.values()])
-    assert median_rank(images, texts) == tuple(theirs[f"{name}_median_rank"] for name in ways.values())
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_ties_give_chance(scale):
     """All embeddings are equal, as of a collapsed model, or zero: a right answer that is stored first is not
@@ -85,24 +61,9 @@ def test_ties_give_chance(scale):
     assert metrics["t2i_r1"] == pytest.approx(100 / N) and metrics["t2i_r10"] == pytest.approx(1000 / N)
     assert 0 < metrics["i2t_r1"] <= 100 / N and 100 / N < metrics["i2t_r10"] <= 1000 / N
     assert knn_accuracy(images, labels, images, labels, 3) == pytest.approx(300 / N)
-
-
-@pytest.mark.parametrize("images, texts, owner, message", [
-    (randn(3, 4), randn(3, 5), [0, 1, 2], "dimensions"),
-    (randn(0, 4), randn(3, 4), [0, 0, 0], "image_emb must be"),
-    (randn(3, 4), randn(4, 4), [0, 1, 2], "4 integers"),
-    (randn(3, 4), randn(3, 4), [0, 1, 3], "each of 0 .. 2"),
-    (randn(3, 4), randn(3, 4), [0, 2, 2], "each of 0 .. 2"),
-    (randn(3, 4) * math.nan, randn(3, 4), [0, 1, 2], "image_emb must be .* without NaN"),
-    (randn(3, 4), randn(3, 4) * math.inf, [0, 1, 2], "text_emb must be .* without NaN"),
-])
-def test_wrong_input_is_refused(images, texts, owner, message):
-    with pytest.raises(ValueError, match=message):
-        retrieval_metrics(images, texts, np.array(owner))
-
-
-# -----------------------------------------------------------------------------
-# chance and median rank
+    for wrong in (images[:, :3], images[1:], images * math.nan):
+        with pytest.raises(ValueError):
+            retrieval_metrics(wrong, texts, np.arange(N * each) // each)
 
 
 def test_chance_row_by_hand():
@@ -115,11 +76,12 @@ def test_chance_row_by_hand():
 
 def test_median_rank_by_hand():
     # Text 0 is nearest to image 0, and so is text 1, whose own image comes second: ranks 1 and 2. Both images
-    # find their text first. The median of an even number is the mean of the middle two; odd: see open_clip's.
+    # find their text first. The median of an even number is the mean of the middle two.
     images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
     assert median_rank(images, texts) == (1.0, 1.5)
-    with pytest.raises(ValueError):
-        median_rank(images, texts[:1]) # not one to one
+    # odd: scores [[9, 1, 0], [5, 4, 6], [8, 7, 3]] of image by text; ranks 1, 3, 3 and 1, 2, 2
+    scores = torch.tensor([[9.0, 1, 0], [5, 4, 6], [8, 7, 3]])
+    assert median_rank(scores / scores.norm(dim=1, keepdim=True), torch.eye(3)) == (3.0, 2.0)
 
 
 def test_median_rank_chunks_protocol():
@@ -138,10 +100,6 @@ def test_median_rank_chunks_protocol():
     assert median_rank_chunks(images, images.flip(0), np.arange(N)) == median_rank(images, images.flip(0))
 
 
-# -----------------------------------------------------------------------------
-# nearest neighbours
-
-
 def test_knn_by_hand():
     # directions in degrees. Bank: 0 (label 7), 20 (label 8), 50 (label 7), 100 (label 9).
     # Queries and who is nearest:
@@ -155,15 +113,12 @@ def test_knn_by_hand():
     lengths = torch.tensor([[1.0], [30], [0.01], [5]]) # must not matter
     for k, share in {1: 25, 2: 50, 3: 50, 4: 75, 5: 75, 100: 75}.items():
         assert knn_accuracy(lengths * bank, labels, queries / lengths, torch.tensor([7, 7, 9, 3]), k) == share
-    for wrong in (bank[:3], bank[0], bank * math.nan):
-        with pytest.raises(ValueError, match="must be"):
-            knn_accuracy(wrong, labels, queries, [7, 7, 9, 3], 1)
 
 
 def test_knn_command(tiny_data, tmp_path, capsys):
     """The numbers of features computed one by one."""
     torch.manual_seed(0)
-    encoder = Encoder("image", img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
+    encoder = Encoder("image", depth=2, **SHAPE)
     save_checkpoint(tmp_path / "encoder.pt", encoder)
     metrics = evaluate.main(["knn", "--task=toy", f"--data_dir={tiny_data}", f"--ckpt={tmp_path}/encoder.pt",
                              "--device=cpu", "--dtype=float32", "--batch_size=7"])["metrics"]
@@ -176,10 +131,6 @@ def test_knn_command(tiny_data, tmp_path, capsys):
                        "reverse_top3": knn_accuracy(b, lb, a, la, 3)}
     row = ["test", "->", "train", *(f"{metrics[k]:.2f}" for k in ("reverse_top1", "reverse_top3"))]
     assert row in [line.split() for line in capsys.readouterr().out.splitlines()]
-
-
-# -----------------------------------------------------------------------------
-# from a model to the table, the files and the picture
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -200,10 +151,9 @@ def test_embedding_keeps_order_mode_and_random_numbers(tiny_data, ckpt, num_work
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("N", [2, 30])
-def test_picture(tiny_data, tmp_path, N):
+def test_picture(tiny_data, tmp_path):
     """A small file, and the right answers are framed in green: all, or none where they come last."""
-    toy, path, green = Pairs(tiny_data, "toy", "train"), tmp_path / "new" / "grid.png", []
+    toy, path, green, N = Pairs(tiny_data, "toy", "train"), tmp_path / "new" / "grid.png", [], 30
     pairs = SimpleNamespace(images=[toy.images[i] for i in range(N)], captions=["a caption"] * N,
                             text_to_image=np.arange(N), meta={"credit": "by the test", "license": "CC0"})
     pairs.captions[0] = "a caption " * 40 + "x" * 200 # neither fits
@@ -216,32 +166,22 @@ def test_picture(tiny_data, tmp_path, N):
             pixels = np.asarray(image.convert("RGB")).astype(int)
         target = np.array([int(evaluate.GREEN[i:i + 2], 16) for i in (1, 3, 5)])
         green.append((np.abs(pixels - target).max(-1) < 8).sum())
-    # four frames of more than a thousand pixels
-    assert green[0] > 4 * 1000 and (N == 2 or green[0] > 10 * green[1])
-
-
-# -----------------------------------------------------------------------------
-# command line
+    assert green[0] > 4 * 1000 and green[0] > 10 * green[1] # four frames of more than a thousand pixels
 
 
 @pytest.mark.parametrize("words, file, cause", [
     ("retrieval --json", "folder", "it is a folder"), ("search --html", "file/new.html", "File exists"),
-    ("retrieval --picture", "file/deep/new.png", "Not a directory"),
-    ("curves --picture", "locked/new.png", "Permission denied")])
+    ("curves --picture", "file/deep/new.png", "Not a directory")])
 def test_a_file_that_cannot_be_written(tmp_path, monkeypatch, words, file, cause):
     """Is named before anything is read: there is neither a checkpoint nor a run."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("folder")
     (tmp_path / "file").touch()
-    if file.startswith("locked"): # root may write anywhere
-        def refuse(*_, **__):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        monkeypatch.setattr(os, "makedirs", refuse)
     error = refused(evaluate.main, f"{words}={file}".split())
     assert f"cannot write {file}" in error and cause in error
 
 
-@pytest.mark.parametrize("data, whole", [("flickr30k", True), ("coco", True), ("coco", False)])
+@pytest.mark.parametrize("data, whole", [("flickr30k", True), ("coco", False)])
 def test_retrieval_command(tiny_data, ckpt, tmp_path, monkeypatch, capsys, data, whole):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(f"{tiny_data}/toy", f"data/{data}")
@@ -252,7 +192,6 @@ def test_retrieval_command(tiny_data, ckpt, tmp_path, monkeypatch, capsys, data,
     said = capsys.readouterr().out
     assert "median rank among 12:" in said and "\nchance " in said and os.path.exists("r.png")
     assert ("CLIP L/14-336, published" in said) == bool(result["published"]) == whole
-    if whole: # means of the published row
-        assert result["published"]["CLIP L/14-336"]["i2t_mean"] == pytest.approx(
-            {"coco": (58.4 + 81.5 + 88.1) / 3, "flickr30k": (88 + 98.7 + 99.4) / 3}[data])
+    if whole:
+        assert result["published"]["CLIP L/14-336"]["i2t_mean"] == pytest.approx((88 + 98.7 + 99.4) / 3)
     assert json.loads((tmp_path / "r.json").read_text()) == result

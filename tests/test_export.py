@@ -108,8 +108,7 @@ def test_card(ckpt, capsys):
 
 
 def test_again_and_beside_other_files(ckpt):
-    """The same command again writes the same, and so does an export of an export; a folder that holds
-    something else is left alone."""
+    """An export of an export is the same; a folder that holds something else is left alone."""
     def export(source, to):
         evaluate.main(["export", f"--ckpt={source}", f"--to={to}"])
         return {name: Path(to, name).read_bytes() for name in os.listdir(to)}

