@@ -209,12 +209,12 @@ def test_tables_of_urls(server, tmp_path):
 
 
 def test_any_console(tmp_path, monkeypatch):
-    """One that lacks the credit's dash is no reason to fail."""
+    """One that lacks a letter of what is printed is no reason to fail."""
     write(f"{tmp_path}/src/t.csv", "image,caption,split\na.png,caf\u00e9 \u2013 x,train\n")
     write(f"{tmp_path}/src/a.png", picture(1))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    prepare("mine", f"{tmp_path}/src", tmp_path / "data")
-    assert content(tmp_path / "data", "mine") == {"train": {1: ["café – x"]}}
+    prepare("mine", f"{tmp_path}/src", tmp_path / "données – x")
+    assert content(tmp_path / "données – x", "mine") == {"train": {1: ["café – x"]}}
 
 
 def test_several_sets_as_one(tmp_path):
