@@ -119,7 +119,7 @@ def end(process, timeout=60):
 
 def killed_at_random(begin, path, kills=4, seconds=0.4):
     """Runs begin(), which starts a process, that many times, and kills each at random in the seconds after it
-    has written path. Returns how many had not ended before."""
+    has written path; its workers end, too. Returns how many had not ended before."""
     rng, killed = random.Random(0), 0
     for _ in range(kills):
         before, process = when_written(path), begin()
@@ -129,6 +129,10 @@ def killed_at_random(begin, path, kills=4, seconds=0.4):
         process.kill()
         code = end(process)
         assert code in (0, -signal.SIGKILL)
+        with pytest.raises(ProcessLookupError): # its group is empty
+            for _ in range(200):
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         killed += code == -signal.SIGKILL
     return killed
 

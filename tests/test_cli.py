@@ -1,8 +1,6 @@
 """
 Flags and wrong input: every script explains itself, and every mistake ends at once, with its name and the way
 out.
-
-    pytest tests/test_cli.py
 """
 import os
 import re
@@ -99,10 +97,6 @@ def test_malformed_flags(name, word, said, capsys):
         SCRIPTS[name]([word])
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and len(err.splitlines()) == 2, err
-
-
-# -----------------------------------------------------------------------------
-# wrong input: exit code not 0, a message, nothing written, no picture decoded
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """
 evaluate.py curves: which number, of which runs, in which colour; logs that are torn, unfinished or empty.
-
-    pytest tests/test_curves.py
 """
 import json
 import os

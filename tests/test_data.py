@@ -1,7 +1,5 @@
 """
 Packed records, the prepared OpenMoji set and its rules, pictures to tensors, captions to ids.
-
-    pytest tests/test_data.py
 """
 import io
 import itertools
@@ -58,10 +56,6 @@ def test_batch_order():
     assert next(batch_order(10, 4, 0, 3)) == whole[3] and next(batch_order(10, 4, 1, 0)) != whole[0]
     ranks = [next(batch_order(10, 4, 0, 1, rank, 2)) for rank in (0, 1)]
     assert ranks[0] + ranks[1] == whole[1]
-
-
-# -----------------------------------------------------------------------------
-# OpenMoji: the rules of the split, checked without the code that makes it
 
 
 @pytest.fixture(scope="session")

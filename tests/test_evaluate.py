@@ -1,8 +1,6 @@
 """
 The metrics against their libraries, numbers worked out by hand and a second, slow implementation; the table,
 the picture and the command line.
-
-    pytest tests/test_evaluate.py
 """
 import json
 import math

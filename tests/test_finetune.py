@@ -2,7 +2,6 @@
 evaluate.py finetune: learning rates, augmentation and loss against hand-made numbers and plain
 formulas; then the whole subcommand on toy pictures, killed, resumed and given wrong input.
 
-    pytest tests/test_finetune.py
     pytest tests/test_finetune.py -m slow      # more of the places where it may stop, and workers
 """
 import json

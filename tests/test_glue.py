@@ -1,8 +1,6 @@
 """
 evaluate.py glue: metrics against scikit-learn and SciPy, readers on files laid out as the real ones and on
 damaged ones, pairs as BERT and RoBERTa see them, the whole subcommand on toy tasks, killed and run again.
-
-    pytest tests/test_glue.py
 """
 import os
 import re

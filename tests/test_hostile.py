@@ -1,8 +1,6 @@
 """
 Bad input, made here: a row for each class of harm, and what becomes of it. The rest is beside what reads it:
 urls and answers to them in tests/test_pairs.py, layouts there and in test_imagenet.py.
-
-    pytest tests/test_hostile.py
 """
 import io
 import os

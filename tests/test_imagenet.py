@@ -1,7 +1,5 @@
 """
 Labelled sets: ImageNet in each layout it is handed out in, in miniature; broken files, kills, limits; digits.
-
-    pytest tests/test_imagenet.py
 """
 import hashlib
 import os

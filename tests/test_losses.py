@@ -1,7 +1,5 @@
 """
 The losses against cases worked out by hand and slow second implementations.
-
-    pytest tests/test_losses.py
 """
 import contextlib
 import copy

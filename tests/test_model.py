@@ -1,8 +1,6 @@
 """
 model.py against slow second implementations; padding, parameter counts, checkpoints. Whole networks against
 timm's and others' are tests/test_pretrained.py's.
-
-    pytest tests/test_model.py
 """
 import atexit
 import importlib.util

@@ -252,7 +252,7 @@ def test_another_source_or_limit_is_not_gone_on_with(prepare, tmp_path, bert, mo
 
 def prepare_slowly(*words):
     documents, prepare_owt.COMMIT_SECONDS = prepare_owt.documents, -1
-    prepare_owt.documents = lambda piece: (time.sleep(0.1), documents(piece))[1]
+    prepare_owt.documents = lambda piece: (time.sleep(0.3), documents(piece))[1]
     prepare_in(*words)
 
 

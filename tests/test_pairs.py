@@ -98,10 +98,6 @@ def test_damaged_lists(tmp_path, name, old, new, said):
     assert not os.path.exists(tmp_path / "data" / "coco" / "meta.json")
 
 
-# -----------------------------------------------------------------------------
-# people's own tables: each of these was tried and stored wrong things, or was refused
-
-
 ROWS = "".join(f"{n}.png,caption {n},{split}\n"
                for n, split in enumerate("train train train val test".split()))
 THREE = {"train": {n: [f"caption {n}"] for n in range(3)}, "val": {3: ["caption 3"]},

@@ -1,7 +1,5 @@
 """
 The README against the repository: its commands parse, its worked change runs, what it names exists.
-
-    pytest tests/test_readme.py
 """
 import os
 import re

