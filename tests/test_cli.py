@@ -138,8 +138,7 @@ WRONG = {
         ("--shared=projection --align_loss=contrastive --align_levels=2", "--align_levels=2"),
         ("--standardize", "--cache_targets"), ("--teacher=resnet50", "kl"),
         ("--shared_init=text", "--text_init"), ("--data_dir=no_tokenizer", "tokenizer.json"),
-        ("--text_init=brt", "mean bert"), ("--text_init=teacher.pt", "no text encoder"),
-        ("--teacher=new/ckpt.pt", "another --out_dir")],
+        ("--text_init=brt", "mean bert"), ("--text_init=teacher.pt", "no text encoder")],
     "text": [
         ("--data_dir=nowhere --teacher=data2vec2_text", "prepare_owt.py --tokenizer=gpt2"),
         ("--teacher=minilm", "WordPiece of 82"), ("--teacher=none.pt", "none.pt"),

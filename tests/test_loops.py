@@ -132,6 +132,7 @@ def test_a_text_checkpoint_starts_other_students(run, tmp_path, tiny_data):
     for k, v in both.text_encoder.state_dict().items():
         assert torch.equal(v, checkpoint["model"][k]), k
     assert both.tokenizer.text == checkpoint["tokenizer"]
+    assert "another --out_dir" in refused(run, "text", teacher=path) # which it would write
 
 
 # -----------------------------------------------------------------------------
