@@ -28,8 +28,7 @@ seeds 0 and 1); its features themselves, by ridge regression on MiniLM's of the 
 px, seed 0: SigLIP's loss (scale 10, bias -10, both learned) 34.7; words of the caption as a further target,
 with 1.4 times as long steps, 31.7 after 144 of 360. Several captions as positives, CLS and mean token
 together, a frozen image tower: not tried, since a family comes once in a batch, this teacher has one feature,
-and the image encoder starts from nothing. Cosine distance instead of contrastive: README's patch, weight 1,
-seed 0: 30.0.
+and the image encoder starts from nothing.
 """
 import argparse
 import json
