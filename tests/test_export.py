@@ -1,8 +1,6 @@
 """
 evaluate.py export: a folder that gives the same embeddings bit for bit, wherever it lies, and both towers as
 ONNX files.
-
-    pytest tests/test_export.py               # -m slow: every kind of student as ONNX
 """
 import os
 import re
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from conftest import refused, slow
+from conftest import refused
 from model import Encoder, VisionLanguageModel, load_checkpoint, save_checkpoint
 from test_glue import tokenizer_text
 
@@ -71,7 +69,8 @@ def test_the_same_embeddings_elsewhere(ckpt, tmp_path, name):
     assert all(torch.allclose(x.norm(dim=1), torch.ones(3)) for x in after)
 
 
-@pytest.mark.parametrize("name", ["student", *(slow(name) for name in MODELS if name != "student")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_onnx(ckpt, name, capsys):
     """One file a tower, read by another runtime with other sizes, with padding, up to the longest; the
     difference is measured and said."""

@@ -217,6 +217,7 @@ def test_the_teacher_sees_its_own_size(run, monkeypatch, is_cached):
     assert "--teacher_size=16" in refused(run, "both", "other", **knobs)
 
 
+@pytest.mark.slow
 def test_targets_of_others_are_never_read(cached, small_weights, tmp_path):
     """Another teacher, transform, dtype or state of the data set gets its own; of joined sets any part."""
     assert len(cached("smke", "first")) == 1
