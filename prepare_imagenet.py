@@ -417,10 +417,12 @@ def tar_members(path, inside=None):
         tar = stack.enter_context(tarfile.open(path, tarinfo=Member))
         if inside:
             tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inside), tarinfo=Member))
-        while (member := tar.next()) is not None:
+        member = tar.next() if tar.firstmember else None # of an empty one Python 3.10 may not be asked
+        while member is not None:
             tar.members.clear() # or tarfile keeps them all, a kilobyte each
             if member.isreg() and not is_junk(member.name):
                 yield member.name, lambda: tar.extractfile(member).read(MOST_BYTES)
+            member = tar.next()
         if not inside and isinstance(tar.fileobj, io.BufferedReader) \
                 and os.path.getsize(path) - tar.offset > 1 << 16:
             raise tarfile.ReadError("there is more behind the mark of its end: several tars in one file?")
