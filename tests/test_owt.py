@@ -147,7 +147,7 @@ def test_pydoc(tmp_path, weights_dir, bert):
         size[split] = len(Tokens(tmp_path, "pydoc_bert", split, bert))
     assert len(set(lines)) == len(lines)
     assert not any(mark in "\n".join(lines) for mark in (">>>", "::=", "****", "====", "\n\n", "  "))
-    assert size["train"] > 2 * size["val"] > 20_000 # as much as the tiny preset needs; each Python has its own
+    assert size["train"] > 2 * size["val"] > 20_000 # as much as the tiny preset needs; each Python's differs
 
 
 def test_cleaning(prepare, tmp_path, bert):
