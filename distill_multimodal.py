@@ -301,6 +301,11 @@ def offsets(records):
 # the teacher and its targets
 
 
+def teacher_side(args):
+    """Side in pixels of the images that the teacher sees."""
+    return args.teacher_size or args.img_size
+
+
 def load_teacher(args):
     """The image teacher, frozen, and the width of its target, 0 for no distillation; (None, 0) if nothing
     needs one."""
@@ -313,7 +318,7 @@ def load_teacher(args):
         final_norm = args.final_norm and CONFIGS.get(name, {}).get("final_norm", False)
         teacher = load_encoder(args.teacher, "image", args.weights_dir, final_norm)
         width = teacher.config["embed_dim"]
-        size = args.teacher_size or args.img_size
+        size = teacher_side(args)
         if args.kd_loss != "none" and size != teacher.config["img_size"]:
             fail(f"--teacher_size={size}, but {args.teacher} reads {teacher.config['img_size']} px")
     if args.kd_loss == "none":
@@ -326,7 +331,7 @@ def load_teacher(args):
 @torch.no_grad()
 def teacher_target(teacher, images, args, autocast):
     """Normalised images (n, 3, H, W), of any size -> what the student predicts, (n, D) float32."""
-    size = args.teacher_size or args.img_size
+    size = teacher_side(args)
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     with autocast:
@@ -338,7 +343,7 @@ def cached_targets(teacher, width, images, args, device, dtype, autocast, batch_
     """The target of every training image, from the evaluation transform, as (images, width) float16: a file
     beside the data set, mapped into memory. Its name has a hash of the teacher's weights, the transform and
     the images' index, so that no run reads what was made from others."""
-    size = args.teacher_size or args.img_size
+    size = teacher_side(args)
     made_from = hash_of(f"{size} {dtype}", teacher, *offsets(images))
     path = os.path.join(args.data_dir, f"{args.data}_targets_{made_from}.bin")
     print(f"teacher's targets of {len(images):,} images, {len(images) * width * 2 / 1e9:.3f} GB, "
@@ -355,7 +360,7 @@ def write_targets(path, teacher, width, images, args, device, autocast, batch_si
     """Writes them, in the order of the images, behind the whole batches that a killed run left."""
     there = os.path.getsize(path + ".tmp") if os.path.exists(path + ".tmp") else 0
     done = there // (2 * width * batch_size) * batch_size # images
-    pictures = evaluate.EvalImages(images, args.teacher_size or args.img_size)
+    pictures = evaluate.EvalImages(images, teacher_side(args))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(pictures, range(done, len(images))), batch_size,
         num_workers=args.num_workers, worker_init_fn=ignore_signals)
@@ -402,8 +407,8 @@ def validation_batch(pairs, teacher, tokenizer, scale, shift, args, device, auto
     numbers = range(min(1024, len(pairs.images)))
     images = evaluate.EvalImages(pairs.images, args.img_size).stack(numbers)
     seen = images # by the teacher
-    if args.teacher_size not in (0, args.img_size):
-        seen = evaluate.EvalImages(pairs.images, args.teacher_size).stack(numbers)
+    if teacher_side(args) != args.img_size:
+        seen = evaluate.EvalImages(pairs.images, teacher_side(args)).stack(numbers)
     _, first = np.unique(pairs.text_to_image, return_index=True)
     target = [teacher_target(teacher, normalize(x.to(device)), args, autocast) for x in seen.split(micro)]
     ids, padding_mask = tokenizer.encode([pairs.captions[j] for j in first[:len(numbers)]], args.max_length)
