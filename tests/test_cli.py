@@ -1,6 +1,5 @@
 """
-Flags and wrong input: every script explains itself, and every mistake ends at once, with its name and the way
-out.
+Flags and wrong input: scripts explain themselves, a mistake ends at once, with its name and the way out.
 """
 import os
 import re
